@@ -1,0 +1,243 @@
+"""The compact GPT: one class for the policies and, with a scalar head, for the verifiers.
+
+Decoder-only: RMSNorm, rotary positions, grouped-query attention with optional q/k/v bias, SwiGLU, tied or untied
+head. One forward serves training (no cache) and cached decoding. Shapes are written beside the code with
+
+    B rows, T positions, C = n_embd, H = n_head, G = n_kv_head, D = C / H, V = vocab_size, S = slots of the KV cache.
+"""
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from minipav.utils import Fail, write_whole
+
+
+@dataclass
+class GPTConfig:
+    vocab_size: int
+    block_size: int = 128          # longest row, prompt and response together
+    n_layer: int = 3
+    n_head: int = 4
+    n_kv_head: int = 2             # keys and values are shared by n_head / n_kv_head query heads
+    n_embd: int = 128
+    n_ffn: int = 256               # width of the SwiGLU
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+    qkv_bias: bool = False         # Qwen2 has it, Llama does not
+    tied: bool = True              # the language-model head is the embedding
+    head: str = "lm"               # "lm": logits over the vocabulary; "scalar": one logit a position (a verifier)
+
+    def __post_init__(self):
+        if self.n_embd % self.n_head or self.n_head % self.n_kv_head or (self.n_embd // self.n_head) % 2:
+            raise Fail(f"impossible size: n_embd={self.n_embd} must be a multiple of n_head={self.n_head} with an even "
+                       f"quotient, and n_head a multiple of n_kv_head={self.n_kv_head}")
+        if min(dataclasses.astuple(self)[:7]) < 1:
+            raise Fail(f"impossible size: every size must be at least 1 in {self}")
+
+
+class KVCache:
+    """Static key and value buffers of shape (B, S, G, D), one pair a layer; slot = absolute position of the token."""
+
+    def __init__(self, config, rows, slots, device, dtype=torch.float32):
+        shape = (rows, slots, config.n_kv_head, config.n_embd // config.n_head)
+        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+
+    def write(self, layer, k, v, pos):
+        """Put k, v (B, T, G, D) at the slots pos (B, T)."""
+        rows = torch.arange(len(pos), device=pos.device)[:, None]
+        self.k[layer][rows, pos] = k
+        self.v[layer][rows, pos] = v
+
+    def select(self, index, slots=None):
+        """A cache whose row i is a copy of row index[i], with room for `slots` positions (default: as many as now)."""
+        new = object.__new__(KVCache)
+        new.k, new.v = [self._copy(t, index, slots) for t in self.k], [self._copy(t, index, slots) for t in self.v]
+        return new
+
+    @staticmethod
+    def _copy(t, index, slots):
+        if slots is None:
+            return t[index]
+        out = t.new_zeros((len(index), slots, *t.shape[2:]))
+        out[:, :t.shape[1]] = t[index]
+        return out
+
+
+def rope_tables(config, device=None):
+    """cos and sin, each (block_size, D / 2), of the rotary angles pos * theta^(-2i/D)."""
+    D = config.n_embd // config.n_head
+    freq = config.rope_theta ** (-torch.arange(0, D, 2, device=device).float() / D)
+    angle = torch.arange(config.block_size, device=device).float()[:, None] * freq
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Rotary embedding, halves paired as in Llama: x (B, T, H, D), cos and sin (B or 1, T, D / 2)."""
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        C, D = config.n_embd, config.n_embd // config.n_head
+        self.H, self.G, self.D = config.n_head, config.n_kv_head, D
+        self.wq = nn.Linear(C, self.H * D, bias=config.qkv_bias)
+        self.wk = nn.Linear(C, self.G * D, bias=config.qkv_bias)
+        self.wv = nn.Linear(C, self.G * D, bias=config.qkv_bias)
+        self.wo = nn.Linear(self.H * D, C, bias=False)
+
+    def forward(self, x, rope, layer, cache, pos, mask):
+        B, T, _ = x.shape
+        q = rotate(self.wq(x).view(B, T, self.H, self.D), *rope)                # (B, T, H, D)
+        k = rotate(self.wk(x).view(B, T, self.G, self.D), *rope)                # (B, T, G, D)
+        v = self.wv(x).view(B, T, self.G, self.D)
+        if cache is not None:
+            cache.write(layer, k, v, pos)
+        if mask is None:                                                        # training and prefill: causal
+            y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True,
+                                               enable_gqa=self.G < self.H)      # (B, H, T, D)
+        else:                                                                   # decoding: read the cache
+            S, R = mask.shape[-1], self.H // self.G
+            k, v = cache.k[layer][:, :S].transpose(1, 2), cache.v[layer][:, :S].transpose(1, 2)     # (B, G, S, D)
+            # The R query heads of a group stand as R * T queries of one head: the cache is read once, never repeated.
+            q = q.view(B, T, self.G, R, self.D).permute(0, 2, 3, 1, 4).reshape(B, self.G, R * T, self.D)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(1, 1, R, 1))
+            y = y.view(B, self.H, T, self.D)
+        return self.wo(y.transpose(1, 2).reshape(B, T, self.H * self.D))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate = nn.Linear(config.n_embd, config.n_ffn, bias=False)
+        self.up = nn.Linear(config.n_embd, config.n_ffn, bias=False)
+        self.down = nn.Linear(config.n_ffn, config.n_embd, bias=False)
+
+    def forward(self, x):
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.norm1 = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.attn = Attention(config)
+        self.norm2 = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.mlp = SwiGLU(config)
+
+    def forward(self, x, *args):
+        x = x + self.attn(self.norm1(x), *args)
+        return x + self.mlp(self.norm2(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        if config.head == "scalar":
+            self.head = nn.Linear(config.n_embd, 1)
+        else:
+            self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+            if config.tied:
+                self.head.weight = self.embed.weight
+        cos, sin = rope_tables(config)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        self.apply(self._init)
+        for name, p in self.named_parameters():
+            if name.endswith(("wo.weight", "down.weight")):                     # the two writes to the residual stream
+                nn.init.normal_(p, std=0.02 / (2 * config.n_layer) ** 0.5)
+
+    @staticmethod
+    def _init(module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    @property
+    def device(self):
+        return self.embed.weight.device
+
+    def trunk(self, idx, cache=None, pos=None, span=None):
+        """Hidden states (B, T, C) of the tokens idx (B, T).
+
+        cache None: training. cache with pos None: prefill, the tokens are positions 0..T-1 of every row (rows shorter
+        than T are right-padded; what the padding writes is overwritten before it can be read). cache with pos (B, T):
+        the tokens stand at those positions and see the slots 0..pos of their own row; span is the number of slots
+        that are read, at least max(pos) + 1 (default: all of them).
+        """
+        mask = None
+        if pos is None:
+            T = idx.shape[1]
+            if T > self.config.block_size:
+                raise ValueError(f"{T} tokens in a row, but the model's block_size is {self.config.block_size}")
+            rope = self.cos[None, :T], self.sin[None, :T]
+            pos = torch.arange(T, device=idx.device).expand(len(idx), T)
+        else:
+            span = span or cache.k[0].shape[1]
+            rope = self.cos[pos], self.sin[pos]                                 # (B, T, D / 2)
+            seen = torch.arange(span, device=idx.device) <= pos[:, :, None]     # (B, T, S)
+            mask = torch.zeros(seen.shape, device=idx.device, dtype=self.embed.weight.dtype)
+            mask = mask.masked_fill(~seen, float("-inf"))[:, None]              # (B, 1, T, S)
+        x = self.embed(idx)                                                     # (B, T, C)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, rope, layer, cache, pos, mask)
+        return self.norm(x)
+
+    def forward(self, idx, cache=None, pos=None):
+        """Logits (B, T, V), or (B, T) with the scalar head."""
+        out = self.head(self.trunk(idx, cache, pos))
+        return out.squeeze(-1) if self.config.head == "scalar" else out
+
+    def as_verifier(self):
+        """A new model with this trunk's weights and a fresh scalar head (section 4.2: verifiers start from an LM)."""
+        model = GPT(dataclasses.replace(self.config, head="scalar")).to(self.device)
+        own = {k: v for k, v in self.state_dict().items() if not k.startswith("head.")}
+        model.load_state_dict(own, strict=False)
+        return model
+
+    def save(self, folder):
+        """Write model.safetensors and config.json into `folder`, each whole or not at all."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
+        if self.config.tied and self.config.head == "lm":
+            del state["head.weight"]
+        write_whole(folder / "config.json", lambda p: p.write_text(json.dumps(dataclasses.asdict(self.config), indent=1)))
+        write_whole(folder / "model.safetensors", lambda p: save_file(state, p))
+
+    @classmethod
+    def load(cls, folder, device="cpu"):
+        """The model saved in `folder`. Raises Fail, naming the file, if it is missing, truncated or another model's."""
+        path = Path(folder) / "config.json"
+        try:
+            config = GPTConfig(**json.loads(path.read_text()))
+            path = Path(folder) / "model.safetensors"
+            state = load_file(path)
+        except FileNotFoundError:
+            raise Fail(f"{path} does not exist: is this the folder of a saved model?") from None
+        except Fail:
+            raise
+        except Exception as e:                                                  # json, unknown key, damaged weights
+            raise Fail(f"{path} is damaged or not a minipav model ({e}): delete the run or copy it again") from None
+        model = cls(config)
+        if config.tied and config.head == "lm" and "embed.weight" in state:
+            state["head.weight"] = state["embed.weight"]
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as e:
+            raise Fail(f"{path} holds the weights of another model: {str(e).splitlines()[1].strip()[:160]}") from None
+        return model.to(device)

@@ -1,0 +1,208 @@
+"""From per-problem results to the table, the figure and the summary of one run or of several seeds.
+
+    python -m minipav.report runs/a runs/b runs/c --out results/train        # the same experiment with three seeds
+
+Intervals are 95% bootstrap intervals over problems, the same resampled problems for every method (paired); with several
+runs the runs are resampled too, so that the spread over seeds is in them.
+"""
+import argparse
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from minipav.utils import Fail, main_guard, write_whole
+
+LABELS = {"greedy": "greedy decoding", "sample": "one sample", "majority": "majority vote", "orm": "best-of-N, ORM",
+          "best_q": "best-of-N, Q^pi", "q_beam": "beam, Q^pi", "pav_beam": "beam, PAV", "pass": "pass@N (oracle)"}
+BUDGETS = (4, 8, 16, 32, 64)                                    # in rollouts: N of best-of-N
+
+
+class Curves:
+    """One run's evaluation: for each method the points n (k,), and acc and tokens (k, P), one column a problem."""
+
+    def __init__(self, path):
+        try:
+            flat = load_file(path)
+        except FileNotFoundError:
+            raise Fail(f"{path} does not exist: has train.py finished in that folder?") from None
+        self.by = {m: tuple(flat[f"{m}/{x}"] for x in ("n", "acc", "tokens")) for m in LABELS}
+        self.P = self.by["pass"][1].shape[1]
+
+    def resampled(self, weights):
+        """{method: (n (k,), acc (R, k), tokens (R, k))} under R weightings (R, P) of the problems."""
+        w = weights / weights.sum(1, keepdims=True)
+        return {m: (n, w @ acc.T, w @ tok.T) for m, (n, acc, tok) in self.by.items()}
+
+
+def at_tokens(curve, tokens):
+    """Accuracy (R,) of a curve at a budget of `tokens` (R,), linear in log tokens between measured points. A method never
+    has to spend its whole budget, so its best affordable point counts; a budget below the cheapest point is NaN."""
+    _, acc, tok = curve
+    out = np.full(len(acc), np.nan)
+    for r in range(len(acc)):
+        if tokens[r] >= tok[r, 0] * (1 - 1e-9):
+            affordable = acc[r][tok[r] <= tokens[r] * (1 + 1e-9)].max(initial=0)
+            out[r] = max(affordable, np.interp(np.log(tokens[r]), np.log(tok[r]), acc[r]))
+    return out
+
+
+def tokens_to_reach(curve, level):
+    """The fewest tokens (R,) at which the curve reaches `level` (R,), interpolated as above; infinite if it never does."""
+    _, acc, tok = curve
+    out = np.full(len(acc), np.inf)
+    for r in range(len(acc)):
+        k = int((acc[r] >= level[r]).argmax())
+        if acc[r, k] >= level[r]:
+            x = np.log(tok[r])
+            rise = acc[r, k] - acc[r, k - 1]
+            out[r] = np.exp(x[k] if k == 0 else x[k - 1] + (x[k] - x[k - 1]) * (level[r] - acc[r, k - 1]) / rise)
+    return out
+
+
+def compare(curves):
+    """The claims, each an array (R,): PAV minus ORM and minus the Q^pi beam in points at equal tokens, by budget, and
+    the tokens of ORM best-of-N at its best over those of PAV at the same accuracy."""
+    orm, pav = curves["orm"], curves["pav_beam"]
+    out = {"pav_minus_orm_points": {}, "pav_minus_qbeam_points": {}}
+    for N in BUDGETS:
+        if N in orm[0]:
+            k = list(orm[0]).index(N)
+            mine = at_tokens(pav, orm[2][:, k])
+            out["pav_minus_orm_points"][str(N)] = 100 * (mine - at_tokens(orm, orm[2][:, k]))
+            out["pav_minus_qbeam_points"][str(N)] = 100 * (mine - at_tokens(curves["q_beam"], orm[2][:, k]))
+    rows, best = np.arange(len(orm[1])), orm[1].argmax(1)
+    out["token_ratio_to_match_best_orm"] = orm[2][rows, best] / tokens_to_reach(pav, orm[1][rows, best])
+    return out
+
+
+def average(runs):
+    """The curves of several runs (dicts of `resampled`), averaged point by point."""
+    return {m: (runs[0][m][0], np.mean([r[m][1] for r in runs], 0), np.mean([r[m][2] for r in runs], 0)) for m in LABELS}
+
+
+def bootstrap(runs, R=1000, seed=0):
+    """(curves of the data, curves of R two-level resamples): runs first, then problems within each."""
+    exact = average([r.resampled(np.ones((1, r.P))) for r in runs])
+    rng = np.random.default_rng(seed)
+    drawn = {m: ([], []) for m in LABELS}
+    each = [r.resampled(rng.multinomial(r.P, np.full(r.P, 1 / r.P), R * len(runs)).astype(float)) for r in runs]
+    pick = rng.integers(len(runs), size=(R, len(runs)))
+    for b in range(R):
+        rows = [(i, b * len(runs) + j) for j, i in enumerate(pick[b])]
+        for m in LABELS:
+            drawn[m][0].append(np.mean([each[i][m][1][r] for i, r in rows], 0))
+            drawn[m][1].append(np.mean([each[i][m][2][r] for i, r in rows], 0))
+    return exact, {m: (exact[m][0], np.array(a), np.array(t)) for m, (a, t) in drawn.items()}
+
+
+def interval(point, draws):
+    """{"mean", "lo", "hi"}, rounded; None where it is not defined (a budget too small for the method)."""
+    if not np.isfinite(point):
+        return None
+    lo, hi = np.percentile(draws[np.isfinite(draws)], [2.5, 97.5])
+    return {"mean": round(float(point), 4), "lo": round(float(lo), 4), "hi": round(float(hi), 4)}
+
+
+def claims(exact, drawn):
+    """`compare` with an interval for each number."""
+    a, b = compare(exact), compare(drawn)
+    return {k: interval(v[0], b[k]) if isinstance(v, np.ndarray) else {n: interval(x[0], b[k][n]) for n, x in v.items()}
+            for k, v in a.items()}
+
+
+def rows(exact, drawn):
+    """Table rows (method, n, tokens a problem, accuracy, lo, hi)."""
+    for m in LABELS:
+        n, acc, tok = exact[m]
+        lo, hi = np.percentile(drawn[m][1], [2.5, 97.5], axis=0)
+        for k in range(len(n)):
+            yield m, int(n[k]), round(float(tok[0, k]), 1), *(round(float(x), 4) for x in (acc[0, k], lo[k], hi[k]))
+
+
+def table(table_rows):
+    lines = [f"{'method':<18}{'N or width':>10}{'tokens/problem':>16}{'accuracy':>10}   95% interval"]
+    lines += [f"{LABELS[m]:<18}{n:>10}{tok:>16.0f}{acc:>10.3f}   [{lo:.3f}, {hi:.3f}]"
+              for m, n, tok, acc, lo, hi in table_rows]
+    return "\n".join(lines)
+
+
+def figure(exact, drawn, path, title):
+    """Accuracy against policy tokens a problem."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(7, 4.6))
+    style = {"pav_beam": ("C3", "o-"), "q_beam": ("C1", "s-"), "orm": ("C0", "^-"), "best_q": ("C9", "v:"),
+             "majority": ("C7", "x:"), "pass": ("k", "--"), "greedy": ("C2", "D")}
+    for m, (color, mark) in style.items():
+        _, acc, tok = exact[m]
+        ax.plot(tok[0], acc[0], mark, color=color, label=LABELS[m].replace("^pi", "$^\\pi$"), ms=5)
+        if len(tok[0]) > 1:
+            ax.fill_between(tok[0], *np.percentile(drawn[m][1], [2.5, 97.5], axis=0), color=color, alpha=0.15, lw=0)
+    ax.set_xscale("log", base=2)
+    ax.set(xlabel="policy tokens generated a problem", ylabel="accuracy on held-out problems", title=title)
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
+    fig.tight_layout()
+    write_whole(path, lambda p: fig.savefig(p, dpi=150, format="png"))
+    plt.close(fig)
+
+
+def write_csv(path, header, body):
+    def write(p):
+        with open(p, "w", newline="") as f:
+            csv.writer(f).writerows([header, *body])
+    write_whole(path, write)
+
+
+def write_report(runs, out, title, facts):
+    """table.txt, curves.csv, accuracy.png and summary.json in `out` for Curves of one or more runs. Returns the table."""
+    exact, drawn = bootstrap(runs)
+    body = list(rows(exact, drawn))
+    write_csv(out / "curves.csv", ["method", "n", "tokens_per_problem", "accuracy", "lo", "hi"], body)
+    figure(exact, drawn, out / "accuracy.png", title)
+    summary = {**facts, **claims(exact, drawn)}
+    write_whole(out / "summary.json", lambda p: p.write_text(json.dumps(summary, indent=1) + "\n"))
+    text = table(body)
+    write_whole(out / "table.txt", lambda p: p.write_text(text + "\n"))
+    return text, summary
+
+
+def mean_of(values):
+    """{"mean", "lo", "hi"} over seeds: the mean, the lowest and the highest."""
+    return {"mean": round(float(np.mean(values)), 4), "lo": min(values), "hi": max(values)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("runs", nargs="+", type=Path, help="folders that train.py wrote, one a seed")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the table, the figure and the summary")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        each = [json.loads((r / "summary.json").read_text()) for r in args.runs]
+    except (OSError, ValueError) as e:
+        raise Fail(f"no summary of a finished run: {e}") from None
+    curves = [Curves(r / "eval.safetensors") for r in args.runs]
+    same = {json.dumps({k: v for k, v in s["config"].items() if k not in ("seed", "out")}) for s in each}
+    if len(same) > 1:
+        raise Fail("these runs differ in more than their seed: their numbers cannot be averaged")
+    facts = {"command": [s["command"] for s in each], "commit": sorted({s["commit"] for s in each}),
+             "hardware": each[0]["hardware"], "seeds": [s["config"]["seed"] for s in each],
+             "test_problems": sum(c.P for c in curves), "config": {k: v for k, v in each[0]["config"].items() if k not in ("seed", "out")}}
+    for key in ("minutes", "peak_memory_gb", "base_sampled", "base_greedy", "planning_failure_share"):
+        facts[key] = mean_of([s[key] for s in each])
+    text, _ = write_report(curves, args.out, f"{each[0]['config']['task']}: mean of {len(each)} seeds", facts)
+    for r, s in zip(args.runs, each):
+        seed = s["config"]["seed"]
+        for name in ("curves.csv", "eval.safetensors", "log.csv", "summary.json"):
+            write_whole(args.out / f"seed{seed}.{name}", lambda p: p.write_bytes((r / name).read_bytes()))
+    print(text)
+    print(f"\nwritten to {args.out}: table.txt, curves.csv, accuracy.png, summary.json and the files of each seed")
+
+
+if __name__ == "__main__":
+    main_guard(main)

@@ -1,0 +1,137 @@
+"""KV-cached, batched sampling: many prompts of different lengths, n samples of each, in one batch.
+
+What makes it fast, in the order of the code: requests are sorted by prompt length and cut into chunks that fit
+`max_tokens_in_flight`; each distinct prompt of a chunk is prefilled once and its cache copied to its samples; the KV
+buffers are static; every row stops by itself at any of several stop tokens; rows that have stopped are compacted away.
+
+What makes it exact: the randomness of the sample j of prompt b at its t-th token is one uniform number u[b, j, t], drawn
+from the call's own generator before anything else. So a sample does not depend on the batch it is computed in, on the
+chunks or on compaction, and the same seed gives the same samples on every device up to rounding in the logits.
+"""
+from dataclasses import dataclass
+
+import torch
+
+from minipav.model import KVCache
+
+TOO_LONG = -1                       # Samples.reason of a row that met no stop token
+
+
+@dataclass
+class Samples:
+    """Rows are prompt-major: row b * n + j is sample j of prompt b."""
+    tokens: torch.Tensor            # (B * n, T) new tokens, the stop token included, right-padded
+    lengths: torch.Tensor           # (B * n,) number of new tokens
+    logprobs: torch.Tensor          # (B * n, T) log-probability of each under the model (temperature 1, no filter)
+    reason: torch.Tensor            # (B * n,) the stop token that ended the row, or TOO_LONG
+
+    @property
+    def total(self):
+        """Tokens generated, the unit of every budget."""
+        return int(self.lengths.sum())
+
+
+def choose(logits, u, temperature=1.0, top_k=None, top_p=None):
+    """Token (R,) by inverse CDF at the uniform numbers u (R,) from logits (R, V). Temperature 0 is exact argmax.
+
+    top_k keeps the k likeliest tokens, then top_p the smallest set of likeliest tokens whose probability reaches top_p.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs = (logits.float() / temperature).softmax(-1)                          # (R, V)
+    if top_k is None and top_p is None:
+        cdf = probs.cumsum(-1)
+        return torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=probs.shape[1] - 1)
+    probs, order = probs.sort(-1, descending=True, stable=True)
+    if top_k is not None:
+        probs[:, top_k:] = 0
+    if top_p is not None:
+        before = probs.cumsum(-1) - probs                                       # mass of the likelier ones
+        probs[before >= top_p * probs.sum(-1, keepdim=True)] = 0
+    cdf = probs.cumsum(-1)
+    pick = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)
+    return order.gather(1, torch.minimum(pick, (probs > 0).sum(-1, keepdim=True) - 1))[:, 0]
+
+
+@torch.no_grad()
+def sample(model, prompts, prompt_lengths, n=1, *, max_new_tokens, stop, seed=0, temperature=1.0, top_k=None, top_p=None,
+           max_tokens_in_flight=1 << 18, pad=0, compact=True, progress=None):
+    """n samples of each prompt.
+
+    prompts (B, P) right-padded tokens, prompt_lengths (B,); stop: token ids that end a row and are kept in it;
+    max_tokens_in_flight bounds rows x slots of the KV buffers, so memory is flat however many samples are asked for;
+    progress(rows_done) is called after each chunk. Returns Samples on the CPU.
+    Raises ValueError if a prompt is empty or a row would not fit the model's block_size.
+    """
+    B, device = len(prompts), model.device
+    longest = int(prompt_lengths.max()) + max_new_tokens
+    if int(prompt_lengths.min()) < 1 or longest - 1 > model.config.block_size:
+        raise ValueError(f"prompts must hold 1 token or more and {longest - 1} positions fit into the model's block_size "
+                         f"{model.config.block_size}")
+    # One uniform number for each token that may come; a call with temperature 0 draws none.
+    u = torch.rand(B * n, max_new_tokens if temperature else 1, generator=torch.Generator().manual_seed(seed))
+    out = Samples(torch.full((B * n, max_new_tokens), pad), torch.zeros(B * n, dtype=torch.long),
+                  torch.zeros(B * n, max_new_tokens), torch.full((B * n,), TOO_LONG))
+    training, _ = model.training, model.eval()
+    order = prompt_lengths.repeat_interleave(n).argsort(stable=True)            # short prompts first
+    at = 0
+    while at < B * n:
+        rows = order[at:at + max(1, max_tokens_in_flight // longest)]
+        if len(rows) < B * n - at:      # shorter prompts leave room for more rows
+            slots = int(prompt_lengths[rows[-1] // n]) + max_new_tokens
+            rows = order[at:at + max(1, max_tokens_in_flight // slots)]
+        which, copies = torch.unique_consecutive(rows // n, return_inverse=True)
+        lengths = prompt_lengths[which]
+        result = _chunk(model, prompts[which, :int(lengths.max())].to(device), lengths.to(device), copies.to(device),
+                        u[rows].to(device), max_new_tokens, torch.tensor(stop, device=device),
+                        dict(temperature=temperature, top_k=top_k, top_p=top_p), pad, compact)
+        for name, value in zip(("tokens", "lengths", "logprobs", "reason"), result):
+            getattr(out, name)[rows] = value.cpu()
+        at += len(rows)
+        if progress:
+            progress(at)
+    model.train(training)
+    return out
+
+
+def _chunk(model, prompts, lengths, copies, u, max_new, stop, how, pad, compact):
+    """Rows that are decoded together: row r continues prompt copies[r]."""
+    R, device = len(copies), prompts.device
+    tokens = torch.full((R, max_new), pad, device=device)
+    logprobs = torch.zeros(R, max_new, device=device)
+    count = torch.zeros(R, dtype=torch.long, device=device)
+    reason = torch.full((R,), TOO_LONG, device=device)
+
+    cache = KVCache(model.config, len(prompts), prompts.shape[1], device, model.embed.weight.dtype)
+    hidden = model.trunk(prompts, cache)                                        # (prompts, P, C): prefill, once
+    hidden = hidden[torch.arange(len(prompts), device=device), lengths - 1]
+    logits = model.head(hidden)[copies]                                         # (R, V)
+    if max_new > 1:
+        cache = cache.select(copies, prompts.shape[1] + max_new - 1)
+    pos, row = lengths[copies], torch.arange(R, device=device)                  # slot of the next token; its output row
+    alive = torch.ones(R, dtype=torch.bool, device=device)
+    longest = int(lengths.max())
+    every = 1 if device.type == "cpu" else 4                                    # asking who is alive waits for the GPU
+
+    for t in range(max_new):
+        token = choose(logits, u[row, min(t, u.shape[1] - 1)], **how)           # (rows,)
+        chosen = logits.float().log_softmax(-1).gather(1, token[:, None])[:, 0]
+        tokens[row, t] = torch.where(alive, token, pad)
+        logprobs[row, t] = torch.where(alive, chosen, 0.0)
+        count[row] += alive
+        stopped = alive & torch.isin(token, stop)
+        reason[row] = torch.where(stopped, token, reason[row])
+        alive = alive & ~stopped
+        if t + 1 == max_new:
+            break
+        if t % every == 0:
+            living = int(alive.sum())
+            if living == 0:
+                break
+            if compact and living < 0.8 * len(row):                             # dead rows leave the batch
+                keep = alive.nonzero()[:, 0]
+                cache, token, pos, row, alive = cache.select(keep), token[keep], pos[keep], row[keep], alive[keep]
+        hidden = model.trunk(token[:, None], cache, pos[:, None], span=longest + t + 1)[:, 0]
+        logits = model.head(hidden)
+        pos = pos + 1
+    return tokens, count, logprobs, reason

@@ -1,0 +1,38 @@
+"""Supervised fine-tuning of a policy on demonstrations of the task.
+
+`directed` is the share of demonstrations that reach the target: the rest compute faithfully and go nowhere in
+particular, and so will the policy. Every step sees new problems.
+"""
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from minipav.tokenizer import encode_rows
+from minipav.utils import apply_step, derive_seed, make_optimizers, schedule
+
+
+def sft_loss(model, tokens, lengths, prompt_lengths):
+    """Mean cross-entropy of the response tokens, END included; prompt and padding give none. tokens (B, T)."""
+    hidden = model.trunk(tokens[:, :-1])                                        # (B, T - 1, C)
+    t = torch.arange(1, tokens.shape[1], device=tokens.device)
+    inside = (t >= prompt_lengths[:, None]) & (t < lengths[:, None])            # (B, T - 1)
+    return F.cross_entropy(model.head(hidden[inside]), tokens[:, 1:][inside])
+
+
+def train_policy(model, enc, task, directed, *, steps, batch_size, lr_muon, lr_adamw, seed, log):
+    """Train `model` in place. log(step, steps, loss) is called after every step."""
+    optimizers = make_optimizers(model, lr_muon, lr_adamw)
+    rng = np.random.default_rng(derive_seed(seed, "sft"))
+    ahead = 20                                                                  # batches of demonstrations made at once
+    for step in range(steps):
+        if step % ahead == 0:
+            problems = task.problems("train", batch_size * ahead, derive_seed(seed, "sft problems", step))
+            prompts = [task.prompt(p) for p in problems]
+            rows, lengths = encode_rows(enc, [p + d for p, d in zip(prompts, task.demos(problems, directed, rng))])
+            data = rows, lengths, encode_rows(enc, prompts)[1]
+        at = slice(step % ahead * batch_size, (step % ahead + 1) * batch_size)
+        tokens, lengths, prompt_lengths = (x[at].to(model.device) for x in data)
+        loss = sft_loss(model, tokens[:, :int(lengths.max())], lengths, prompt_lengths)
+        loss.backward()
+        apply_step(model, optimizers, schedule(step, steps))
+        log(step + 1, steps, loss.item())

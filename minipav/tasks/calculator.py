@@ -1,0 +1,190 @@
+r"""Calculator: reach a target from a start in at most H steps with the four operations that the prompt offers.
+
+    from 23 reach 71 in at most 8 steps with +7 -4 *2 /3        <- prompt
+    *2 = 46                                                     <- a step: one operation and its result
+    +7 = 53
+    ...
+    +7 = 71<|endoftext|>                                        <- right: the last result is the target
+
+Values are integers 1..99, division must be exact. Problems are arrays of 100 states and 4 actions, so every quantity of
+the paper has an exact value by dynamic programming: `dp` is the oracle of the tests.
+"""
+import re
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from minipav.tasks import Task
+from minipav.tokenizer import END
+from minipav.utils import Fail
+
+TOP = 100                                                       # values are 1..TOP-1; row 0 of a table means "illegal"
+
+
+class Problem(NamedTuple):
+    start: int
+    target: int
+    ops: tuple                                                  # operands (a, b, c, d) of +a -b *c /d
+
+
+@lru_cache(maxsize=None)
+def parse(line):
+    """(sign, operand, result) of a line such as '*2 = 46', or None if it is malformed."""
+    m = re.fullmatch(r"([+\-*/])([1-9]) = ([1-9][0-9]?)", line, flags=re.ASCII)
+    return m and (m[1], int(m[2]), int(m[3]))
+
+
+def transitions(problems):
+    """next (N, TOP, 4): the value after each operation, 0 where it is illegal (not in 1..99, or not exact)."""
+    v = np.arange(TOP)[None, :, None]
+    a, b, c, d = (np.array([p.ops for p in problems])[:, None, [k]] for k in range(4))
+    nxt = np.concatenate([v + a, v - b, v * c, np.where(v % d == 0, v // d, 0)], axis=2)
+    nxt[(nxt < 1) | (nxt >= TOP)] = 0
+    nxt[:, 0] = 0
+    return nxt
+
+
+def dp(nxt, target, H, policy=None):
+    """Exact values by dynamic programming. nxt (N, TOP, 4), target (N,).
+
+    policy (H, TOP, 4) or (N, H, TOP, 4): the chance of each operation at each step and value; None is uniform over the
+    legal ones. Returns Q (N, H, TOP, 4), the chance of a right answer after taking an operation at step h (Eq. 1; 0 for
+    an illegal one), V (N, H + 1, TOP), and the policy. A walk stops right when it reaches the target.
+    """
+    N = len(nxt)
+    if policy is None:
+        policy = np.broadcast_to((nxt > 0) / np.maximum((nxt > 0).sum(-1, keepdims=True), 1), (N, TOP, 4))
+        policy = np.broadcast_to(policy[:, None], (N, H, TOP, 4))
+    policy = np.broadcast_to(policy, (N, H, TOP, 4))
+    Q, V = np.zeros((N, H, TOP, 4), np.float32), np.zeros((N, H + 1, TOP), np.float32)
+    V[np.arange(N), :, target] = 1
+    for h in reversed(range(H)):
+        Q[:, h] = np.take_along_axis(V[:, h + 1], nxt.reshape(N, -1), 1).reshape(nxt.shape) * (nxt > 0)
+        V[:, h] = (policy[:, h] * Q[:, h]).sum(-1)
+        V[np.arange(N), h, target] = 1
+    return Q, V, policy
+
+
+def distance(nxt, start, H):
+    """Breadth-first distance (N, TOP) from the start to every value; H + 1 means further than H."""
+    N = len(nxt)
+    dist = np.full((N, TOP), H + 1)
+    dist[np.arange(N), start] = 0
+    for h in range(H):
+        n, v = np.nonzero(dist == h)
+        reached = nxt[n, v]                                     # (number of frontier values, 4)
+        n = np.repeat(n, 4)
+        new = dist[n, reached.ravel()] > H
+        dist[n[new], reached.ravel()[new]] = h + 1
+        dist[:, 0] = H + 1
+    return dist
+
+
+def walk(nxt, policy, value, step, target, H, rng):
+    """Follow policy (N, H, TOP, 4) from value (N,) at step (N,) until the target or H: actions (N, H), -1 where idle."""
+    actions = np.full((len(nxt), H), -1)
+    value = value.copy()
+    for h in range(H):
+        n = np.nonzero((value != target) & (step <= h))[0]
+        p = policy[n, h, value[n]]
+        k = (rng.random((len(n), 1)) * p.sum(-1, keepdims=True) >= p.cumsum(-1)).sum(-1).clip(max=3)
+        actions[n, h], value[n] = k, nxt[n, value[n], k]
+    return actions
+
+
+class Calculator(Task):
+    name = "calculator"
+    phrases = ["from ", " reach ", " in at most ", " steps with ", " = "]
+
+    def __init__(self, H=8, min_steps=4):
+        if not 1 <= min_steps <= H <= 20:
+            raise Fail(f"calculator needs 1 <= --min_steps <= --H <= 20, not min_steps={min_steps} and H={H}")
+        self.H = self.max_steps = H
+        self.min_steps = min_steps
+        self.max_step_tokens = 6                                # 4 are enough: *2, =, 46, newline
+        self.max_new_tokens = 4 * H + 2
+
+    def draw(self, n, rng):
+        """The target is uniform over the values that some walk of at most H steps reaches and none of fewer than
+        min_steps: solvable by construction, and no easier targets more often, as the end of a random walk would give."""
+        ops = np.stack([rng.integers(1, 10, n), rng.integers(1, 10, n), rng.integers(2, 6, n), rng.integers(2, 6, n)], 1)
+        problems = [Problem(int(s), 0, tuple(map(int, o))) for s, o in zip(rng.integers(1, TOP, n), ops)]
+        far = distance(transitions(problems), np.array([p.start for p in problems]), self.H)
+        fits = (far >= self.min_steps) & (far <= self.H)
+        target = (rng.random(fits.shape) * fits).argmax(1)
+        return [Problem(p.start, int(t), p.ops) for p, t, f in zip(problems, target, fits) if f[t]]
+
+    def prompt(self, problem):
+        a, b, c, d = problem.ops
+        return f"from {problem.start} reach {problem.target} in at most {self.H} steps with +{a} -{b} *{c} /{d}\n"
+
+    def _walks(self, problems, directed, value, step, rng, chunk=4096):
+        """Walks from value (N,) at step (N,), uniform over legal operations; where `directed`, conditioned on success:
+        pi(k | v, h) = uniform(k | v) Q(v, h, k) / V(v, h), exact by dynamic programming."""
+        out = []
+        for i in range(0, len(problems), chunk):
+            s = slice(i, i + chunk)
+            nxt, target = transitions(problems[s]), np.array([p.target for p in problems[s]])
+            Q, V, policy = dp(nxt, target, self.H)
+            able = V[np.arange(len(nxt)), np.minimum(step[s], self.H), value[s]] > 0
+            policy = np.where((directed[s] & able)[:, None, None, None], policy * Q, policy)
+            out.append(walk(nxt, policy, value[s], step[s], target, self.H, rng))
+        return np.concatenate(out)
+
+    @staticmethod
+    def _lines(problem, actions, value):
+        lines = []
+        for k in actions[actions >= 0]:
+            x = problem.ops[k]
+            value = (value + x, value - x, value * x, value // x)[k]
+            lines.append(f"{'+-*/'[k]}{x} = {value}")
+        return lines
+
+    def demos(self, problems, directed, rng):
+        value, step = np.array([p.start for p in problems]), np.zeros(len(problems), int)
+        actions = self._walks(problems, rng.random(len(problems)) < directed, value, step, rng)
+        return ["\n".join(self._lines(p, a, p.start)) + END for p, a in zip(problems, actions)]
+
+    def judge(self, problem, response):
+        lines = self.steps(response)
+        if not response.endswith(END) or len(lines) > self.H:
+            return "illegal"
+        value = problem.start
+        for line in lines:
+            step = parse(line)
+            if step is None or (step[0], step[1]) not in zip("+-*/", problem.ops):
+                return "illegal"
+            sign, x, result = step
+            value = self._apply(sign, value, x)
+            if value != result or not 1 <= value < TOP:
+                return "illegal"
+        return "right" if value == problem.target else "planning"
+
+    def corrupt(self, problems, responses, rng):
+        lines = [[ln for ln in self.steps(r) if parse(ln)][:self.H] or ["+1 = 1"] for r in responses]
+        wrong = np.array([rng.integers(len(ln)) for ln in lines])
+        value = np.zeros(len(problems), int)
+        for i, (p, ln, w) in enumerate(zip(problems, lines, wrong)):
+            before = parse(ln[w - 1])[2] if w else p.start
+            sign, x, result = parse(ln[w])
+            if rng.random() < 0.5:                              # wrong arithmetic; half of it lands on the target
+                near = int(np.clip(result + rng.choice([-10, -2, -1, 1, 2, 10]), 1, TOP - 1))
+                result = p.target if result != p.target and rng.random() < 0.5 else near if near != result else result - 1
+            else:                                               # right arithmetic with an operation that is not offered
+                away = [k for k in range(1, 10) if k != x and 1 <= self._apply(sign, before, k) < TOP]
+                if away:
+                    x = int(rng.choice(away))
+                    result = self._apply(sign, before, x)
+                else:
+                    result = result - 1 if result > 1 else 2
+            lines[i] = ln[:w] + [f"{sign}{x} = {result}"]
+            value[i] = result
+        directed = rng.random(len(problems)) < 0.5              # go on, often to the target: still worth nothing
+        rest = self._walks(problems, directed, value, wrong + 1, rng)
+        return ["\n".join(ln + self._lines(p, a, v)) + END for p, ln, a, v in zip(problems, lines, rest, value)], wrong
+
+    @staticmethod
+    def _apply(sign, v, x):
+        """The result of an operation, 0 for an inexact division."""
+        return v + x if sign == "+" else v - x if sign == "-" else v * x if sign == "*" else 0 if v % x else v // x

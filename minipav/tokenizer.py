@@ -1,0 +1,55 @@
+"""tiktoken encodings: our own for the synthetic tasks, built offline, and `gpt2` by name for real text.
+
+The synthetic vocabulary is: all 256 bytes (so that no input is untokenizable), the integers 10-99, every operation
+such as *2, and the phrases of the task (" reach ", " = "), each one token. A newline is a token of its own: it is the
+step delimiter. <|endoftext|> and <|pad|> are special: ordinary text can never encode to them.
+"""
+import re
+
+import tiktoken
+import torch
+
+from minipav.utils import Fail
+
+END, PAD = "<|endoftext|>", "<|pad|>"
+
+
+def synthetic_encoding(phrases):
+    """The tiktoken.Encoding of a task whose prompts and lines are made of numbers, operations and `phrases`."""
+    words = [*phrases, *(f"{op}{d}" for op in "+-*/" for d in range(1, 10)), *(str(i) for i in range(10, 100))]
+    ranks = {bytes([b]): b for b in range(256)}
+    ranks.update((w.encode(), 256 + i) for i, w in enumerate(words))
+    longest_first = sorted(map(re.escape, phrases), key=len, reverse=True)
+    # tiktoken splits the text by this pattern first; a piece that is itself in the ranks is one token.
+    pattern = "|".join([*longest_first, r"[+\-*/][1-9](?!\d)", r"[1-9]\d", r"\n", r"[\s\S]"])
+    n = len(ranks)
+    return tiktoken.Encoding("minipav", pat_str=pattern, mergeable_ranks=ranks, special_tokens={END: n, PAD: n + 1})
+
+
+def text_encoding(name="gpt2"):
+    """A published encoding by name. tiktoken fetches it once; offline, point TIKTOKEN_CACHE_DIR at a filled cache."""
+    try:
+        return tiktoken.get_encoding(name)
+    except Exception as e:
+        raise Fail(f"encoding {name!r} is unknown or could not be fetched ({type(e).__name__}); offline, set "
+                   "TIKTOKEN_CACHE_DIR to a folder that holds tiktoken's files") from None
+
+
+def pad_token(enc):
+    """The padding token; an encoding without one pads with end-of-text (lengths are kept beside the tokens)."""
+    return enc._special_tokens.get(PAD, enc.eot_token)
+
+
+def encode_rows(enc, texts):
+    """Token rows (B, T) right-padded and their lengths (B,); END in a text becomes the end-of-text token."""
+    rows = enc.encode_batch(list(texts), allowed_special={END}, num_threads=2)
+    lengths = torch.tensor([len(r) for r in rows])
+    out = torch.full((len(rows), int(lengths.max())), pad_token(enc))
+    out[torch.arange(out.shape[1]) < lengths[:, None]] = torch.tensor([t for r in rows for t in r])
+    return out, lengths
+
+
+def decode_rows(enc, tokens, lengths):
+    """The texts of token rows (B, T), each cut at its length; END stays in the text."""
+    rows = [r[:n] for r, n in zip(tokens.tolist(), lengths.tolist())]
+    return enc.decode_batch(rows, errors="replace", num_threads=2)

@@ -1,0 +1,124 @@
+"""The verifier trainer: the ORM, Q^pi and Q^mu are the policy's trunk with a scalar head, fitted to soft labels.
+
+The network predicts Q, never A (App. D): A is a difference of two of its predictions, best-of-K a function of one. Every
+step end of a trace is supervised in one forward pass, by binary cross-entropy against its Monte-Carlo estimate, and no
+other position is. The ORM is the same network with the last place of each trace as its only label (section 2).
+"""
+import copy
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from minipav.advantage import Traces
+from minipav.utils import apply_step, make_optimizers, schedule
+
+
+def verifier_loss(model, tokens, ends, q, weight):
+    """Weighted binary cross-entropy at the places whose weight is positive. tokens (B, T); the rest (B, S + 1)."""
+    hidden = model.trunk(tokens)                                                # (B, T, C)
+    rows, places = (weight > 0).nonzero(as_tuple=True)
+    logits = model.head(hidden[rows, ends[rows, places]])[:, 0]
+    w = weight[rows, places]
+    return (w * F.binary_cross_entropy_with_logits(logits, q[rows, places], reduction="none")).sum() / w.sum()
+
+
+@torch.no_grad()
+def score(model, tokens, ends, batch_tokens=1 << 18):
+    """Q at every place: tokens (N, T), ends (N, S + 1) -> (N, S + 1) on the CPU, NaN where ends is -1.
+
+    Rows are scored longest first, in batches of at most batch_tokens tokens, each cut at its own longest row.
+    """
+    out = torch.full(ends.shape, float("nan"))
+    last = ends.max(1).values + 1
+    order, at = last.argsort(descending=True, stable=True), 0
+    while at < len(order):
+        T = int(last[order[at]])
+        rows = order[at:at + max(1, batch_tokens // T)]
+        place_rows, places = (ends[rows] >= 0).nonzero(as_tuple=True)
+        hidden = model.trunk(tokens[rows, :T].to(model.device))
+        value = model.head(hidden[place_rows, ends[rows][place_rows, places]]).sigmoid()
+        out[rows[place_rows], places] = value[:, 0].cpu()
+        at += len(rows)
+    return out
+
+
+def outcome_only(traces):
+    """The ORM's data: of each trace the last place alone, labelled with Rex."""
+    final = (traces.ends >= 0).sum(1, keepdim=True) - 1
+    n = torch.zeros_like(traces.n).scatter(1, final, 1) * (traces.n > 0)
+    return Traces(traces.problem, traces.tokens, traces.lengths, traces.ends, traces.q, n, traces.reward)
+
+
+def label_weights(traces, balance=False):
+    """Weight (N, S + 1) of each label in the loss. An estimate from many completions counts more than one outcome, but
+    not in proportion: labels of one trace are few views of one problem. balance: the two buckets Q < .5 and Q >= .5
+    weigh the same (section 4.2)."""
+    w = traces.n.float().sqrt()
+    if balance:
+        for bucket in (traces.q < 0.5, traces.q >= 0.5):
+            total = (w * bucket).sum()
+            w = torch.where(bucket & (total > 0), w / total * traces.n.count_nonzero() / 2, w)
+    return w
+
+
+@dataclass
+class Report:
+    """How well a verifier predicts on held-out problems."""
+    brier: float                    # mean squared error against the label
+    auc: float                      # chance that a place with the better outcome gets the higher score
+    loss: float                     # binary cross-entropy
+    steps: list                     # a (place, labels, mean predicted, mean label, Brier) row for each step index
+
+
+def auc(score_, label, weight):
+    """Weighted area under the ROC curve of 1-d tensors; each soft label counts as `label` positives and 1 - label
+    negatives, ties as one half."""
+    values, index = score_.unique(return_inverse=True)
+    pos = torch.zeros(len(values), dtype=torch.double).index_add(0, index, (weight * label).double())
+    neg = torch.zeros(len(values), dtype=torch.double).index_add(0, index, (weight * (1 - label)).double())
+    below = neg.cumsum(0) - neg
+    return float((pos * (below + neg / 2)).sum() / (pos.sum() * neg.sum()).clamp(min=1e-12))
+
+
+def evaluate(model, traces):
+    """Report of `model` on labelled traces of held-out problems."""
+    q_hat = score(model, traces.tokens, traces.ends).clamp(1e-6, 1 - 1e-6)
+    has, w = traces.n > 0, traces.n.float().sqrt()
+
+    def mean(x, m):
+        return float((x * w)[m].sum() / w[m].sum())
+    bce = F.binary_cross_entropy(q_hat.nan_to_num(0.5), traces.q, reduction="none")
+    error = (q_hat - traces.q) ** 2
+    steps = [(h, int(m.sum()), mean(q_hat, m), mean(traces.q, m), mean(error, m)) for h in range(has.shape[1])
+             if (m := has & (torch.arange(has.shape[1]) == h)).any()]
+    return Report(mean(error, has), auc(q_hat[has], traces.q[has], w[has]), mean(bce, has), steps)
+
+
+def train_verifier(init, train, held_out, *, steps, batch_size, lr_muon, lr_adamw, seed, log, balance=False, checks=6):
+    """Fit a verifier that starts from `init` (a policy, or another verifier) to `train`; the checkpoint with the lowest
+    cross-entropy on `held_out` (traces of other problems) is kept. Returns (model, Report).
+
+    log(step, steps, loss, held-out loss) is called at every step.
+    """
+    torch.manual_seed(seed)
+    model = init.as_verifier() if init.config.head == "lm" else copy.deepcopy(init)
+    optimizers, generator = make_optimizers(model, lr_muon, lr_adamw), torch.Generator().manual_seed(seed)
+    weights = label_weights(train, balance)
+    order, best, best_state = torch.empty(0, dtype=torch.long), None, None
+    for step in range(steps):
+        if len(order) < batch_size:                                             # a new pass over the data
+            order = torch.cat([order, torch.randperm(len(train), generator=generator)])
+        rows, order = order[:batch_size], order[batch_size:]
+        T = int(train.lengths[rows].max())
+        batch = train.tokens[rows, :T], train.ends[rows], train.q[rows], weights[rows]
+        loss = verifier_loss(model, *(x.to(model.device) for x in batch))
+        loss.backward()
+        apply_step(model, optimizers, schedule(step, steps))
+        if step + 1 == steps or (step + 1) % max(1, steps // checks) == 0 and step >= steps // 2:
+            report = evaluate(model, held_out)
+            if best is None or report.loss < best.loss:
+                best, best_state = report, copy.deepcopy(model.state_dict())
+        log(step + 1, steps, loss.item(), best.loss if best else float("nan"))
+    model.load_state_dict(best_state)
+    return model, best
