@@ -9,8 +9,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from minipav.sampler import sample
-from minipav.tokenizer import decode_rows, encode_rows, pad_token
-
+from minipav.tokenizer import decode_rows, encode_rows, join, pad_token
 
 # ---- equations ------------------------------------------------------------------------------------------------------
 
@@ -123,18 +122,6 @@ def newline(enc):
     return enc.encode_ordinary("\n")[0]
 
 
-def join(prefix, prefix_lengths, new, new_lengths, pad):
-    """Rows of prefix (N, P) with new (N, M) behind each one's own end. -> tokens (N, <= P + M), lengths (N,)"""
-    N, lengths = len(prefix), prefix_lengths + new_lengths
-    out = torch.full((N, int(max(prefix.shape[1], lengths.max()))), pad)
-    out[:, :prefix.shape[1]] = prefix
-    t = torch.arange(new.shape[1])
-    rows, cols = (t < new_lengths[:, None]).nonzero(as_tuple=True)
-    out[rows, prefix_lengths[rows] + cols] = new[rows, cols]
-    t = torch.arange(out.shape[1])
-    return out.masked_fill_(t >= lengths[:, None], pad)[:, :int(lengths.max())], lengths
-
-
 def label_with_outcome(task, enc, problems, which, tokens, lengths, prompt_lengths, since=None):
     """Traces of finished rollouts: a rollout's own outcome is an unbiased one-sample label for each of its prefixes.
 
@@ -195,15 +182,28 @@ def monte_carlo(mu, task, enc, problems, traces, wanted, n_mc, seed, **how):
     return Traces(traces.problem, traces.tokens, traces.lengths, traces.ends, q, n, traces.reward)
 
 
+def high_value_branches(pi, task, enc, problems, seeds, *, count, n_mc, seed, rng, **how):
+    """Where the values are: n_mc completions by pi of prefixes of the seeds that came out right, about `count` in all.
+
+    At a low success rate almost every seed says "wrong" at every place, and a verifier learns little from it. App. D
+    spends an initial budget on finding high-value states; the prefixes of right seeds are such states, and fresh
+    completions of them are unbiased labels. -> Traces (prefix-major), estimates (prefixes,)
+    """
+    right = (seeds.reward == 1).nonzero()[:, 0] if seeds.reward.any() else torch.arange(len(seeds))
+    rows, places = (seeds.ends[right, 1:] >= 0).nonzero(as_tuple=True)          # every place but the last one
+    some = torch.from_numpy(rng.permutation(len(rows))[:max(1, count // n_mc)])
+    branches = complete(pi, task, enc, problems, seeds, right[rows[some]], places[some], n_mc, seed, **how)
+    return branches, branches.reward.view(-1, n_mc).mean(1)
+
+
 def first_pit_data(mu, task, enc, problems, traces, *, n_probe, n_mc, threshold, seed, **how):
-    """App. D: probe every prefix of the wrong traces with n_probe completions, find first pits, estimate the prefixes up
-    to the pit again with n_mc. -> Traces of the rows that have a pit, labelled up to it."""
-    wrong = traces[traces.reward == 0]
-    probed = monte_carlo(mu, task, enc, problems, wrong, wrong.ends >= 0, n_probe, seed, **how)
+    """App. D: probe every prefix of these wrong traces with n_probe completions, find the first pits, estimate the
+    prefixes up to the pit again with n_mc. -> Traces of the rows that have a pit, labelled up to it."""
+    probed = monte_carlo(mu, task, enc, problems, traces, traces.ends >= 0, n_probe, seed, **how)
     pit = first_pit(probed.q.masked_fill(probed.n == 0, float("nan")), probed.reward, threshold)
     rows = (pit >= 0).nonzero()[:, 0]
-    upto = torch.arange(wrong.ends.shape[1]) <= pit[rows, None]
-    again = monte_carlo(mu, task, enc, problems, wrong[rows], upto, n_mc, seed + 1, **how)
+    upto = torch.arange(traces.ends.shape[1]) <= pit[rows, None]
+    again = monte_carlo(mu, task, enc, problems, traces[rows], upto, n_mc, seed + 1, **how)
     again.n[~upto] = 0
     return again
 

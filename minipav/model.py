@@ -55,19 +55,11 @@ class KVCache:
         self.k[layer][rows, pos] = k
         self.v[layer][rows, pos] = v
 
-    def select(self, index, slots=None):
-        """A cache whose row i is a copy of row index[i], with room for `slots` positions (default: as many as now)."""
+    def __getitem__(self, rows):
+        """A slice of rows is a view: what is written to it is written here. An index tensor makes a copy."""
         new = object.__new__(KVCache)
-        new.k, new.v = [self._copy(t, index, slots) for t in self.k], [self._copy(t, index, slots) for t in self.v]
+        new.k, new.v = [t[rows] for t in self.k], [t[rows] for t in self.v]
         return new
-
-    @staticmethod
-    def _copy(t, index, slots):
-        if slots is None:
-            return t[index]
-        out = t.new_zeros((len(index), slots, *t.shape[2:]))
-        out[:, :t.shape[1]] = t[index]
-        return out
 
 
 def rope_tables(config, device=None):

@@ -171,6 +171,22 @@ def write_report(runs, out, title, facts):
     return text, summary
 
 
+def finish(run, title):
+    """The report of one finished run, on disk and on the screen."""
+    facts = {**run.facts(), **run.read("facts.json")}
+    text, s = write_report([Curves(run.out / "eval.safetensors")], run.out, title, facts)
+    logs = "".join((run.out / f"{stage}.log.csv").read_text() for stage in run.stages)
+    write_whole(run.out / "log.csv", lambda p: p.write_text("model,step,loss,held_out_loss\n" + logs))
+    print(f"\n{text}\n\n{(run.out / 'example.txt').read_text()}\n"
+          f"base policy: {s['base_sampled']:.1%} sampled, {s['base_greedy']:.1%} greedy; "
+          f"{s['planning_failure_share']:.1%} of its failures are planning failures")
+    for name in ("pav_minus_orm_points", "token_ratio_to_match_best_orm"):
+        print(f"{name}: {json.dumps(s[name])}")
+    print(f"\n{s['minutes']:.1f} minutes, {s['peak_memory_gb']:.1f} GB; in {run.out}: table.txt, accuracy.png, curves.csv, "
+          f"summary.json, example.txt, log.csv\n"
+          f"next: other seeds, then python -m minipav.report {run.out} ... --out DIR for their mean")
+
+
 def mean_of(values):
     """{"mean", "lo", "hi"} over seeds: the mean, the lowest and the highest."""
     return {"mean": round(float(np.mean(values)), 4), "lo": min(values), "hi": max(values)}
@@ -187,19 +203,19 @@ def main():
     except (OSError, ValueError) as e:
         raise Fail(f"no summary of a finished run: {e}") from None
     curves = [Curves(r / "eval.safetensors") for r in args.runs]
-    same = {json.dumps({k: v for k, v in s["config"].items() if k not in ("seed", "out")}) for s in each}
+    same = {json.dumps({k: v for k, v in s["config"].items() if k != "seed"}) for s in each}
     if len(same) > 1:
         raise Fail("these runs differ in more than their seed: their numbers cannot be averaged")
     facts = {"command": [s["command"] for s in each], "commit": sorted({s["commit"] for s in each}),
              "hardware": each[0]["hardware"], "seeds": [s["config"]["seed"] for s in each],
-             "test_problems": sum(c.P for c in curves), "config": {k: v for k, v in each[0]["config"].items() if k not in ("seed", "out")}}
+             "test_problems": sum(c.P for c in curves), "config": {k: v for k, v in each[0]["config"].items() if k != "seed"}}
     for key in ("minutes", "peak_memory_gb", "base_sampled", "base_greedy", "planning_failure_share"):
         facts[key] = mean_of([s[key] for s in each])
     text, _ = write_report(curves, args.out, f"{each[0]['config']['task']}: mean of {len(each)} seeds", facts)
     for r, s in zip(args.runs, each):
         seed = s["config"]["seed"]
         for name in ("curves.csv", "eval.safetensors", "log.csv", "summary.json"):
-            write_whole(args.out / f"seed{seed}.{name}", lambda p: p.write_bytes((r / name).read_bytes()))
+            write_whole(args.out / f"seed{seed}.{name}", lambda p, source=r / name: p.write_bytes(source.read_bytes()))
     print(text)
     print(f"\nwritten to {args.out}: table.txt, curves.csv, accuracy.png, summary.json and the files of each seed")
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from minipav.model import KVCache
+from minipav.utils import pass_tokens
 
 TOO_LONG = -1                       # Samples.reason of a row that met no stop token
 
@@ -42,7 +43,7 @@ def choose(logits, u, temperature=1.0, top_k=None, top_p=None):
     if top_k is None and top_p is None:
         cdf = probs.cumsum(-1)
         return torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=probs.shape[1] - 1)
-    probs, order = probs.sort(-1, descending=True, stable=True)
+    probs, order = probs.sort(dim=-1, descending=True, stable=True)
     if top_k is not None:
         probs[:, top_k:] = 0
     if top_p is not None:
@@ -96,24 +97,37 @@ def sample(model, prompts, prompt_lengths, n=1, *, max_new_tokens, stop, seed=0,
 
 def _chunk(model, prompts, lengths, copies, u, max_new, stop, how, pad, compact):
     """Rows that are decoded together: row r continues prompt copies[r]."""
-    R, device = len(copies), prompts.device
+    cache = KVCache(model.config, len(prompts), prompts.shape[1] + max_new - 1, prompts.device, model.embed.weight.dtype)
+    hidden = prefill(model, cache, prompts, lengths)
+    return decode(model, cache[copies], hidden[copies], lengths[copies], u, max_new, stop, how, pad, compact)
+
+
+@torch.no_grad()
+def prefill(model, cache, prompts, lengths):
+    """Write prompts (P, T), right-padded, into the cache. -> hidden state (P, C) of each one's last token."""
+    last = []
+    for i in range(0, len(prompts), step := max(1, pass_tokens(prompts.device) // prompts.shape[1])):
+        hidden = model.trunk(prompts[i:i + step], cache[i:i + step])            # (prompts, T, C)
+        last.append(hidden[torch.arange(len(hidden), device=prompts.device), lengths[i:i + step] - 1])
+    return torch.cat(last)
+
+
+@torch.no_grad()
+def decode(model, cache, hidden, pos, u, max_new, stop, how, pad=0, compact=False):
+    """Sample up to max_new tokens behind rows whose last token has the hidden state `hidden` (R, C) and whose next one
+    stands at `pos` (R,); u (R, max_new). -> tokens (R, max_new), lengths (R,), log-probabilities (R, max_new), reason (R,).
+    Without compaction the cache then holds every new token but the last one of each row."""
+    R, device = len(pos), pos.device
     tokens = torch.full((R, max_new), pad, device=device)
     logprobs = torch.zeros(R, max_new, device=device)
     count = torch.zeros(R, dtype=torch.long, device=device)
     reason = torch.full((R,), TOO_LONG, device=device)
-
-    cache = KVCache(model.config, len(prompts), prompts.shape[1], device, model.embed.weight.dtype)
-    hidden = model.trunk(prompts, cache)                                        # (prompts, P, C): prefill, once
-    hidden = hidden[torch.arange(len(prompts), device=device), lengths - 1]
-    logits = model.head(hidden)[copies]                                         # (R, V)
-    if max_new > 1:
-        cache = cache.select(copies, prompts.shape[1] + max_new - 1)
-    pos, row = lengths[copies], torch.arange(R, device=device)                  # slot of the next token; its output row
-    alive = torch.ones(R, dtype=torch.bool, device=device)
-    longest = int(lengths.max())
+    row, alive = torch.arange(R, device=device), torch.ones(R, dtype=torch.bool, device=device)
+    longest = int(pos.max())
     every = 1 if device.type == "cpu" else 4                                    # asking who is alive waits for the GPU
 
     for t in range(max_new):
+        logits = model.head(hidden)                                             # (rows, V)
         token = choose(logits, u[row, min(t, u.shape[1] - 1)], **how)           # (rows,)
         chosen = logits.float().log_softmax(-1).gather(1, token[:, None])[:, 0]
         tokens[row, t] = torch.where(alive, token, pad)
@@ -130,8 +144,7 @@ def _chunk(model, prompts, lengths, copies, u, max_new, stop, how, pad, compact)
                 break
             if compact and living < 0.8 * len(row):                             # dead rows leave the batch
                 keep = alive.nonzero()[:, 0]
-                cache, token, pos, row, alive = cache.select(keep), token[keep], pos[keep], row[keep], alive[keep]
+                cache, token, pos, row, alive = cache[keep], token[keep], pos[keep], row[keep], alive[keep]
         hidden = model.trunk(token[:, None], cache, pos[:, None], span=longest + t + 1)[:, 0]
-        logits = model.head(hidden)
         pos = pos + 1
     return tokens, count, logprobs, reason

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from minipav.advantage import effective_reward, join, newline, q_best_of_k
-from minipav.sampler import sample
+from minipav.advantage import effective_reward, newline, q_best_of_k
+from minipav.model import KVCache
+from minipav.sampler import decode, prefill
 from minipav.tokenizer import decode_rows, encode_rows, pad_token
-from minipav.verifier import score
+from minipav.verifier import Values
 
 
 def best_of_n(scores, reward, N):
@@ -65,89 +66,113 @@ class BeamResult:
 
 
 @torch.no_grad()
-def beam_search(policy, q_pi_model, task, enc, problems, *, width, alpha, K=None, q_mu_model=None, C=3, seed=0,
+def beam_search(policy, q_pi_model, task, enc, problems, *, width, alpha, K=1, q_mu_model=None, C=3, seed=0,
                 max_tokens_in_flight=1 << 18):
-    """Step-level beam search with the effective reward Q^pi + alpha A^mu (section 4.1), all problems in one batch.
+    """Step-level beam search with the effective reward Q^pi + alpha A^mu (section 4.1). -> BeamResult
 
     The prover mu is best-of-K of pi in closed form (Eq. 30), or has a verifier of its own, q_mu_model. alpha = 0 is the
     beam by Q^pi. Each step samples C next steps for every prefix of the beam (width * C at the first level), drops
     duplicates, scores, and keeps the best `width` of each problem. A finished trace stays with its score frozen. The
-    answer is the finished trace with the highest Q^pi.
+    answer is the finished trace with the highest Q^pi. All problems are searched in one batch, or in as few as keep
+    rows x slots of the KV buffers within max_tokens_in_flight. Raises ValueError if width or C < 1 or alpha < 0.
     """
     if width < 1 or C < 1 or alpha < 0:
         raise ValueError(f"beam search needs width >= 1, C >= 1 and alpha >= 0, not {width}, {C}, {alpha}")
-    P, pad, delimiters = len(problems), pad_token(enc), [newline(enc), enc.eot_token]
-    tokens, lengths = encode_rows(enc, [task.prompt(p) for p in problems])
-    spent = torch.zeros(P, dtype=torch.long)
+    texts = [task.prompt(p) for p in problems]
+    prompts, lengths = encode_rows(enc, texts)
+    u = torch.rand(task.max_steps, len(problems), width * C, task.max_step_tokens,
+                   generator=torch.Generator().manual_seed(seed))               # one number for each token that may come
+    slots = prompts.shape[1] + task.max_steps * task.max_step_tokens
+    batch = max(1, max_tokens_in_flight // (slots * width * C))
+    responses, reward = [""] * len(problems), torch.zeros(len(problems))
+    solved, spent = torch.zeros(len(problems)), []
+    for i in range(0, len(problems), batch):
+        rows = slice(i, i + batch)
+        finished, tokens = _search(policy, (q_pi_model, q_mu_model), task, enc, prompts[rows], lengths[rows], u[:, rows],
+                                   slots, width, alpha, K, C)
+        spent.append(tokens)
+        best = set(_top(finished["q_pi"], finished["owner"], 1).tolist())
+        for r, text in enumerate(decode_rows(enc, finished["tokens"], finished["lengths"])):
+            p = i + int(finished["owner"][r])
+            text = text.removeprefix(texts[p])
+            right = float(task.outcome(problems[p], text))
+            solved[p] = max(solved[p], right)
+            if r in best:
+                responses[p], reward[p] = text, right
+    return BeamResult(reward, solved, torch.cat(spent), responses)
 
-    def values(tokens, lengths):
-        """Q^pi and Q^mu (rows,) at the last token of each row."""
-        q_pi = score(q_pi_model, tokens, lengths[:, None] - 1)[:, 0]
-        if q_mu_model is not None:
-            return q_pi, score(q_mu_model, tokens, lengths[:, None] - 1)[:, 0]
-        return q_pi, q_pi if K is None else q_best_of_k(q_pi, K)
 
-    owner = torch.arange(P)                                                     # the problem of each row
-    q_pi, q_mu = values(tokens, lengths)                                        # V(x) of both
-    effective, done = torch.full((P,), -1.0), torch.zeros(P, dtype=torch.bool)
+def _search(policy, verifiers, task, enc, prompts, lengths, u, slots, width, alpha, K, C):
+    """The search of one batch. -> the finished traces of the last beams (a dict of tensors), tokens spent (P,)."""
+    P, device = len(prompts), policy.device
+    prompts, lengths, u = prompts.to(device), lengths.to(device), u.to(device)
+    stop = torch.tensor([newline(enc), enc.eot_token], device=device)
+    cache = KVCache(policy.config, P, slots, device, policy.embed.weight.dtype)
+    hidden = prefill(policy, cache, prompts, lengths)                           # (P, C)
+    values = [v and Values(v, prompts, lengths, slots) for v in verifiers]      # of the prompts: V(x)
+
+    def q_mu(values):
+        return values[1].q if values[1] else q_best_of_k(values[0].q, K)
+    live = {"tokens": torch.nn.functional.pad(prompts, (0, slots - prompts.shape[1]), value=pad_token(enc)), "lengths": lengths,
+            "owner": torch.arange(P, device=device)}                            # rows are ordered by owner throughout
+    finished = {k: v[:0] for k, v in live.items()} | {"q_pi": values[0].q[:0], "score": values[0].q[:0]}
+    spent = torch.zeros(P, dtype=torch.long, device=device)
     for level in range(task.max_steps):
-        live = (~done).nonzero()[:, 0]
-        if len(live) == 0:
+        rows = torch.arange(len(live["owner"]), device=device)
+        if len(rows) == 0:
             break
-        n = C * width if level == 0 else C
-        new = sample(policy, tokens[live], lengths[live], n, max_new_tokens=task.max_step_tokens, stop=delimiters,
-                     seed=seed + level, pad=pad, max_tokens_in_flight=max_tokens_in_flight)
-        parent = live.repeat_interleave(n)
-        spent.index_add_(0, owner[parent], new.lengths)
-        parent, new_tokens, new_lengths, reason = _distinct(parent, new)
-        child_tokens, child_lengths = join(tokens[parent], lengths[parent], new_tokens, new_lengths, pad)
-        child_pi, child_mu = values(child_tokens, child_lengths)
-        child_score = effective_reward(child_pi, child_mu - q_mu[parent], alpha)            # Eq. 5, Eq. 2
-        ended = reason == enc.eot_token
-        rows = done.nonzero()[:, 0]                                             # finished traces stay in the running
-        kept, kept_lengths = tokens[rows], lengths[rows]
-        width_t = max(kept.shape[1], child_tokens.shape[1])
-        tokens = torch.cat([_pad_to(kept, width_t, pad), _pad_to(child_tokens, width_t, pad)])
-        lengths = torch.cat([kept_lengths, child_lengths])
-        owner = torch.cat([owner[rows], owner[parent]])
-        q_pi, q_mu = torch.cat([q_pi[rows], child_pi]), torch.cat([q_mu[rows], child_mu])
-        effective, done = torch.cat([effective[rows], child_score]), torch.cat([done[rows], ended])
-        keep = _top(effective, owner, width)
-        tokens, lengths, owner, q_pi, q_mu, effective, done = (
-            x[keep] for x in (tokens, lengths, owner, q_pi, q_mu, effective, done))
+        n = width * C if level == 0 else C
+        parent = rows.repeat_interleave(n)
+        rank = rows - torch.searchsorted(live["owner"], live["owner"])          # place in the beam of its problem
+        draw = u[level, live["owner"][parent], (C * rank[:, None] + torch.arange(n, device=device)).flatten()]
+        grown = cache[parent]
+        new, count, _, reason = decode(policy, grown, hidden[parent], live["lengths"][parent], draw, task.max_step_tokens,
+                                       stop, {}, pad_token(enc))
+        spent.index_add_(0, live["owner"][parent], count)
 
-    answers = torch.where(done, q_pi, -1.0)
-    pick = _top(answers, owner, 1)
-    texts = decode_rows(enc, tokens, lengths)
-    prompts = [task.prompt(p) for p in problems]
-    responses, reward, solved = [""] * P, torch.zeros(P), torch.zeros(P)
-    right = torch.tensor([task.outcome(problems[i], t.removeprefix(prompts[i])) for i, t in zip(owner.tolist(), texts)])
-    solved.scatter_reduce_(0, owner, right.float(), "amax")
-    for r in pick[done[pick]].tolist():
-        i = int(owner[r])
-        responses[i], reward[i] = texts[r].removeprefix(prompts[i]), float(right[r])
-    return BeamResult(reward, solved, spent, responses)
+        kept = _distinct(parent, new, reason)
+        parent, new, count = parent[kept], new[kept], count[kept]
+        children = [v and v.children(parent, new, count) for v in values]
+        adv_mu = q_mu(children) - q_mu(values)[parent]                          # Eq. 2
+        child = {"tokens": _append(live["tokens"][parent], live["lengths"][parent], new, count),
+                 "lengths": live["lengths"][parent] + count, "owner": live["owner"][parent], "q_pi": children[0].q,
+                 "score": effective_reward(children[0].q, adv_mu, alpha)}       # Eq. 5
+        ended = reason[kept] == enc.eot_token
+
+        both = {k: torch.cat([finished[k], child[k]]) for k in finished}        # finished traces stay in the running
+        top = _top(both["score"], both["owner"], width)
+        is_live = torch.cat([torch.zeros(len(finished["owner"]), dtype=torch.bool, device=device), ~ended])[top]
+        rows = top[is_live] - len(finished["owner"])
+        finished = {k: v[top[~is_live]] for k, v in both.items()}
+        live = {k: child[k][rows] for k in live}
+        cache, values = grown[kept[rows]], [v and v[rows] for v in children]
+        last = live["lengths"][:, None] - 1                                     # the delimiter has not been read yet
+        if len(rows):
+            hidden = policy.trunk(live["tokens"].gather(1, last), cache, last, span=int(last.max()) + 1)[:, 0]
+    return {k: v.cpu() for k, v in finished.items()}, spent.cpu()
 
 
-def _pad_to(tokens, width, pad):
-    return torch.nn.functional.pad(tokens, (0, width - tokens.shape[1]), value=pad)
+def _append(tokens, lengths, new, count):
+    """tokens (N, S) with the first count (N,) of new (N, T) written at lengths (N,)."""
+    row, t = (torch.arange(new.shape[1], device=new.device) < count[:, None]).nonzero(as_tuple=True)
+    tokens[row, lengths[row] + t] = new[row, t]
+    return tokens
 
 
-def _distinct(parent, new):
-    """The children without duplicates (same parent, same step) and without steps that never ended."""
-    salt = torch.randint(-2**62, 2**62, (new.tokens.shape[1] + 1,), generator=torch.Generator().manual_seed(0))
-    key = (torch.cat([parent[:, None], new.tokens + 1], 1) * salt).sum(1)       # a 64-bit hash of the row
+def _distinct(parent, new, reason):
+    """Indices of the children without duplicates (same parent, same step) and without steps that never ended."""
+    salt = torch.randint(-2**62, 2**62, (new.shape[1] + 1,), generator=torch.Generator().manual_seed(0)).to(new.device)
+    key = (torch.cat([parent[:, None], new + 1], 1) * salt).sum(1)              # a 64-bit hash of the row
     order = key.argsort(stable=True)
-    first = torch.ones(len(key), dtype=torch.bool)
+    first = torch.ones(len(key), dtype=torch.bool, device=new.device)
     first[order[1:]] = key[order].diff() != 0
-    rows = (first & (new.reason >= 0)).nonzero()[:, 0]
-    return parent[rows], new.tokens[rows], new.lengths[rows], new.reason[rows]
+    return (first & (reason >= 0)).nonzero()[:, 0]
 
 
 def _top(value, owner, k):
-    """Row indices of the k highest values of each owner, in order of owner and then value."""
+    """Row indices of the k highest values of each owner, ordered by owner and then by value."""
     order = value.argsort(descending=True, stable=True)
     order = order[owner[order].argsort(stable=True)]
     o = owner[order]
-    rank = torch.arange(len(o)) - torch.searchsorted(o, o)                      # place within the owner's run
+    rank = torch.arange(len(o), device=o.device) - torch.searchsorted(o, o)     # place within the owner's run
     return order[rank < k]

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from minipav.tokenizer import encode_rows
+from minipav.tokenizer import encode_rows, join, pad_token
 from minipav.utils import apply_step, derive_seed, make_optimizers, schedule
 
 
@@ -27,9 +27,9 @@ def train_policy(model, enc, task, directed, *, steps, batch_size, lr_muon, lr_a
     for step in range(steps):
         if step % ahead == 0:
             problems = task.problems("train", batch_size * ahead, derive_seed(seed, "sft problems", step))
-            prompts = [task.prompt(p) for p in problems]
-            rows, lengths = encode_rows(enc, [p + d for p, d in zip(prompts, task.demos(problems, directed, rng))])
-            data = rows, lengths, encode_rows(enc, prompts)[1]
+            prompts, prompt_lengths = encode_rows(enc, [task.prompt(p) for p in problems])
+            demos, demo_lengths = encode_rows(enc, task.demos(problems, directed, rng))
+            data = (*join(prompts, prompt_lengths, demos, demo_lengths, pad_token(enc)), prompt_lengths)
         at = slice(step % ahead * batch_size, (step % ahead + 1) * batch_size)
         tokens, lengths, prompt_lengths = (x[at].to(model.device) for x in data)
         loss = sft_loss(model, tokens[:, :int(lengths.max())], lengths, prompt_lengths)

@@ -42,7 +42,7 @@ def pad_token(enc):
 
 def encode_rows(enc, texts):
     """Token rows (B, T) right-padded and their lengths (B,); END in a text becomes the end-of-text token."""
-    rows = enc.encode_batch(list(texts), allowed_special={END}, num_threads=2)
+    rows = [enc.encode(t, allowed_special={END}, disallowed_special=()) for t in texts]     # its threads cost more
     lengths = torch.tensor([len(r) for r in rows])
     out = torch.full((len(rows), int(lengths.max())), pad_token(enc))
     out[torch.arange(out.shape[1]) < lengths[:, None]] = torch.tensor([t for r in rows for t in r])
@@ -52,4 +52,16 @@ def encode_rows(enc, texts):
 def decode_rows(enc, tokens, lengths):
     """The texts of token rows (B, T), each cut at its length; END stays in the text."""
     rows = [r[:n] for r, n in zip(tokens.tolist(), lengths.tolist())]
-    return enc.decode_batch(rows, errors="replace", num_threads=2)
+    return [enc.decode(r) for r in rows]
+
+
+def join(prefix, prefix_lengths, new, new_lengths, pad):
+    """Rows of prefix (N, P) with new (N, M) behind each one's own end. -> tokens (N, <= P + M), lengths (N,)"""
+    N, lengths = len(prefix), prefix_lengths + new_lengths
+    out = torch.full((N, int(max(prefix.shape[1], lengths.max()))), pad)
+    out[:, :prefix.shape[1]] = prefix
+    t = torch.arange(new.shape[1])
+    rows, cols = (t < new_lengths[:, None]).nonzero(as_tuple=True)
+    out[rows, prefix_lengths[rows] + cols] = new[rows, cols]
+    t = torch.arange(out.shape[1])
+    return out.masked_fill_(t >= lengths[:, None], pad)[:, :int(lengths.max())], lengths

@@ -63,6 +63,11 @@ def tune_process():
             pass
 
 
+def pass_tokens(device):
+    """Tokens in one forward pass without gradients: on a CPU few enough for its caches (1.7 times faster than 2^18)."""
+    return 1 << 13 if torch.device(device).type == "cpu" else 1 << 19
+
+
 def derive_seed(seed, *names):
     """A seed of its own for each named use of randomness: stages can be re-run one by one with the same result."""
     return zlib.crc32(repr((seed, *names)).encode())
@@ -96,7 +101,13 @@ def apply_step(model, optimizers, factor):
         opt.zero_grad(set_to_none=True)
 
 
+class Bar(tqdm):
+    def to(self, n):
+        """Move to n of the total."""
+        self.update(n - self.n)
+
+
 def progress(name, total, unit="it"):
     """A tqdm bar with a fixed-width name; in a log file a line every half minute."""
-    return tqdm(total=total, desc=f"  {name:<24}", unit=unit, mininterval=0.5 if sys.stderr.isatty() else 30,
+    return Bar(total=total, desc=f"  {name:<24}", unit=unit, mininterval=0.5 if sys.stderr.isatty() else 30,
                 bar_format="{desc} {percentage:3.0f}% {n_fmt:>7}/{total_fmt} [{elapsed}<{remaining}{postfix}]")

@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from minipav.advantage import Traces
-from minipav.utils import apply_step, make_optimizers, schedule
+from minipav.model import KVCache
+from minipav.sampler import prefill
+from minipav.utils import apply_step, make_optimizers, pass_tokens, schedule
 
 
 def verifier_loss(model, tokens, ends, q, weight):
@@ -24,11 +26,12 @@ def verifier_loss(model, tokens, ends, q, weight):
 
 
 @torch.no_grad()
-def score(model, tokens, ends, batch_tokens=1 << 18):
+def score(model, tokens, ends, batch_tokens=None):
     """Q at every place: tokens (N, T), ends (N, S + 1) -> (N, S + 1) on the CPU, NaN where ends is -1.
 
     Rows are scored longest first, in batches of at most batch_tokens tokens, each cut at its own longest row.
     """
+    batch_tokens = batch_tokens or pass_tokens(model.device)
     out = torch.full(ends.shape, float("nan"))
     last = ends.max(1).values + 1
     order, at = last.argsort(descending=True, stable=True), 0
@@ -41,6 +44,37 @@ def score(model, tokens, ends, batch_tokens=1 << 18):
         out[rows[place_rows], places] = value[:, 0].cpu()
         at += len(rows)
     return out
+
+
+class Values:
+    """Q of rows that grow: the verifier's KV cache is kept, so a step costs its new tokens only.
+
+    self.q (N,) is the value at the last token of each row. Equal to `score` of the whole rows up to rounding.
+    """
+
+    def __init__(self, model, tokens, lengths, slots):
+        self.model, self.lengths = model, lengths
+        self.cache = KVCache(model.config, len(tokens), slots, tokens.device, model.embed.weight.dtype)
+        self.q = self._value(prefill(model, self.cache, tokens, lengths))
+
+    def _value(self, hidden):
+        return self.model.head(hidden)[:, 0].sigmoid()
+
+    @torch.no_grad()
+    def children(self, parent, new, new_lengths):
+        """Values of the rows `parent` (N,) with new (N, T), right-padded, behind them."""
+        child = self[parent]
+        pos = child.lengths[:, None] + torch.arange(new.shape[1], device=new.device)
+        hidden = self.model.trunk(new, child.cache, pos, span=int(pos.max()) + 1)
+        child.q = self._value(hidden[torch.arange(len(new), device=new.device), new_lengths - 1])
+        child.lengths = child.lengths + new_lengths
+        return child
+
+    def __getitem__(self, rows):
+        """The values of the rows with these indices (a copy)."""
+        some = copy.copy(self)
+        some.cache, some.q, some.lengths = self.cache[rows], self.q[rows], self.lengths[rows]
+        return some
 
 
 def outcome_only(traces):

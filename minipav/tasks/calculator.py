@@ -1,6 +1,6 @@
 r"""Calculator: reach a target from a start in at most H steps with the four operations that the prompt offers.
 
-    from 23 reach 71 in at most 8 steps with +7 -4 *2 /3        <- prompt
+    from 23 reach 71 in at most 6 steps with +7 -4 *2 /3        <- prompt
     *2 = 46                                                     <- a step: one operation and its result
     +7 = 53
     ...
@@ -10,7 +10,7 @@ Values are integers 1..99, division must be exact. Problems are arrays of 100 st
 the paper has an exact value by dynamic programming: `dp` is the oracle of the tests.
 """
 import re
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -28,7 +28,7 @@ class Problem(NamedTuple):
     ops: tuple                                                  # operands (a, b, c, d) of +a -b *c /d
 
 
-@lru_cache(maxsize=None)
+@cache
 def parse(line):
     """(sign, operand, result) of a line such as '*2 = 46', or None if it is malformed."""
     m = re.fullmatch(r"([+\-*/])([1-9]) = ([1-9][0-9]?)", line, flags=re.ASCII)
@@ -50,20 +50,19 @@ def dp(nxt, target, H, policy=None):
 
     policy (H, TOP, 4) or (N, H, TOP, 4): the chance of each operation at each step and value; None is uniform over the
     legal ones. Returns Q (N, H, TOP, 4), the chance of a right answer after taking an operation at step h (Eq. 1; 0 for
-    an illegal one), V (N, H + 1, TOP), and the policy. A walk stops right when it reaches the target.
+    an illegal one), and V (N, H + 1, TOP). A walk stops right when it reaches the target.
     """
     N = len(nxt)
     if policy is None:
-        policy = np.broadcast_to((nxt > 0) / np.maximum((nxt > 0).sum(-1, keepdims=True), 1), (N, TOP, 4))
-        policy = np.broadcast_to(policy[:, None], (N, H, TOP, 4))
+        policy = ((nxt > 0) / np.maximum((nxt > 0).sum(-1, keepdims=True), 1)).astype(np.float32)[:, None]
     policy = np.broadcast_to(policy, (N, H, TOP, 4))
     Q, V = np.zeros((N, H, TOP, 4), np.float32), np.zeros((N, H + 1, TOP), np.float32)
-    V[np.arange(N), :, target] = 1
+    V[np.arange(N), :, target] = 1                              # and V at the value 0, "illegal", stays 0
     for h in reversed(range(H)):
-        Q[:, h] = np.take_along_axis(V[:, h + 1], nxt.reshape(N, -1), 1).reshape(nxt.shape) * (nxt > 0)
-        V[:, h] = (policy[:, h] * Q[:, h]).sum(-1)
+        Q[:, h] = np.take_along_axis(V[:, h + 1], nxt.reshape(N, -1), 1).reshape(nxt.shape)
+        V[:, h] = np.einsum("nvk,nvk->nv", policy[:, h], Q[:, h])
         V[np.arange(N), h, target] = 1
-    return Q, V, policy
+    return Q, V
 
 
 def distance(nxt, start, H):
@@ -81,13 +80,15 @@ def distance(nxt, start, H):
     return dist
 
 
-def walk(nxt, policy, value, step, target, H, rng):
-    """Follow policy (N, H, TOP, 4) from value (N,) at step (N,) until the target or H: actions (N, H), -1 where idle."""
-    actions = np.full((len(nxt), H), -1)
-    value = value.copy()
+def walk(nxt, Q, directed, value, step, target, H, rng):
+    """Walks from value (N,) at step (N,) until the target or H: actions (N, H), -1 where idle. Uniform over the legal
+    operations; where `directed` (N,), conditioned on success: pi(k | v, h) = uniform(k | v) Q(v, h, k) / V(v, h)."""
+    actions, value = np.full((len(nxt), H), -1), value.copy()
     for h in range(H):
         n = np.nonzero((value != target) & (step <= h))[0]
-        p = policy[n, h, value[n]]
+        p = (nxt[n, value[n]] > 0).astype(np.float32)
+        q = Q[n, h, value[n]]
+        p = np.where((directed[n] & (q.sum(1) > 0))[:, None], q, p)
         k = (rng.random((len(n), 1)) * p.sum(-1, keepdims=True) >= p.cumsum(-1)).sum(-1).clip(max=3)
         actions[n, h], value[n] = k, nxt[n, value[n], k]
     return actions
@@ -95,15 +96,16 @@ def walk(nxt, policy, value, step, target, H, rng):
 
 class Calculator(Task):
     name = "calculator"
-    phrases = ["from ", " reach ", " in at most ", " steps with ", " = "]
+    phrases = ["from ", " reach ", " in at most ", " steps with ", *(f"{op}{d} = " for op in "+-*/" for d in range(1, 10)),
+               *(f" {op}{d}" for op in "-*/" for d in range(1, 10))]
 
-    def __init__(self, H=8, min_steps=4):
+    def __init__(self, H=6, min_steps=4):
         if not 1 <= min_steps <= H <= 20:
             raise Fail(f"calculator needs 1 <= --min_steps <= --H <= 20, not min_steps={min_steps} and H={H}")
         self.H = self.max_steps = H
         self.min_steps = min_steps
-        self.max_step_tokens = 6                                # 4 are enough: *2, =, 46, newline
-        self.max_new_tokens = 4 * H + 2
+        self.max_step_tokens = 5                                # 3 are enough: "*2 = ", "46", newline
+        self.max_new_tokens = 3 * H + 2
 
     def draw(self, n, rng):
         """The target is uniform over the values that some walk of at most H steps reaches and none of fewer than
@@ -119,17 +121,13 @@ class Calculator(Task):
         a, b, c, d = problem.ops
         return f"from {problem.start} reach {problem.target} in at most {self.H} steps with +{a} -{b} *{c} /{d}\n"
 
-    def _walks(self, problems, directed, value, step, rng, chunk=4096):
-        """Walks from value (N,) at step (N,), uniform over legal operations; where `directed`, conditioned on success:
-        pi(k | v, h) = uniform(k | v) Q(v, h, k) / V(v, h), exact by dynamic programming."""
+    def _walks(self, problems, directed, value, step, rng, chunk=512):
+        """`walk` for any number of problems; chunks keep the tables in the processor's cache."""
         out = []
         for i in range(0, len(problems), chunk):
             s = slice(i, i + chunk)
             nxt, target = transitions(problems[s]), np.array([p.target for p in problems[s]])
-            Q, V, policy = dp(nxt, target, self.H)
-            able = V[np.arange(len(nxt)), np.minimum(step[s], self.H), value[s]] > 0
-            policy = np.where((directed[s] & able)[:, None, None, None], policy * Q, policy)
-            out.append(walk(nxt, policy, value[s], step[s], target, self.H, rng))
+            out.append(walk(nxt, dp(nxt, target, self.H)[0], directed[s], value[s], step[s], target, self.H, rng))
         return np.concatenate(out)
 
     @staticmethod

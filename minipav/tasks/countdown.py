@@ -8,7 +8,7 @@ r"""Countdown: combine all of 3-6 numbers into a target, one operation a line, w
 Every result is an integer 1..99 and division is exact. All numbers are used once, so n numbers take n - 1 steps.
 """
 import re
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 from minipav.tasks import Task
@@ -54,7 +54,7 @@ def after(numbers, step):
 
 def value(numbers, target):
     """Exact chance that uniformly random legal steps end on the target: the brute-force oracle."""
-    @lru_cache(maxsize=None)
+    @cache
     def v(ns):
         if len(ns) == 1:
             return float(ns[0] == target)

@@ -1,0 +1,127 @@
+"""The sampler: exact, reproducible, and the same whatever the batch."""
+import itertools
+
+import pytest
+import torch
+from conftest import tiny
+
+from minipav.sampler import TOO_LONG, choose, sample
+
+STOP = 3
+
+
+def prompts(model, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.tensor([1, 5, 3, 5])
+    rows = torch.randint(4, model.config.vocab_size, (4, 5), generator=g)
+    return rows.masked_fill(torch.arange(5) >= lengths[:, None], 0), lengths
+
+
+def run(model, n=8, seed=1, max_new_tokens=12, stop=(STOP,), **kw):
+    return sample(model, *prompts(model), n, max_new_tokens=max_new_tokens, stop=list(stop), seed=seed, **kw)
+
+
+def same(a, b):
+    return all(torch.equal(getattr(a, k), getattr(b, k)) for k in ("tokens", "lengths", "reason"))
+
+
+def test_greedy_is_exact():
+    model = tiny(std=0.2)
+    got = run(model, n=1, temperature=0, stop=(STOP, 17))
+    for b, (row, length) in enumerate(zip(*prompts(model))):
+        row, new = row[:length].tolist(), []
+        while len(new) < 12 and (not new or new[-1] not in (STOP, 17)):
+            new.append(int(model(torch.tensor([row + new]))[0, -1].argmax()))
+        assert got.tokens[b, :got.lengths[b]].tolist() == new
+        assert got.reason[b] == (new[-1] if new[-1] in (STOP, 17) else TOO_LONG)
+
+
+def test_each_sample_draws_its_own_first_token():
+    """Prefilling once and copying the first sampled token as well is the classic bug."""
+    first = run(tiny(std=0.05), n=64).tokens[:, 0].view(4, 64)
+    assert all(len(row.unique()) > 10 for row in first)
+
+
+def test_same_seed_same_samples_other_seed_other_samples():
+    model = tiny()
+    assert same(run(model), run(model)) and not same(run(model), run(model, seed=2))
+
+
+def test_the_stop_token_is_kept_and_nothing_follows_it():
+    model = tiny(std=0.05)
+    s = run(model, n=100, pad=0)
+    stopped = s.reason == STOP
+    assert 0 < stopped.sum() < len(stopped)
+    assert (s.tokens[stopped].gather(1, s.lengths[stopped, None] - 1) == STOP).all()
+    after = torch.arange(12) >= s.lengths[:, None]
+    assert (s.tokens[after] == 0).all() and (s.logprobs[after] == 0).all() and (s.logprobs[~after] < 0).all()
+    assert (s.lengths[~stopped] == 12).all() and (s.reason[~stopped] == TOO_LONG).all()
+    assert (s.tokens[~after] == STOP).sum() == stopped.sum()
+
+
+def test_it_stops_at_any_of_several_tokens_and_says_which():
+    s = run(tiny(std=0.05), n=200, stop=(STOP, 5))
+    assert {STOP, 5, TOO_LONG} >= set(s.reason.tolist()) > {STOP, 5} - {0}
+    assert torch.equal(s.tokens.gather(1, s.lengths[:, None] - 1)[:, 0][s.reason >= 0], s.reason[s.reason >= 0])
+
+
+def test_compaction_and_chunks_change_no_sample():
+    """The uniform number of a token belongs to its sample, not to its place in the batch."""
+    model = tiny(std=0.05)
+    one = run(model, n=50)
+    for kw in (dict(compact=False), dict(max_tokens_in_flight=17), dict(max_tokens_in_flight=200)):
+        assert same(one, run(model, n=50, **kw))
+
+
+def test_logprobs_are_the_models():
+    model = tiny()
+    s, (rows, lengths) = run(model, n=3), prompts(model)
+    for i in range(12):
+        p, k = lengths[i // 3], s.lengths[i]
+        row = torch.cat([rows[i // 3, :p], s.tokens[i, :k]])[None]
+        want = model(row)[0, p - 1:-1].log_softmax(-1).gather(1, s.tokens[i, :k, None])[:, 0]
+        assert torch.allclose(s.logprobs[i, :k], want, atol=1e-4)
+
+
+def test_the_distribution_of_whole_samples_is_exact():
+    """All 3-token continuations of a 4-token toy model, with stopping and compaction, against their probabilities."""
+    model, n = tiny(vocab_size=4, std=0.35), 40_000
+    s = sample(model, torch.tensor([[1, 2]]), torch.tensor([2]), n, max_new_tokens=3, stop=[STOP], seed=0)
+    expected = {}
+    for seq in itertools.product(range(4), repeat=3):
+        cut = seq[:seq.index(STOP) + 1] if STOP in seq else seq
+        logp = model(torch.tensor([[1, 2, *cut]]))[0].log_softmax(-1)
+        expected[cut] = sum(logp[1 + i, t] for i, t in enumerate(cut)).exp().item()
+    assert abs(sum(expected.values()) - 1) < 1e-4
+    got = [tuple(r[:k]) for r, k in zip(s.tokens.tolist(), s.lengths.tolist())]
+    assert set(got) <= set(expected)
+    chi2 = sum((got.count(c) - n * p) ** 2 / (n * p) for c, p in expected.items() if n * p > 5)
+    cells = sum(n * p > 5 for p in expected.values())
+    assert chi2 < cells + 4 * (2 * cells) ** 0.5                                # mean + 4 standard deviations
+
+
+def test_top_k_and_top_p_keep_exactly_the_right_tokens():
+    logits = torch.tensor([[0.1, 0.4, 0.3, 0.2]]).log().expand(4000, 4)
+    u = torch.arange(4000) / 4000
+    share = lambda **kw: torch.bincount(choose(logits, u, **kw), minlength=4) / 4000  # noqa: E731
+    assert torch.allclose(share(), torch.tensor([0.1, 0.4, 0.3, 0.2]), atol=1e-3)
+    assert torch.allclose(share(top_k=2), torch.tensor([0, 4 / 7, 3 / 7, 0]), atol=1e-3)
+    assert torch.allclose(share(top_p=0.69), torch.tensor([0, 4 / 7, 3 / 7, 0]), atol=1e-3)
+    assert torch.allclose(share(top_p=0.71), torch.tensor([0, 4 / 9, 3 / 9, 2 / 9]), atol=1e-3)
+    assert torch.allclose(share(top_k=3, top_p=0.5), torch.tensor([0, 4 / 7, 3 / 7, 0]), atol=1e-3)
+    cold = torch.tensor([0.1, 0.4, 0.3, 0.2]) ** 2
+    assert torch.allclose(share(temperature=0.5), cold / cold.sum(), atol=1e-3)
+
+
+def test_a_token_of_probability_zero_is_never_chosen():
+    """An inverse CDF that looks up u * total <= cdf picks index 0 at u = 0, and a clamp picks the last index at 1."""
+    logits = torch.tensor([[float("-inf"), 0.0, float("-inf"), 1.0, float("-inf")]]).expand(3, 5)
+    for kw in (dict(), dict(top_k=4), dict(top_p=1.0)):
+        assert choose(logits, torch.tensor([0.0, 0.5, 1 - 2 ** -24]), **kw).tolist() == [1, 3, 3] or kw
+        assert set(choose(logits, torch.tensor([0.0, 0.5, 1 - 2 ** -24]), **kw).tolist()) <= {1, 3}
+
+
+def test_rows_that_do_not_fit_are_refused():
+    model = tiny()
+    with pytest.raises(ValueError, match="block_size"):
+        run(model, max_new_tokens=40)

@@ -1,0 +1,152 @@
+"""Tasks: the checker against the oracle, against malformed text, and splits that never overlap."""
+import itertools
+import random
+
+import numpy as np
+import pytest
+
+from minipav.tasks import countdown, get_task
+from minipav.tasks.calculator import Problem, distance, dp, transitions
+from minipav.tokenizer import END, decode_rows, encode_rows, synthetic_encoding, text_encoding
+from minipav.utils import Fail
+
+TASKS = [("calculator", dict(H=5, min_steps=3)), ("countdown", {})]
+
+
+@pytest.mark.parametrize("name, dials", TASKS)
+def test_splits_are_disjoint_for_all_seeds(name, dials):
+    """A problem belongs to a split by its own hash, so not even another seed's training set can hold a test problem."""
+    task = get_task(name, **dials)
+    drawn = {s: {task.prompt(p) for seed in (0, 1) for p in task.problems(s, 100, seed)}
+             for s in ("train", "validation", "test")}
+    assert all(a.isdisjoint(b) for a, b in itertools.combinations(drawn.values(), 2))
+    assert task.problems("test", 100, 0) == task.problems("test", 100, 0) != task.problems("test", 100, 1)
+    assert len({task.prompt(p) for p in task.problems("test", 100, 0)}) == 100
+
+
+@pytest.mark.parametrize("name, dials", TASKS)
+def test_directed_demonstrations_are_right_and_undirected_ones_legal(name, dials):
+    task, rng = get_task(name, **dials), np.random.default_rng(0)
+    problems = task.problems("train", 300, 0)
+    assert all(task.judge(p, d) == "right" for p, d in zip(problems, task.demos(problems, 1.0, rng)))
+    verdicts = [task.judge(p, d) for p, d in zip(problems, task.demos(problems, 0.0, rng))]
+    assert "illegal" not in verdicts and verdicts.count("planning") > 200
+
+
+@pytest.mark.parametrize("name, dials", TASKS)
+def test_corrupted_traces_are_all_wrong_from_the_step_named(name, dials):
+    task, rng = get_task(name, **dials), np.random.default_rng(0)
+    problems = task.problems("train", 300, 0)
+    demos = task.demos(problems, 0.5, rng)
+    texts, first = task.corrupt(problems, demos, rng)
+    for p, d, t, w in zip(problems, demos, texts, first):
+        assert task.judge(p, t) == "illegal"
+        assert task.steps(t)[:w] == task.steps(d)[:w] and task.steps(t)[w] != task.steps(d)[w]
+    assert len({int(w) for w in first}) > 2
+
+
+@pytest.mark.parametrize("name, dials", TASKS)
+def test_malformed_responses_score_zero(name, dials):
+    """Four hundred mutations of right answers: whatever is not a right answer to the letter is worth nothing."""
+    task, rng = get_task(name, **dials), random.Random(0)
+    problems = task.problems("train", 100, 0)
+    demos = task.demos(problems, 1.0, np.random.default_rng(0))
+    for p, d in zip(problems, demos):
+        body = d.removesuffix(END)
+        bad = [body, body + "\n" + END, body + " " + END, "\n" + d, d + END, d + "x", body + "\n+1 = 0" + END, END, "",
+               body.replace(" = ", "="), body.replace(" = ", " =  "), body.replace("= ", "= 0"), body + "\r" + END,
+               body + "\n" + body + END, "__import__('os')" + END, body.replace("= ", "= +"), body + ".0" + END,
+               body.translate(str.maketrans("123456789", "١٢٣٤٥٦٧٨٩")) + END]
+        for b in bad:
+            assert task.outcome(p, b) == 0, b
+        i = rng.randrange(len(body))
+        mutant = body[:i] + rng.choice("0123456789+-*/= \n") + body[i + rng.choice((0, 1)):] + END
+        if mutant != d and task.outcome(p, mutant):                             # a mutation may be another right answer
+            assert name == "countdown" or reaches(p, mutant)
+
+
+def reaches(problem, response):
+    """An independent check of a calculator response."""
+    v = problem.start
+    for line in response.removesuffix(END).split("\n"):
+        op, result = line.split(" = ")
+        assert op in [s + str(x) for s, x in zip("+-*/", problem.ops)]
+        v = {"+": v + int(op[1]), "-": v - int(op[1]), "*": v * int(op[1]), "/": v / int(op[1])}[op[0]]
+        assert v == int(result)
+    return v == problem.target
+
+
+def test_too_many_steps_score_zero():
+    task = get_task("calculator", H=2, min_steps=1)
+    p = Problem(10, 13, (1, 2, 3, 4))
+    assert task.outcome(p, "+1 = 11\n+1 = 12" + END) == 0
+    assert task.outcome(Problem(10, 12, (1, 2, 3, 4)), "+1 = 11\n+1 = 12" + END) == 1
+    assert task.outcome(p, "+1 = 11\n+1 = 12\n+1 = 13" + END) == 0
+    assert get_task("calculator", H=3, min_steps=1).outcome(p, "+1 = 11\n+1 = 12\n+1 = 13" + END) == 1
+
+
+def test_calculator_values_equal_enumeration():
+    """Every sequence of operations, by hand, against dynamic programming and breadth-first distance."""
+    H, problems = 4, get_task("calculator", H=4, min_steps=2).problems("test", 8, 0)
+    nxt, target = transitions(problems), np.array([p.target for p in problems])
+    Q, V = dp(nxt, target, H)
+    dist = distance(nxt, np.array([p.start for p in problems]), H)
+
+    def value(p, v, left):
+        if v == p.target:
+            return 1.0, 0
+        a, b, c, d = p.ops
+        ways = [w for w in (v + a, v - b, v * c, v / d) if w == int(w) and 1 <= w <= 99] if left else []
+        each = [value(p, int(w), left - 1) for w in ways]
+        return (sum(e[0] for e in each) / len(each), 1 + min(e[1] for e in each)) if each else (0.0, 99)
+    for i, p in enumerate(problems):
+        v, d = value(p, p.start, H)
+        assert abs(V[i, 0, p.start] - v) < 1e-6 and dist[i, p.target] == d and 2 <= d <= H and v > 0
+        assert np.allclose(V[i, 0, p.start], Q[i, 0, p.start][nxt[i, p.start] > 0].mean())
+
+
+def test_directed_walks_are_the_uniform_walk_given_success():
+    """Bayes by rejection: the share of first operations among successful uniform walks."""
+    task, rng = get_task("calculator", H=3, min_steps=2), np.random.default_rng(0)
+    p = max(task.problems("train", 50, 0), key=lambda p: dp(transitions([p]), np.array([p.target]), 3)[1][0, 0, p.start])
+    demos = task.demos([p] * 4000, 0.0, rng)
+    good = [d for d in demos if task.judge(p, d) == "right"]
+    directed = task.demos([p] * 4000, 1.0, rng)
+    for first in {d.split("\n")[0] for d in directed}:
+        a, b = (sum(d.startswith(first) for d in ds) / len(ds) for ds in (good, directed))
+        assert abs(a - b) < 4 * (0.25 / len(good)) ** 0.5
+
+
+def test_countdown_oracle_knows_what_is_solvable():
+    task = get_task("countdown")
+    for p in task.problems("test", 20, 0):
+        assert countdown.value(p.numbers, p.target) > 0 and all(1 <= n <= 25 for n in p.numbers)
+    assert countdown.value((1, 1, 1, 1), 90) == 0
+    # (3 3 3): 3+3=6 3-3 illegal 3*3=9 3/3=1, then with 3: {9,3,18,2}, {12,6,27,3}, {4,2,3,3}
+    assert abs(countdown.value((3, 3, 3), 18) - 1 / 12) < 1e-12
+    hits = [task.judge(countdown.Problem((2, 3, 5, 7), 30, ()), d) for d in
+            task.demos([countdown.Problem((2, 3, 5, 7), 30, ())] * 3000, 0.0, np.random.default_rng(0))]
+    v = countdown.value((2, 3, 5, 7), 30)
+    assert abs(hits.count("right") / 3000 - v) < 4 * (v * (1 - v) / 3000) ** 0.5 + 1e-9
+
+
+def test_tokens_are_one_per_integer_operation_newline_and_any_text_survives():
+    task = get_task("calculator")
+    enc = synthetic_encoding(task.phrases)
+    for text in [*map(str, range(100)), *(f"{s}{d}" for s in "+-*/" for d in range(1, 10)), "\n", *task.phrases]:
+        assert len(enc.encode(text)) == 1, text
+    assert len(enc.encode(END, allowed_special="all")) == 1 and enc.n_vocab == enc.eot_token + 2
+    texts = ["*2 = 46\n", "naïve 東京 \x00 +10 = 007 --1" + END, "100 + 7 ∑"]
+    assert decode_rows(enc, *encode_rows(enc, texts)) == texts
+    with pytest.raises(ValueError):
+        enc.encode(END)                                                         # never by accident
+
+
+def test_bad_tasks_dials_and_encodings_are_one_line_errors(monkeypatch, tmp_path):
+    for name, dials in (("chess", {}), ("calculator", dict(H=3, min_steps=4)), ("countdown", dict(numbers=9)),
+                        ("countdown", dict(H=4))):
+        with pytest.raises(Fail) as e:
+            get_task(name, **dials)
+        assert "\n" not in str(e.value) and "--" in str(e.value)
+    with pytest.raises(Fail, match="no_such_encoding"):
+        text_encoding("no_such_encoding")

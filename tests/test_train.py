@@ -1,0 +1,118 @@
+"""train.py from the outside: it runs, it resumes, and it says in one line what is wrong."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+STAGES = ["policies", "rollouts", "orm", "q_pi", "q_weak", "q_strong", "evaluation"]
+
+
+def command(*args):
+    return [sys.executable, str(ROOT / "train.py"), "--smoke", "--device", "cpu", *map(str, args)]
+
+
+def train(*args):
+    return subprocess.run(command(*args), capture_output=True, text=True, cwd="/")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "a"
+    done = train("--out", out)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def test_smoke_run_writes_all_it_promises_and_fast(run):
+    out, stdout = run
+    summary = json.loads((out / "summary.json").read_text())
+    for key in ("command", "commit", "hardware", "seeds", "minutes", "peak_memory_gb", "base_sampled", "base_greedy",
+                "planning_failure_share", "pav_minus_orm_points", "token_ratio_to_match_best_orm"):
+        assert key in summary
+    assert summary["minutes"] < 0.5 and summary["peak_memory_gb"] < 4
+    for name in ("table.txt", "curves.csv", "accuracy.png", "example.txt", "log.csv", "eval.safetensors"):
+        assert (out / name).stat().st_size > 0
+    assert all(m in stdout for m in ("greedy decoding", "majority vote", "best-of-N, ORM", "beam, PAV", "pass@N", "next:"))
+    assert not list(out.rglob("*.tmp"))
+
+
+def test_killed_in_every_stage_and_resumed_equals_uninterrupted(run, tmp_path):
+    """SIGKILL soon after each stage has begun; the next process goes on. One file of partial work is left lying about."""
+    whole, _ = run
+    out = tmp_path / "b"
+    for stage in STAGES:
+        p = subprocess.Popen(command("--out", out, *(["--resume"] if out.exists() else [])), stdout=subprocess.PIPE,
+                             stderr=subprocess.DEVNULL, text=True, cwd="/")
+        for line in p.stdout:
+            if line.strip() == stage:
+                time.sleep(0.3)
+                os.kill(p.pid, signal.SIGKILL)
+                break
+        assert p.wait() == -signal.SIGKILL, f"never reached {stage}"
+        p.stdout.close()
+        done = json.loads((out / "stages.json").read_text()) if (out / "stages.json").exists() else {}
+        assert list(done) == STAGES[:STAGES.index(stage)]
+    last = train("--out", out, "--resume")
+    assert last.returncode == 0, last.stderr
+    for name in ("table.txt", "curves.csv", "example.txt", "log.csv"):
+        assert (out / name).read_text() == (whole / name).read_text(), name
+    assert (out / "eval.safetensors").read_bytes() == (whole / "eval.safetensors").read_bytes()
+
+
+def one_line_error(done, *words):
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert all(w in done.stderr for w in words), done.stderr
+
+
+@pytest.mark.parametrize("args, words", [
+    (("--task", "chess"), ("--task chess", "calculator")),
+    (("--problems", "0"), ("--problems 0",)),
+    (("--alpha", "-1"), ("--alpha",)),
+    (("--directed", "2"), ("--directed",)),
+    (("--H", "3", "--min_steps", "4"), ("--min_steps",)),
+    (("--task", "countdown", "--H", "3"), ("--H",)),
+    (("--out", "/dev/null/run"), ("--out /dev/null/run",)),
+])
+def test_bad_flags_are_one_line_errors(args, words, tmp_path):
+    one_line_error(train(*(() if "--out" in args else ("--out", tmp_path / "x")), *args), *words)
+
+
+def test_an_impossible_size_is_a_one_line_error(tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--size", "gigantic", "--out", str(tmp_path / "x")],
+                          capture_output=True, text=True, cwd="/")
+    one_line_error(done, "--size gigantic", "mini")
+
+
+def test_a_run_is_neither_overwritten_nor_resumed_with_other_flags(run):
+    out, _ = run
+    one_line_error(train("--out", out), "--resume")
+    one_line_error(train("--out", out, "--resume", "--seed", 5), "--seed")
+
+
+def test_damaged_weights_in_a_run_are_a_one_line_error(run, tmp_path):
+    out = tmp_path / "c"
+    shutil.copytree(run[0], out)
+    stages = json.loads((out / "stages.json").read_text())
+    (out / "stages.json").write_text(json.dumps({k: v for k, v in stages.items() if k != "evaluation"}))
+    weights = out / "q_pi" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    one_line_error(train("--out", out, "--resume"), "q_pi/model.safetensors")
+
+
+def test_seeds_are_averaged_into_one_report(run, tmp_path):
+    merged = tmp_path / "merged"
+    done = subprocess.run([sys.executable, "-m", "minipav.report", run[0], run[0], "--out", merged], capture_output=True,
+                          text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    one = json.loads((run[0] / "summary.json").read_text())
+    two = json.loads((merged / "summary.json").read_text())
+    assert two["seeds"] == one["seeds"] * 2
+    for n, claim in one["pav_minus_orm_points"].items():
+        assert claim is None or abs(claim["mean"] - two["pav_minus_orm_points"][n]["mean"]) < 1e-3
