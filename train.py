@@ -63,10 +63,11 @@ def get_args(argv=None):
     p.add_argument("--n_mc", type=int, default=4, help="completions a prefix; 4 n_mc up to a first pit")
     p.add_argument("--pit_traces", type=int, default=250, help="wrong branches that are searched for a first pit")
     p.add_argument("--pit_threshold", type=float, default=0.2, help="Q above which a state is a high-value one")
-    p.add_argument("--wrong_share", type=float, default=0.15, help="traces with a wrong step, as a share of the seeds")
+    p.add_argument("--wrong_share", type=float, default=0.15, help="share of seeds copied with a wrong step; 0: none")
     p.add_argument("--mu_rollouts", type=int, default=20000, help="of each prover: half its own, half on from pi's prefixes")
     # verifiers
-    p.add_argument("--verifier_steps", type=int, default=500, help="of the ORM and of Q^pi")
+    p.add_argument("--orm_steps", type=int, default=400, help="of the ORM, which starts from pi")
+    p.add_argument("--q_steps", type=int, default=700, help="of Q^pi, which starts from the ORM")
     p.add_argument("--mu_steps", type=int, default=100, help="of each Q^mu, which starts from Q^pi")
     p.add_argument("--lr_muon_verifier", type=float, default=0.01)
     p.add_argument("--lr_adamw_verifier", type=float, default=1e-3)
@@ -74,7 +75,7 @@ def get_args(argv=None):
     # search
     p.add_argument("--test_problems", type=int, default=500)
     p.add_argument("--max_n", type=int, default=64, help="samples a problem for best-of-N")
-    p.add_argument("--widths", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="beam widths")
+    p.add_argument("--widths", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="beam widths")
     p.add_argument("--alpha", type=float, default=0.5, help="weight of A^mu in the effective reward (Eq. 5)")
     p.add_argument("--K", type=int, default=16, help="the prover of the PAV beam is best-of-K of pi (Eq. 30)")
     p.add_argument("--max_tokens_in_flight", type=int, help="bound on rows x slots of the sampler's KV buffers")
@@ -82,7 +83,7 @@ def get_args(argv=None):
     if args.smoke:
         args.size = "nano"
         vars(args).update(sft_steps=60, strong_steps=10, batch_size=64, problems=150, n_cov=4, branches=400,
-                          n_mc=2, pit_traces=20, mu_rollouts=200, verifier_steps=25, mu_steps=8, test_problems=40,
+                          n_mc=2, pit_traces=20, mu_rollouts=200, orm_steps=20, q_steps=25, mu_steps=8, test_problems=40,
                           max_n=8, widths=[1, 2])
     if args.size not in SIZES:
         raise Fail(f"--size {args.size}: unknown; choose one of {', '.join(SIZES)}")
@@ -138,8 +139,11 @@ def rollouts(run, a, seed):
         with progress(f"branches, {split}", int(share * a.branches)) as bar:
             branches, q = high_value_branches(base, task, enc, problems, seeds, count=int(share * a.branches), n_mc=a.n_mc,
                                               seed=s + 1, rng=rng, progress=bar.to, **run.how)
-        wrong = wrong_steps(task, enc, problems, seeds[random_rows(seeds, a.wrong_share, rng)], rng)
-        parts = [seeds, branches, wrong]
+        parts, wrong = [seeds, branches], seeds[:0]
+        if a.wrong_share:
+            some = Traces.cat([seeds[random_rows(seeds, a.wrong_share, rng)], branches[branches.reward == 1]], pad)
+            wrong = wrong_steps(task, enc, problems, some, rng)
+            parts.append(wrong)
         print(f"  {len(seeds):,} seeds, {float(seeds.reward.mean()):.1%} right, {distinct(seeds):.1%} distinct; "
               f"{len(branches):,} branches, {float(branches.reward.mean()):.1%} right")
         if split == "train":
@@ -158,7 +162,7 @@ def rollouts(run, a, seed):
             rows = random_rows(of_pi, n_mu / len(of_pi), rng)
             places = (torch.from_numpy(rng.random(len(rows))) * ((of_pi.ends[rows] >= 0).sum(1) - 1)).long()
             again = complete(mu, task, enc, problems, of_pi, rows, places, 1, s + 4, **run.how)
-            few = wrong[random_rows(wrong, 2 * n_mu * a.wrong_share / len(wrong), rng)]
+            few = wrong[random_rows(wrong, 2 * n_mu * a.wrong_share / max(1, len(wrong)), rng)]
             run.save_traces(f"{name}_{split}", Traces.cat([own, again, few], pad))
             print(f"  {name}: {float(own.reward.mean()):.1%} right by itself")
 
@@ -196,8 +200,8 @@ def main():
     run = Run(args.out, {k: v for k, v in vars(args).items() if k not in ("out", "resume")}, args.resume)
     run.stage("policies", lambda s: policies(run, args, s))
     run.stage("rollouts", lambda s: rollouts(run, args, s))
-    run.stage("orm", lambda s: verifier(run, args, s, "orm", "base", "base", args.verifier_steps, outcome_only))
-    run.stage("q_pi", lambda s: verifier(run, args, s, "q_pi", "base", "base", args.verifier_steps))
+    run.stage("orm", lambda s: verifier(run, args, s, "orm", "base", "base", args.orm_steps, outcome_only))
+    run.stage("q_pi", lambda s: verifier(run, args, s, "q_pi", "base", "orm", args.q_steps))
     run.stage("q_weak", lambda s: verifier(run, args, s, "q_weak", "weak", "q_pi", args.mu_steps))
     run.stage("q_strong", lambda s: verifier(run, args, s, "q_strong", "strong", "q_pi", args.mu_steps))
     run.stage("evaluation", lambda s: evaluate(run, s, test_problems=args.test_problems, max_n=args.max_n,

@@ -1,12 +1,22 @@
 """Every method on the same held-out problems, and one solved problem spelled out step by step."""
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from minipav.advantage import advantage, effective_reward, label_with_outcome, monte_carlo, q_best_of_k, seed_rollouts
+from minipav.advantage import (
+    advantage,
+    effective_reward,
+    label_with_outcome,
+    monte_carlo,
+    q_best_of_k,
+    seed_rollouts,
+    standard_error,
+    wrong_steps,
+)
 from minipav.search import beam_search, best_of_n, majority_vote, pass_at_n
 from minipav.tokenizer import decode_rows, encode_rows
 from minipav.utils import progress, write_whole
-from minipav.verifier import score
+from minipav.verifier import auc, score
 
 
 def evaluate(run, seed, *, test_problems, max_n, widths, alpha, K):
@@ -27,9 +37,8 @@ def evaluate(run, seed, *, test_problems, max_n, widths, alpha, K):
 
     def ranking(verifier):
         """Score (P, M) of each whole sample; one that never ended ranks last."""
-        end = s.ends.gather(1, (s.ends >= 0).sum(1, keepdim=True) - 1)
         ended = s.tokens[torch.arange(P * M), s.lengths - 1] == enc.eot_token
-        return torch.where(ended, score(verifier, s.tokens, end)[:, 0], -1.0).view(P, M)
+        return torch.where(ended, final_score(verifier, s), -1.0).view(P, M)
 
     ns, by_orm, by_q = [2 ** k for k in range(M.bit_length())], ranking(orm), ranking(q_pi)
     points = {"greedy": [(1, greedy.reward, new_tokens(greedy))],
@@ -56,12 +65,27 @@ def evaluate(run, seed, *, test_problems, max_n, widths, alpha, K):
         n, acc, tokens = zip(*rows)
         state |= {f"{m}/n": torch.tensor(n), f"{m}/acc": torch.stack(acc), f"{m}/tokens": torch.stack(tokens)}
     write_whole(run.out / "eval.safetensors", lambda p: save_file(state, p))
+    right = s[(s.reward == 1).nonzero()[:2000, 0]]
+    wrong = wrong_steps(task, enc, problems, right, np.random.default_rng(seed)) if len(right) else right
     failures = [v for i, t in zip(s.problem.tolist(), texts) if (v := task.judge(problems[i], t)) != "right"]
     run.write("facts.json", {"base_sampled": round(float(reward.mean()), 4),
                              "base_greedy": round(float(greedy.reward.mean()), 4),
-                             "planning_failure_share": round(failures.count("planning") / max(1, len(failures)), 4)})
+                             "planning_failure_share": round(failures.count("planning") / max(1, len(failures)), 4),
+                             "wrong_step_auc": {"orm": round(tells_apart(orm, right, wrong), 4),
+                                                "q_pi": round(tells_apart(q_pi, right, wrong), 4)}})
     text = explain(run, base, q_pi, *solved, alpha=alpha, K=K, seed=seed) if solved else "no problem was solved\n"
     write_whole(run.out / "example.txt", lambda p: p.write_text(text))
+
+
+def final_score(verifier, traces):
+    """Score (N,) of each trace at its last finished step: the verifier as an ORM."""
+    return score(verifier, traces.tokens, traces.ends.gather(1, (traces.ends >= 0).sum(1, keepdim=True) - 1))[:, 0]
+
+
+def tells_apart(verifier, right, wrong):
+    """AUC of the final score between right traces and the same ones with a wrong step put in: 1 is never fooled."""
+    label = torch.cat([torch.ones(len(right)), torch.zeros(len(wrong))])
+    return auc(torch.cat([final_score(verifier, right), final_score(verifier, wrong)]), label, torch.ones_like(label))
 
 
 def new_tokens(traces):
@@ -77,10 +101,10 @@ def explain(run, base, q_pi, problem, response, *, alpha, K, seed, n_mc=256):
     q = score(q_pi, t.tokens, t.ends)[0]
     q_mu = q_best_of_k(q, K)
     adv_mu = advantage(q_mu)
-    mc = monte_carlo(base, task, enc, [problem], t, t.ends >= 0, n_mc, seed, **run.how).q[0]
-    lines = [prompt.strip(), f"{'':<36}{'Q^pi':>8}{f'({n_mc} rollouts)':>16}{f'Q^Bo{K}':>9}{'A^mu':>8}{'Q+aA':>8}",
-             f"{'(the bare prompt)':<36}{q[0]:>8.3f}{mc[0]:>16.3f}{q_mu[0]:>9.3f}"]
-    for h, step in enumerate(task.steps(response)):
-        lines.append(f"{step:<36}{q[h + 1]:>8.3f}{mc[h + 1]:>16.3f}{q_mu[h + 1]:>9.3f}{adv_mu[h]:>8.3f}"
-                     f"{effective_reward(q[h + 1], adv_mu[h], alpha):>8.3f}")
+    mc = monte_carlo(base, task, enc, [problem], t, t.ends >= 0, n_mc, seed, **run.how)
+    se = standard_error(mc.q[0], mc.n[0].clamp(min=1))
+    lines = [prompt.strip(), f"{'':<36}{'Q^pi':>8}{f'({n_mc} rollouts)':>18}{f'Q^Bo{K}':>9}{'A^mu':>8}{'Q+aA':>8}"]
+    for h, step in enumerate(["(the bare prompt)", *task.steps(response)]):
+        line = f"{step:<36}{q[h]:>8.3f}{f'{mc.q[0, h]:.3f} +- {se[h]:.3f}':>18}{q_mu[h]:>9.3f}"
+        lines.append(line + (f"{adv_mu[h - 1]:>8.3f}{effective_reward(q[h], adv_mu[h - 1], alpha):>8.3f}" if h else ""))
     return "\n".join(lines) + "\n"

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
+from minipav.model import GPT
 from minipav.utils import Fail, main_guard, write_whole
 
 LABELS = {"greedy": "greedy decoding", "sample": "one sample", "majority": "majority vote", "orm": "best-of-N, ORM",
@@ -179,7 +180,8 @@ def finish(run, title):
     write_whole(run.out / "log.csv", lambda p: p.write_text("model,step,loss,held_out_loss\n" + logs))
     print(f"\n{text}\n\n{(run.out / 'example.txt').read_text()}\n"
           f"base policy: {s['base_sampled']:.1%} sampled, {s['base_greedy']:.1%} greedy; "
-          f"{s['planning_failure_share']:.1%} of its failures are planning failures")
+          f"{s['planning_failure_share']:.1%} of its failures are planning failures\n"
+          f"AUC of right traces against the same with a wrong step put in: {json.dumps(s['wrong_step_auc'])}")
     for name in ("pav_minus_orm_points", "token_ratio_to_match_best_orm"):
         print(f"{name}: {json.dumps(s[name])}")
     print(f"\n{s['minutes']:.1f} minutes, {s['peak_memory_gb']:.1f} GB; in {run.out}: table.txt, accuracy.png, curves.csv, "
@@ -211,11 +213,14 @@ def main():
              "test_problems": sum(c.P for c in curves), "config": {k: v for k, v in each[0]["config"].items() if k != "seed"}}
     for key in ("minutes", "peak_memory_gb", "base_sampled", "base_greedy", "planning_failure_share"):
         facts[key] = mean_of([s[key] for s in each])
+    facts["wrong_step_auc"] = {k: mean_of([s["wrong_step_auc"][k] for s in each]) for k in ("orm", "q_pi")}
     text, _ = write_report(curves, args.out, f"{each[0]['config']['task']}: mean of {len(each)} seeds", facts)
     for r, s in zip(args.runs, each):
         seed = s["config"]["seed"]
         for name in ("curves.csv", "eval.safetensors", "log.csv", "summary.json"):
             write_whole(args.out / f"seed{seed}.{name}", lambda p, source=r / name: p.write_bytes(source.read_bytes()))
+    for name in ("base", "q_pi"):                               # small enough to ship: the tests look at them too
+        GPT.load(args.runs[0] / name).save(args.out / name)
     print(text)
     print(f"\nwritten to {args.out}: table.txt, curves.csv, accuracy.png, summary.json and the files of each seed")
 

@@ -110,7 +110,7 @@ class Calculator(Task):
     def draw(self, n, rng):
         """The target is uniform over the values that some walk of at most H steps reaches and none of fewer than
         min_steps: solvable by construction, and no easier targets more often, as the end of a random walk would give."""
-        ops = np.stack([rng.integers(1, 10, n), rng.integers(1, 10, n), rng.integers(2, 6, n), rng.integers(2, 6, n)], 1)
+        ops = np.stack([rng.integers(1, 10, n), rng.integers(1, 10, n), rng.integers(2, 4, n), rng.integers(2, 4, n)], 1)
         problems = [Problem(int(s), 0, tuple(map(int, o))) for s, o in zip(rng.integers(1, TOP, n), ops)]
         far = distance(transitions(problems), np.array([p.start for p in problems]), self.H)
         fits = (far >= self.min_steps) & (far <= self.H)
