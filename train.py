@@ -45,7 +45,7 @@ def get_args(argv=None):
     p.add_argument("--smoke", action="store_true", help="toy size, to see every stage work")
     # difficulty
     p.add_argument("--H", type=int, help="calculator: most steps (6)")
-    p.add_argument("--min_steps", type=int, help="calculator: steps that every problem needs (4)")
+    p.add_argument("--min_steps", type=int, help="calculator: steps that every problem needs (5)")
     p.add_argument("--numbers", type=int, help="countdown: how many numbers (4)")
     p.add_argument("--directed", type=float, default=0.2, help="share of the demonstrations that reach the target")
     # SFT
@@ -76,15 +76,14 @@ def get_args(argv=None):
     p.add_argument("--test_problems", type=int, default=500)
     p.add_argument("--max_n", type=int, default=64, help="samples a problem for best-of-N")
     p.add_argument("--widths", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="beam widths")
-    p.add_argument("--alpha", type=float, default=0.5, help="weight of A^mu in the effective reward (Eq. 5)")
+    p.add_argument("--alpha", type=float, default=0.25, help="weight of A^mu in the effective reward (Eq. 5)")
     p.add_argument("--K", type=int, default=16, help="the prover of the PAV beam is best-of-K of pi (Eq. 30)")
     p.add_argument("--max_tokens_in_flight", type=int, help="bound on rows x slots of the sampler's KV buffers")
-    args = p.parse_args(argv)
-    if args.smoke:
-        args.size = "nano"
-        vars(args).update(sft_steps=60, strong_steps=10, batch_size=64, problems=150, n_cov=4, branches=400,
+    if p.parse_known_args(argv)[0].smoke:                       # toy defaults; flags given beside it still count
+        p.set_defaults(size="nano", sft_steps=60, strong_steps=10, batch_size=64, problems=150, n_cov=4, branches=400,
                           n_mc=2, pit_traces=20, mu_rollouts=200, orm_steps=20, q_steps=25, mu_steps=8, test_problems=40,
-                          max_n=8, widths=[1, 2])
+                       max_n=8, widths=[1, 2])
+    args = p.parse_args(argv)
     if args.size not in SIZES:
         raise Fail(f"--size {args.size}: unknown; choose one of {', '.join(SIZES)}")
     for name, value in vars(args).items():
@@ -93,11 +92,17 @@ def get_args(argv=None):
     for name in ("directed", "strong_directed", "weak_at", "wrong_share", "pit_threshold"):
         if not 0 <= getattr(args, name) <= 1:
             raise Fail(f"--{name} {getattr(args, name)}: must be between 0 and 1")
-    if args.alpha < 0 or min(args.widths) < 1:
-        raise Fail(f"--alpha {args.alpha} must be 0 or more and --widths {args.widths} at least 1")
+    for name in ("lr_muon", "lr_adamw", "lr_muon_verifier", "lr_adamw_verifier"):
+        if not getattr(args, name) > 0:
+            raise Fail(f"--{name} {getattr(args, name)}: must be above 0")
+    if not args.alpha >= 0 or args.seed < 0 or min(args.widths) < 1:
+        raise Fail(f"--alpha {args.alpha} and --seed {args.seed} must be 0 or more, --widths {args.widths} at least 1")
     args.widths = sorted(set(args.widths))
     args.device = pick_device(args.device)
-    args.max_tokens_in_flight = args.max_tokens_in_flight or (1 << 18 if args.device == "cpu" else 1 << 22)
+    if args.max_tokens_in_flight is None:                       # fp32 keys and values: 0.4 GB on a CPU, 4 GB on a GPU
+        c = GPTConfig(vocab_size=1, **SIZES[args.size])
+        a_slot = 8 * c.n_layer * c.n_kv_head * c.n_embd // c.n_head
+        args.max_tokens_in_flight = (4 << 30 if args.device == "cuda" else 400 << 20) // a_slot
     args.out = args.out or Path("runs") / f"{args.task}-seed{args.seed}"
     return args
 
@@ -107,7 +112,8 @@ def get_args(argv=None):
 def policies(run, a, seed):
     """pi; the weaker prover is pi early in its training, the stronger one pi trained on with directed demonstrations."""
     torch.manual_seed(seed)
-    config = GPTConfig(vocab_size=run.enc.n_vocab, block_size=128, **SIZES[a.size])
+    room = 32 + 2 * run.task.max_new_tokens                     # a prompt, a long prefix, a whole completion behind it
+    config = GPTConfig(vocab_size=run.enc.n_vocab, block_size=max(128, room), **SIZES[a.size])
     model = GPT(config).to(a.device)
     kw = dict(batch_size=a.batch_size, lr_muon=a.lr_muon, lr_adamw=a.lr_adamw)
     print(f"  {sum(p.numel() for p in model.parameters()):,} parameters on {a.device}")

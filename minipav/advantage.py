@@ -213,6 +213,9 @@ def wrong_steps(task, enc, problems, traces, rng):
     prompt_lengths = traces.ends[:, 0] + 1
     chosen = [problems[i] for i in traces.problem.tolist()]
     texts, first = task.corrupt(chosen, decode_rows(enc, *_responses(traces.tokens, traces.lengths, prompt_lengths)), rng)
+    ok = [task.judge(p, t) == "illegal" for p, t in zip(chosen, texts)]         # two wrongs may have made a right
+    chosen, texts, first = ([x for x, keep in zip(xs, ok) if keep] for xs in (chosen, texts, list(first)))
+    traces, prompt_lengths = traces[torch.tensor(ok)], prompt_lengths[torch.tensor(ok)]
     tokens, lengths = encode_rows(enc, [task.prompt(p) + t for p, t in zip(chosen, texts)])
     since = torch.as_tensor(first) + 1
     return label_with_outcome(task, enc, problems, traces.problem, tokens, lengths, prompt_lengths, since)

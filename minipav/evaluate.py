@@ -48,10 +48,13 @@ def evaluate(run, seed, *, test_problems, max_n, widths, alpha, K):
               "best_q": [(n, best_of_n(by_q, reward, n), n * spent) for n in ns],
               "pass": [(n, pass_at_n(reward, n), n * spent) for n in ns]}
     solved = None
-    for method, a in (("q_beam", 0.0), ("pav_beam", alpha)):
-        bar, points[method] = progress(method, sum(widths)), []
-        for width in widths:
-            r = beam_search(base, q_pi, task, enc, problems, width=width, alpha=a, K=K, seed=seed, **run.how)
+    few = [w for w in widths if w <= 8]                                         # for the provers with their own Q^mu
+    for method, a, mu, each in (("q_beam", 0.0, None, widths), ("pav_beam", alpha, None, widths),
+                                ("weak_beam", alpha, run.model("q_weak"), few),
+                                ("strong_beam", alpha, run.model("q_strong"), few)):
+        bar, points[method] = progress(method, sum(each)), []
+        for width in each:
+            r = beam_search(base, q_pi, task, enc, problems, width=width, alpha=a, K=K, q_mu_model=mu, seed=seed, **run.how)
             points[method].append((width, r.reward, r.tokens.float()))
             bar.set_postfix_str(f", width {width}: {r.reward.mean():.3f} at {r.tokens.float().mean():.0f} tokens", False)
             bar.update(width)
@@ -71,8 +74,8 @@ def evaluate(run, seed, *, test_problems, max_n, widths, alpha, K):
     run.write("facts.json", {"base_sampled": round(float(reward.mean()), 4),
                              "base_greedy": round(float(greedy.reward.mean()), 4),
                              "planning_failure_share": round(failures.count("planning") / max(1, len(failures)), 4),
-                             "wrong_step_auc": {"orm": round(tells_apart(orm, right, wrong), 4),
-                                                "q_pi": round(tells_apart(q_pi, right, wrong), 4)}})
+                             "wrong_step_auc": {"orm": tells_apart(orm, right, wrong),
+                                                "q_pi": tells_apart(q_pi, right, wrong)}})
     text = explain(run, base, q_pi, *solved, alpha=alpha, K=K, seed=seed) if solved else "no problem was solved\n"
     write_whole(run.out / "example.txt", lambda p: p.write_text(text))
 
@@ -83,9 +86,12 @@ def final_score(verifier, traces):
 
 
 def tells_apart(verifier, right, wrong):
-    """AUC of the final score between right traces and the same ones with a wrong step put in: 1 is never fooled."""
+    """AUC of the final score between right traces and the same ones with a wrong step put in: 1 is never fooled; None without a right trace."""
+    if len(right) == 0:
+        return None
+    q = torch.cat([final_score(verifier, right), final_score(verifier, wrong)])
     label = torch.cat([torch.ones(len(right)), torch.zeros(len(wrong))])
-    return auc(torch.cat([final_score(verifier, right), final_score(verifier, wrong)]), label, torch.ones_like(label))
+    return round(auc(q, label, torch.ones_like(label)), 4)
 
 
 def new_tokens(traces):

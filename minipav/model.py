@@ -34,11 +34,11 @@ class GPTConfig:
     head: str = "lm"               # "lm": logits over the vocabulary; "scalar": one logit a position (a verifier)
 
     def __post_init__(self):
+        if min(dataclasses.astuple(self)[:7]) < 1:
+            raise Fail(f"impossible size: every size must be at least 1 in {self}")
         if self.n_embd % self.n_head or self.n_head % self.n_kv_head or (self.n_embd // self.n_head) % 2:
             raise Fail(f"impossible size: n_embd={self.n_embd} must be a multiple of n_head={self.n_head} with an even "
                        f"quotient, and n_head a multiple of n_kv_head={self.n_kv_head}")
-        if min(dataclasses.astuple(self)[:7]) < 1:
-            raise Fail(f"impossible size: every size must be at least 1 in {self}")
 
 
 class KVCache:

@@ -17,7 +17,8 @@ from minipav.model import GPT
 from minipav.utils import Fail, main_guard, write_whole
 
 LABELS = {"greedy": "greedy decoding", "sample": "one sample", "majority": "majority vote", "orm": "best-of-N, ORM",
-          "best_q": "best-of-N, Q^pi", "q_beam": "beam, Q^pi", "pav_beam": "beam, PAV", "pass": "pass@N (oracle)"}
+          "best_q": "best-of-N, Q^pi", "q_beam": "beam, Q^pi", "pav_beam": "beam, PAV", "weak_beam": "beam, PAV weak mu",
+          "strong_beam": "beam, PAV strong mu", "pass": "pass@N (oracle)"}
 BUDGETS = (4, 8, 16, 32, 64)                                    # in rollouts: N of best-of-N
 
 
@@ -27,8 +28,8 @@ class Curves:
     def __init__(self, path):
         try:
             flat = load_file(path)
-        except FileNotFoundError:
-            raise Fail(f"{path} does not exist: has train.py finished in that folder?") from None
+        except Exception as e:
+            raise Fail(f"{path} is missing or damaged ({e}): has train.py finished in that folder?") from None
         self.by = {m: tuple(flat[f"{m}/{x}"] for x in ("n", "acc", "tokens")) for m in LABELS}
         self.P = self.by["pass"][1].shape[1]
 
@@ -64,16 +65,17 @@ def tokens_to_reach(curve, level):
 
 
 def compare(curves):
-    """The claims, each an array (R,): PAV minus ORM and minus the Q^pi beam in points at equal tokens, by budget, and
-    the tokens of ORM best-of-N at its best over those of PAV at the same accuracy."""
+    """The claims, each an array (R,): PAV minus each baseline in points at equal tokens, by budget, and the tokens of ORM
+    best-of-N at its best over those of PAV at the same accuracy."""
     orm, pav = curves["orm"], curves["pav_beam"]
-    out = {"pav_minus_orm_points": {}, "pav_minus_qbeam_points": {}}
+    against = {"pav_minus_orm_points": "orm", "pav_minus_best_q_points": "best_q", "pav_minus_qbeam_points": "q_beam"}
+    out = {claim: {} for claim in against}
     for N in BUDGETS:
         if N in orm[0]:
             k = list(orm[0]).index(N)
             mine = at_tokens(pav, orm[2][:, k])
-            out["pav_minus_orm_points"][str(N)] = 100 * (mine - at_tokens(orm, orm[2][:, k]))
-            out["pav_minus_qbeam_points"][str(N)] = 100 * (mine - at_tokens(curves["q_beam"], orm[2][:, k]))
+            for claim, baseline in against.items():
+                out[claim][str(N)] = 100 * (mine - at_tokens(curves[baseline], orm[2][:, k]))
     rows, best = np.arange(len(orm[1])), orm[1].argmax(1)
     out["token_ratio_to_match_best_orm"] = orm[2][rows, best] / tokens_to_reach(pav, orm[1][rows, best])
     return out
@@ -124,8 +126,8 @@ def rows(exact, drawn):
 
 
 def table(table_rows):
-    lines = [f"{'method':<18}{'N or width':>10}{'tokens/problem':>16}{'accuracy':>10}   95% interval"]
-    lines += [f"{LABELS[m]:<18}{n:>10}{tok:>16.0f}{acc:>10.3f}   [{lo:.3f}, {hi:.3f}]"
+    lines = [f"{'method':<20}{'N or width':>10}{'tokens/problem':>16}{'accuracy':>10}   95% interval"]
+    lines += [f"{LABELS[m]:<20}{n:>10}{tok:>16.0f}{acc:>10.3f}   [{lo:.3f}, {hi:.3f}]"
               for m, n, tok, acc, lo, hi in table_rows]
     return "\n".join(lines)
 
@@ -182,7 +184,7 @@ def finish(run, title):
           f"base policy: {s['base_sampled']:.1%} sampled, {s['base_greedy']:.1%} greedy; "
           f"{s['planning_failure_share']:.1%} of its failures are planning failures\n"
           f"AUC of right traces against the same with a wrong step put in: {json.dumps(s['wrong_step_auc'])}")
-    for name in ("pav_minus_orm_points", "token_ratio_to_match_best_orm"):
+    for name in ("pav_minus_orm_points", "pav_minus_qbeam_points", "token_ratio_to_match_best_orm"):
         print(f"{name}: {json.dumps(s[name])}")
     print(f"\n{s['minutes']:.1f} minutes, {s['peak_memory_gb']:.1f} GB; in {run.out}: table.txt, accuracy.png, curves.csv, "
           f"summary.json, example.txt, log.csv\n"
@@ -190,7 +192,7 @@ def finish(run, title):
 
 
 def mean_of(values):
-    """{"mean", "lo", "hi"} over seeds: the mean, the lowest and the highest."""
+    """Of one number a seed: {"mean", "lo", "hi"}, where lo and hi are the lowest and the highest seed's."""
     return {"mean": round(float(np.mean(values)), 4), "lo": min(values), "hi": max(values)}
 
 
@@ -205,6 +207,8 @@ def main():
     except (OSError, ValueError) as e:
         raise Fail(f"no summary of a finished run: {e}") from None
     curves = [Curves(r / "eval.safetensors") for r in args.runs]
+    if len({s["config"]["seed"] for s in each}) < len(each):
+        raise Fail("two of these runs have the same seed: each counts once")
     same = {json.dumps({k: v for k, v in s["config"].items() if k != "seed"}) for s in each}
     if len(same) > 1:
         raise Fail("these runs differ in more than their seed: their numbers cannot be averaged")
@@ -213,11 +217,12 @@ def main():
              "test_problems": sum(c.P for c in curves), "config": {k: v for k, v in each[0]["config"].items() if k != "seed"}}
     for key in ("minutes", "peak_memory_gb", "base_sampled", "base_greedy", "planning_failure_share"):
         facts[key] = mean_of([s[key] for s in each])
-    facts["wrong_step_auc"] = {k: mean_of([s["wrong_step_auc"][k] for s in each]) for k in ("orm", "q_pi")}
+    if all(s["wrong_step_auc"]["q_pi"] is not None for s in each):
+        facts["wrong_step_auc"] = {k: mean_of([s["wrong_step_auc"][k] for s in each]) for k in ("orm", "q_pi")}
     text, _ = write_report(curves, args.out, f"{each[0]['config']['task']}: mean of {len(each)} seeds", facts)
     for r, s in zip(args.runs, each):
         seed = s["config"]["seed"]
-        for name in ("curves.csv", "eval.safetensors", "log.csv", "summary.json"):
+        for name in ("curves.csv", "eval.safetensors", "log.csv", "summary.json", "example.txt"):
             write_whole(args.out / f"seed{seed}.{name}", lambda p, source=r / name: p.write_bytes(source.read_bytes()))
     for name in ("base", "q_pi"):                               # small enough to ship: the tests look at them too
         GPT.load(args.runs[0] / name).save(args.out / name)

@@ -39,6 +39,8 @@ class Run:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise Fail(f"--out {out}: cannot make this folder ({e.strerror}); choose another") from None
+        for left_over in self.out.rglob(".*.tmp"):                              # of a process that was killed
+            left_over.unlink()
         if (self.out / "config.json").exists():
             if not resume:
                 raise Fail(f"--out {out} already holds a run: add --resume to go on with it, or choose another --out")
@@ -60,7 +62,7 @@ class Run:
         write_whole(self.out / name, lambda p: p.write_text(json.dumps(value, indent=1) + "\n"))
 
     def stage(self, name, work):
-        """Run work(seed), unless it has been finished before; its training log is added to log.csv."""
+        """Run work(seed), unless it has been finished before; its training log is STAGE.log.csv."""
         print(name + (": done before" if name in self.stages else ""), flush=True)
         if name in self.stages:
             return
@@ -68,7 +70,11 @@ class Run:
         work(self.seed(name))
         write_whole(self.out / f"{name}.log.csv", lambda p: p.write_text("".join(self.log_rows)))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 30 if sys.platform == "darwin" else 1 << 20)
-        self.stages[name] = {"seconds": round(time.time() - start, 1), "peak_memory_gb": round(peak, 2)}
+        if self.config["device"] == "cuda":
+            peak = torch.cuda.max_memory_allocated() / (1 << 30)
+        self.stages[name] = {"seconds": round(time.time() - start, 1), "peak_memory_gb": round(peak, 2),
+                             "command": " ".join(["python", *sys.argv]), "commit": commit(),
+                             "hardware": hardware(self.config["device"])}
         self.write("stages.json", self.stages)
 
     def seed(self, *names):
@@ -104,15 +110,25 @@ class Run:
             raise Fail(f"{path} is missing or damaged ({e}): start again with another --out") from None
 
     def facts(self):
-        """What a result must be quoted with: command, commit, hardware, minutes, peak memory."""
-        try:
-            commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=10,
-                                    cwd=Path(__file__).parent).stdout.strip() or "unknown"
-        except OSError:
-            commit = "unknown"
-        cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-        device = torch.cuda.get_device_name() if self.config["device"] == "cuda" else cpu
-        return {"command": "python " + " ".join(sys.argv), "commit": commit, "config": self.config,
-                "seeds": [self.config["seed"]], "hardware": f"{device}, torch {torch.__version__}",
-                "minutes": round(sum(s["seconds"] for s in self.stages.values()) / 60, 2),
-                "peak_memory_gb": max(s["peak_memory_gb"] for s in self.stages.values())}
+        """What a result must be quoted with: command, commits, hardware, minutes, peak memory, of the stages as they ran."""
+        stages = self.stages.values()
+        return {"command": self.stages["policies"]["command"],
+                "commit": ", ".join(sorted({s["commit"] for s in stages})), "config": self.config, "seeds": [self.config["seed"]], "hardware": ", ".join(sorted({s["hardware"] for s in stages})),
+                "minutes": round(sum(s["seconds"] for s in stages) / 60, 2),
+                "peak_memory_gb": max(s["peak_memory_gb"] for s in stages)}
+
+
+def commit():
+    """The commit of the code, "-dirty" if files differ from it, or "unknown" outside of a checkout."""
+    try:
+        done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=10,
+                              cwd=Path(__file__).parent)
+        return done.stdout.strip() or "unknown"
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def hardware(device):
+    if device == "cuda":
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    return f"{platform.machine()} {device}, {torch.get_num_threads()} threads, torch {torch.__version__}"

@@ -43,15 +43,17 @@ def _log_binomial(n, k):
 
 
 def majority_vote(answers, reward, N):
-    """Accuracy (P,) of the commonest answer among N samples, averaged over the M // N disjoint groups of samples.
-    answers: P lists of M answers, None never wins; reward (P, M). Ties go to the answer that came first."""
+    """Accuracy (P,) of the commonest answer among N samples, averaged over the M // N disjoint groups of samples: the mean
+    reward of the samples that gave it. answers: P lists of M answers, None never wins; reward (P, M). Ties go to the
+    answer that came first."""
     out = []
     for row, right in zip(answers, reward.tolist()):
         hits = []
         for i in range(0, len(row) - N + 1, N):
             votes = [a for a in row[i:i + N] if a is not None]
             winner = max(dict.fromkeys(votes), key=votes.count, default=None)
-            hits.append(right[i + row[i:i + N].index(winner)] if votes else 0.0)
+            behind = [r for a, r in zip(row[i:i + N], right[i:i + N]) if a == winner and votes]
+            hits.append(sum(behind) / max(1, len(behind)))
         out.append(sum(hits) / len(hits))
     return torch.tensor(out)
 

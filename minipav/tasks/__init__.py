@@ -1,4 +1,4 @@
-"""Tasks: where problems come from and what counts as right. A new task is one file with one class; add it to TASKS.
+"""Tasks: where problems come from and what counts as right. A new task is one file with one class, named in get_task.
 
 A problem is a small tuple. A response is text: steps separated by newlines (one step a line), ended by END. The trainer
 and the search know a task only through the methods below.
@@ -48,8 +48,8 @@ class Task:
         return int(self.judge(problem, response) == "right")
 
     def answer(self, response):
-        """What majority vote counts: the text of the last step; None for an unfinished response."""
-        return self.steps(response)[-1] if response.endswith(END) else None
+        """What majority vote counts: what the last step ends on; None for an unfinished response."""
+        return self.steps(response)[-1].rpartition(" = ")[2] if response.endswith(END) else None
 
     @staticmethod
     def steps(response):
@@ -66,9 +66,11 @@ class Task:
         rng = np.random.default_rng([("train", "validation", "test").index(split), seed])
         found, share = {}, 0.9 if split == "train" else 0.05
         for _ in range(100):
-            found.update((p, None) for p in self.draw(int(1.1 * n / share) + 20, rng) if self.split_of(p) == split)
+            for p in self.draw(int(1.1 * n / share) + 20, rng):
+                if self.split_of(p) == split:
+                    found.setdefault(self.prompt(p), p)
             if len(found) >= n:
-                return list(found)[:n]
+                return list(found.values())[:n]
         raise Fail(f"task {self.name} has fewer than {n} distinct {split} problems at this difficulty")
 
 

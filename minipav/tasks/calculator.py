@@ -1,13 +1,13 @@
 r"""Calculator: reach a target from a start in at most H steps with the four operations that the prompt offers.
 
-    from 23 reach 71 in at most 6 steps with +7 -4 *2 /3        <- prompt
+    from 23 reach 8 in at most 6 steps with +7 -4 *2 /3         <- prompt
     *2 = 46                                                     <- a step: one operation and its result
-    +7 = 53
+    -4 = 42
     ...
-    +7 = 71<|endoftext|>                                        <- right: the last result is the target
+    -4 = 8<|endoftext|>                                         <- right: the last result is the target
 
-Values are integers 1..99, division must be exact. Problems are arrays of 100 states and 4 actions, so every quantity of
-the paper has an exact value by dynamic programming: `dp` is the oracle of the tests.
+Values are integers 1..49, division must be exact. A problem has 49 states and 4 actions, so every quantity of the paper
+has an exact value by dynamic programming: `dp` is the oracle of the tests.
 """
 import re
 from functools import cache
@@ -19,7 +19,7 @@ from minipav.tasks import Task
 from minipav.tokenizer import END
 from minipav.utils import Fail
 
-TOP = 100                                                       # values are 1..TOP-1; row 0 of a table means "illegal"
+TOP = 50                                                        # values are 1..TOP-1; row 0 of a table means "illegal"
 
 
 class Problem(NamedTuple):
@@ -99,7 +99,7 @@ class Calculator(Task):
     phrases = ["from ", " reach ", " in at most ", " steps with ", *(f"{op}{d} = " for op in "+-*/" for d in range(1, 10)),
                *(f" {op}{d}" for op in "-*/" for d in range(1, 10))]
 
-    def __init__(self, H=6, min_steps=4):
+    def __init__(self, H=6, min_steps=5):
         if not 1 <= min_steps <= H <= 20:
             raise Fail(f"calculator needs 1 <= --min_steps <= --H <= 20, not min_steps={min_steps} and H={H}")
         self.H = self.max_steps = H
@@ -168,14 +168,15 @@ class Calculator(Task):
             sign, x, result = parse(ln[w])
             if rng.random() < 0.5:                              # wrong arithmetic; half of it lands on the target
                 near = int(np.clip(result + rng.choice([-10, -2, -1, 1, 2, 10]), 1, TOP - 1))
-                result = p.target if result != p.target and rng.random() < 0.5 else near if near != result else result - 1
+                near = near if near != result else 2 if result == 1 else result - 1
+                result = p.target if result != p.target and rng.random() < 0.5 else near
             else:                                               # right arithmetic with an operation that is not offered
                 away = [k for k in range(1, 10) if k != x and 1 <= self._apply(sign, before, k) < TOP]
                 if away:
                     x = int(rng.choice(away))
                     result = self._apply(sign, before, x)
                 else:
-                    result = result - 1 if result > 1 else 2
+                    result = min(result, TOP) - 1 if result > 1 else 2
             lines[i] = ln[:w] + [f"{sign}{x} = {result}"]
             value[i] = result
         directed = rng.random(len(problems)) < 0.5              # go on, often to the target: still worth nothing
