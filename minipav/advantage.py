@@ -169,7 +169,7 @@ def complete(mu, task, enc, problems, traces, rows, places, n_mc, seed, **how):
 
 def monte_carlo(mu, task, enc, problems, traces, wanted, n_mc, seed, **how):
     """Traces with label and count replaced, at the places marked in `wanted` (N, S + 1), by n_mc completions of mu.
-    A finished trace's last place is known exactly: its outcome, and no completion is spent on it."""
+    A trace's last place is known exactly: its outcome, and no completion is spent on it."""
     final = (traces.ends >= 0).sum(1) - 1
     q, n = torch.zeros_like(traces.q), torch.zeros_like(traces.n)
     q[torch.arange(len(q)), final], n[torch.arange(len(n)), final] = traces.reward, n_mc

@@ -86,7 +86,8 @@ def final_score(verifier, traces):
 
 
 def tells_apart(verifier, right, wrong):
-    """AUC of the final score between right traces and the same ones with a wrong step put in: 1 is never fooled; None without a right trace."""
+    """AUC of the final score between right traces and the same ones with a wrong step put in: 1 is a verifier that is
+    never fooled. None if there is no right trace."""
     if len(right) == 0:
         return None
     q = torch.cat([final_score(verifier, right), final_score(verifier, wrong)])

@@ -62,11 +62,11 @@ class KVCache:
         return new
 
 
-def rope_tables(config, device=None):
+def rope_tables(config):
     """cos and sin, each (block_size, D / 2), of the rotary angles pos * theta^(-2i/D)."""
     D = config.n_embd // config.n_head
-    freq = config.rope_theta ** (-torch.arange(0, D, 2, device=device).float() / D)
-    angle = torch.arange(config.block_size, device=device).float()[:, None] * freq
+    freq = config.rope_theta ** (-torch.arange(0, D, 2).float() / D)
+    angle = torch.arange(config.block_size).float()[:, None] * freq
     return angle.cos(), angle.sin()
 
 

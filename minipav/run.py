@@ -113,7 +113,8 @@ class Run:
         """What a result must be quoted with: command, commits, hardware, minutes, peak memory, of the stages as they ran."""
         stages = self.stages.values()
         return {"command": self.stages["policies"]["command"],
-                "commit": ", ".join(sorted({s["commit"] for s in stages})), "config": self.config, "seeds": [self.config["seed"]], "hardware": ", ".join(sorted({s["hardware"] for s in stages})),
+                "commit": ", ".join(sorted({s["commit"] for s in stages})), "config": self.config, "seeds": [self.config["seed"]],
+                "hardware": ", ".join(sorted({s["hardware"] for s in stages})),
                 "minutes": round(sum(s["seconds"] for s in stages) / 60, 2),
                 "peak_memory_gb": max(s["peak_memory_gb"] for s in stages)}
 

@@ -26,11 +26,6 @@ class Samples:
     logprobs: torch.Tensor          # (B * n, T) log-probability of each under the model (temperature 1, no filter)
     reason: torch.Tensor            # (B * n,) the stop token that ended the row, or TOO_LONG
 
-    @property
-    def total(self):
-        """Tokens generated, the unit of every budget."""
-        return int(self.lengths.sum())
-
 
 def choose(logits, u, temperature=1.0, top_k=None, top_p=None):
     """Token (R,) by inverse CDF at the uniform numbers u (R,) from logits (R, V). Temperature 0 is exact argmax.
@@ -69,18 +64,14 @@ def sample(model, prompts, prompt_lengths, n=1, *, max_new_tokens, stop, seed=0,
     if int(prompt_lengths.min()) < 1 or longest - 1 > model.config.block_size:
         raise ValueError(f"prompts must hold 1 token or more and {longest - 1} positions fit into the model's block_size "
                          f"{model.config.block_size}")
-    # One uniform number for each token that may come; a call with temperature 0 draws none.
+    # One uniform number for each token that may come (temperature 0 uses none).
     u = torch.rand(B * n, max_new_tokens if temperature else 1, generator=torch.Generator().manual_seed(seed))
     out = Samples(torch.full((B * n, max_new_tokens), pad), torch.zeros(B * n, dtype=torch.long),
                   torch.zeros(B * n, max_new_tokens), torch.full((B * n,), TOO_LONG))
-    training, _ = model.training, model.eval()
     order = prompt_lengths.repeat_interleave(n).argsort(stable=True)            # short prompts first
     at = 0
     while at < B * n:
         rows = order[at:at + max(1, max_tokens_in_flight // longest)]
-        if len(rows) < B * n - at:      # shorter prompts leave room for more rows
-            slots = int(prompt_lengths[rows[-1] // n]) + max_new_tokens
-            rows = order[at:at + max(1, max_tokens_in_flight // slots)]
         which, copies = torch.unique_consecutive(rows // n, return_inverse=True)
         lengths = prompt_lengths[which]
         result = _chunk(model, prompts[which, :int(lengths.max())].to(device), lengths.to(device), copies.to(device),
@@ -91,7 +82,6 @@ def sample(model, prompts, prompt_lengths, n=1, *, max_new_tokens, stop, seed=0,
         at += len(rows)
         if progress:
             progress(at)
-    model.train(training)
     return out
 
 

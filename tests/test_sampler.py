@@ -61,7 +61,7 @@ def test_the_stop_token_is_kept_and_nothing_follows_it():
 
 def test_it_stops_at_any_of_several_tokens_and_says_which():
     s = run(tiny(std=0.05), n=200, stop=(STOP, 5))
-    assert {STOP, 5, TOO_LONG} >= set(s.reason.tolist()) > {STOP, 5} - {0}
+    assert {STOP, 5, TOO_LONG} >= set(s.reason.tolist()) >= {STOP, 5}
     assert torch.equal(s.tokens.gather(1, s.lengths[:, None] - 1)[:, 0][s.reason >= 0], s.reason[s.reason >= 0])
 
 
@@ -117,8 +117,9 @@ def test_a_token_of_probability_zero_is_never_chosen():
     """An inverse CDF that looks up u * total <= cdf picks index 0 at u = 0, and a clamp picks the last index at 1."""
     logits = torch.tensor([[float("-inf"), 0.0, float("-inf"), 1.0, float("-inf")]]).expand(3, 5)
     for kw in (dict(), dict(top_k=4), dict(top_p=1.0)):
-        assert choose(logits, torch.tensor([0.0, 0.5, 1 - 2 ** -24]), **kw).tolist() == [1, 3, 3] or kw
-        assert set(choose(logits, torch.tensor([0.0, 0.5, 1 - 2 ** -24]), **kw).tolist()) <= {1, 3}
+        first_is_likeliest = bool(kw)                                           # the filters walk the CDF from the top
+        expected = [3, 3, 1] if first_is_likeliest else [1, 3, 3]
+        assert choose(logits, torch.tensor([0.0, 0.5, 1 - 2 ** -24]), **kw).tolist() == expected
 
 
 def test_rows_that_do_not_fit_are_refused():

@@ -1,14 +1,18 @@
 """Search: exact expectations over subsets, distinct prefixes, budgets counted by hand."""
 import itertools
 
+import numpy as np
 import pytest
 import torch
-from conftest import WalkPolicy
+from conftest import WalkPolicy, tiny
 
 from minipav import search
+from minipav.advantage import newline, q_best_of_k, step_ends
 from minipav.model import GPT, GPTConfig
-from minipav.report import at_tokens, bootstrap, compare, tokens_to_reach
+from minipav.report import LABELS, at_tokens, bootstrap, compare, tokens_to_reach
 from minipav.tasks.calculator import Calculator
+from minipav.tokenizer import encode_rows, synthetic_encoding
+from minipav.verifier import score
 
 
 @pytest.mark.parametrize("N", [1, 2, 3, 5])
@@ -54,7 +58,6 @@ def test_top_keeps_the_best_of_each_problem():
 @pytest.fixture(scope="module")
 def small():
     """A uniform walk, an untrained verifier and five problems of two steps at the most."""
-    from minipav.tokenizer import synthetic_encoding
     task = Calculator(H=2, min_steps=1)
     enc, problems = synthetic_encoding(task.phrases), task.problems("test", 5, 0)
     torch.manual_seed(0)
@@ -63,7 +66,7 @@ def small():
 
 
 def test_a_wide_beam_holds_every_solution(small):
-    """With room for all 16 walks of two steps the beam is exhaustive, and each child is there once."""
+    """With room for all 16 walks of two steps the beam is exhaustive."""
     r = search.beam_search(*small, width=20, alpha=0.5, K=4, C=12)
     assert (r.solved == 1).all()
     alone = search.beam_search(*small[:4], small[4][2:3], width=20, alpha=0.5, K=4, C=12)
@@ -71,8 +74,10 @@ def test_a_wide_beam_holds_every_solution(small):
 
 
 def test_tokens_are_counted_by_hand(small):
-    """Each step of this policy is three tokens: width * C at the first level, C for each live prefix at the second."""
+    """Each step of this policy is three tokens: width * C at the first level, C for each live prefix after it."""
     _, _, task, _, problems = small
+    first = search.beam_search(small[0], small[1], Calculator(H=2, min_steps=1), *small[3:], width=4, alpha=0.0, C=3)
+    assert (first.tokens >= 36).all() and (first.tokens <= 36 + 4 * 9).all() and (first.tokens % 9 == 0).all()
     r = search.beam_search(*small, width=1, alpha=0.0, C=3)
     for spent, response in zip(r.tokens.tolist(), r.responses):
         assert spent == 9 * len(task.steps(response)) and response
@@ -83,6 +88,25 @@ def test_alpha_zero_is_the_q_beam_whatever_the_prover(small):
     assert a.responses == b.responses and torch.equal(a.tokens, b.tokens)
 
 
+@pytest.mark.parametrize("own_q_mu", [False, True])
+def test_the_beam_scores_by_the_effective_reward(small, own_q_mu):
+    """Each finished trace's frozen score is Q^pi + alpha A^mu of its last step, from full re-scoring of the two prefixes:
+    a wrong sign, a parent mixed up or another step's advantage shows."""
+    policy, _, task, enc, problems = small
+    verifiers = [tiny(seed, std=0.2, vocab_size=enc.n_vocab, block_size=48, head="scalar") for seed in (1, 2)][:1 + own_q_mu]
+    prompts, lengths = encode_rows(enc, [task.prompt(p) for p in problems])
+    u = torch.rand(2, 5, 15, task.max_step_tokens, generator=torch.Generator().manual_seed(0))
+    f, _ = search._search(policy, (*verifiers, None)[:2], task, enc, prompts, lengths, u, prompts.shape[1] + 10, 5, 0.7, 4, 3)
+    ends = step_ends(f["tokens"], lengths[f["owner"]], f["lengths"], [newline(enc), enc.eot_token])
+    last = (ends >= 0).sum(1, keepdim=True) - 1
+    q_pi, q_mu = (score(v, f["tokens"], ends) for v in (verifiers[0], verifiers[-1]))
+    q_mu = q_mu if own_q_mu else q_best_of_k(q_mu, 4)
+    adv_mu = (q_mu.gather(1, last) - q_mu.gather(1, last - 1))[:, 0]
+    assert len(adv_mu) > 5 and adv_mu.std() > 0.01
+    assert torch.allclose(f["q_pi"], q_pi.gather(1, last)[:, 0], atol=1e-4)
+    assert torch.allclose(f["score"], q_pi.gather(1, last)[:, 0] + 0.7 * adv_mu, atol=1e-4)
+
+
 def test_bad_beams_are_refused(small):
     for kw in (dict(width=0, alpha=0.1), dict(width=1, alpha=-1.0), dict(width=1, alpha=0.1, C=0)):
         with pytest.raises(ValueError, match="width >= 1"):
@@ -90,19 +114,22 @@ def test_bad_beams_are_refused(small):
 
 
 class Fake:
-    """Curves of a made-up evaluation."""
+    """Curves of a made-up evaluation: ORM .3 and .6 at 100 and 200 tokens, PAV .6 and .8 at half of them, both on average
+    over two runs that differ by `spread`."""
     P = 50
 
+    def __init__(self, spread):
+        self.shift = spread - 0.1
+
     def resampled(self, weights):
-        import numpy as np
-        one = lambda acc, tok: (np.array([4, 8]), np.tile(acc, (len(weights), 1)), np.tile(tok, (len(weights), 1)))  # noqa: E731
-        from minipav.report import LABELS
+        def one(acc, tok):
+            return np.array([4, 8]), np.tile(acc, (len(weights), 1)) + self.shift, np.tile(tok, (len(weights), 1))
         return {m: one([.6, .8], [50., 100.]) if m == "pav_beam" else one([.3, .6], [100., 200.]) for m in LABELS}
 
 
 def test_comparisons_at_equal_tokens():
-    import numpy as np
-    exact, drawn = bootstrap([Fake(), Fake()], R=5)
+    exact, drawn = bootstrap([Fake(0.0), Fake(0.2)], R=200)
+    assert drawn["orm"][1][:, 1].std() > 0.03                                    # the runs are resampled too
     claims = compare(exact)
     assert np.allclose(claims["pav_minus_orm_points"]["4"], 50) and np.allclose(claims["pav_minus_orm_points"]["8"], 20)
     assert np.allclose(claims["token_ratio_to_match_best_orm"], 4)

@@ -44,7 +44,7 @@ def test_smoke_run_writes_all_it_promises_and_fast(run):
 
 
 def test_killed_in_every_stage_and_resumed_equals_uninterrupted(run, tmp_path):
-    """SIGKILL soon after each stage has begun; the next process goes on. One file of partial work is left lying about."""
+    """SIGKILL soon after each stage has begun; the next process goes on from the files of the stages before it."""
     whole, _ = run
     out = tmp_path / "b"
     for stage in STAGES:
@@ -57,13 +57,14 @@ def test_killed_in_every_stage_and_resumed_equals_uninterrupted(run, tmp_path):
                 break
         assert p.wait() == -signal.SIGKILL, f"never reached {stage}"
         p.stdout.close()
-        done = json.loads((out / "stages.json").read_text()) if (out / "stages.json").exists() else {}
-        assert list(done) == STAGES[:STAGES.index(stage)]
+        done = list(json.loads((out / "stages.json").read_text())) if (out / "stages.json").exists() else []
+        assert STAGES.index(stage) <= len(done) <= STAGES.index(stage) + 1 and done == STAGES[:len(done)]
     last = train("--out", out, "--resume")
     assert last.returncode == 0, last.stderr
     for name in ("table.txt", "curves.csv", "example.txt", "log.csv"):
         assert (out / name).read_text() == (whole / name).read_text(), name
     assert (out / "eval.safetensors").read_bytes() == (whole / "eval.safetensors").read_bytes()
+    assert not list(out.rglob("*.tmp"))
 
 
 def one_line_error(done, *words):
@@ -85,9 +86,7 @@ def test_bad_flags_are_one_line_errors(args, words, tmp_path):
 
 
 def test_an_impossible_size_is_a_one_line_error(tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--size", "gigantic", "--out", str(tmp_path / "x")],
-                          capture_output=True, text=True, cwd="/")
-    one_line_error(done, "--size gigantic", "mini")
+    one_line_error(train("--size", "gigantic", "--out", tmp_path / "x"), "--size gigantic", "mini")
 
 
 def test_a_run_is_neither_overwritten_nor_resumed_with_other_flags(run):
@@ -108,11 +107,18 @@ def test_damaged_weights_in_a_run_are_a_one_line_error(run, tmp_path):
 
 def test_seeds_are_averaged_into_one_report(run, tmp_path):
     merged = tmp_path / "merged"
-    done = subprocess.run([sys.executable, "-m", "minipav.report", run[0], run[0], "--out", merged], capture_output=True,
-                          text=True, cwd=ROOT)
+    other = tmp_path / "other"                                                   # a second seed, by changing the first's files
+    shutil.copytree(run[0], other)
+    one = json.loads((other / "summary.json").read_text())
+    one["config"]["seed"], one["base_sampled"] = 1, one["base_sampled"] + 0.5
+    (other / "summary.json").write_text(json.dumps(one))
+
+    def merge(*runs):
+        return subprocess.run([sys.executable, "-m", "minipav.report", *runs, "--out", merged], capture_output=True, text=True,
+                              cwd=ROOT)
+    one_line_error(merge(run[0], run[0]), "same seed")
+    done = merge(run[0], other)
     assert done.returncode == 0, done.stderr
-    one = json.loads((run[0] / "summary.json").read_text())
     two = json.loads((merged / "summary.json").read_text())
-    assert two["seeds"] == one["seeds"] * 2
-    for n, claim in one["pav_minus_orm_points"].items():
-        assert claim is None or abs(claim["mean"] - two["pav_minus_orm_points"][n]["mean"]) < 1e-3
+    assert two["seeds"] == [0, 1] and abs(two["base_sampled"]["hi"] - two["base_sampled"]["lo"] - 0.5) < 1e-6
+    assert {"seed0.curves.csv", "seed1.curves.csv", "q_pi", "accuracy.png"} <= {p.name for p in merged.iterdir()}
