@@ -52,9 +52,9 @@ def at_tokens(curve, tokens):
 
 
 def tokens_to_reach(curve, level):
-    """The fewest tokens (R,) at which the curve reaches `level` (R,), interpolated as above; infinite if it never does."""
+    """The fewest tokens (R,) at which the curve reaches `level` (R,), interpolated as above; NaN if it never does."""
     _, acc, tok = curve
-    out = np.full(len(acc), np.inf)
+    out = np.full(len(acc), np.nan)
     for r in range(len(acc)):
         k = int((acc[r] >= level[r]).argmax())
         if acc[r, k] >= level[r]:
@@ -65,8 +65,9 @@ def tokens_to_reach(curve, level):
 
 
 def compare(curves):
-    """The claims, each an array (R,): PAV minus each baseline in points at equal tokens, by budget, and the tokens of ORM
-    best-of-N at its best over those of PAV at the same accuracy."""
+    """The claims, each an array (R,): PAV minus each baseline in points at equal tokens, by budget N; by beam width, the
+    tokens that ORM best-of-N needs to reach PAV's accuracy over PAV's own; the tokens of ORM best-of-N at its best over
+    those of PAV at that accuracy. NaN where the other never gets there."""
     orm, pav = curves["orm"], curves["pav_beam"]
     against = {"pav_minus_orm_points": "orm", "pav_minus_best_q_points": "best_q", "pav_minus_qbeam_points": "q_beam"}
     out = {claim: {} for claim in against}
@@ -76,6 +77,8 @@ def compare(curves):
             mine = at_tokens(pav, orm[2][:, k])
             for claim, baseline in against.items():
                 out[claim][str(N)] = 100 * (mine - at_tokens(curves[baseline], orm[2][:, k]))
+    out["orm_over_pav_tokens_by_width"] = {
+        str(w): tokens_to_reach(orm, pav[1][:, k]) / pav[2][:, k] for k, w in enumerate(pav[0])}
     rows, best = np.arange(len(orm[1])), orm[1].argmax(1)
     out["token_ratio_to_match_best_orm"] = orm[2][rows, best] / tokens_to_reach(pav, orm[1][rows, best])
     return out
@@ -102,11 +105,12 @@ def bootstrap(runs, R=1000, seed=0):
 
 
 def interval(point, draws):
-    """{"mean", "lo", "hi"}, rounded; None where it is not defined (a budget too small for the method)."""
+    """{"mean", "lo", "hi"}, rounded; None where it is not defined: a budget too small for the method, an accuracy that is
+    never reached. A resample in which it is not defined counts as infinite, and an infinite bound is None."""
     if not np.isfinite(point):
         return None
-    lo, hi = np.percentile(draws[np.isfinite(draws)], [2.5, 97.5])
-    return {"mean": round(float(point), 4), "lo": round(float(lo), 4), "hi": round(float(hi), 4)}
+    lo, hi = np.percentile(np.where(np.isfinite(draws), draws, np.inf), [2.5, 97.5], method="nearest")
+    return {k: round(float(x), 4) if np.isfinite(x) else None for k, x in (("mean", point), ("lo", lo), ("hi", hi))}
 
 
 def claims(exact, drawn):
@@ -184,8 +188,15 @@ def finish(run, title):
           f"base policy: {s['base_sampled']:.1%} sampled, {s['base_greedy']:.1%} greedy; "
           f"{s['planning_failure_share']:.1%} of its failures are planning failures\n"
           f"AUC of right traces against the same with a wrong step put in: {json.dumps(s['wrong_step_auc'])}")
-    for name in ("pav_minus_orm_points", "pav_minus_qbeam_points", "token_ratio_to_match_best_orm"):
-        print(f"{name}: {json.dumps(s[name])}")
+    print("\npoints ahead at the tokens of N rollouts" + "".join(f"{'N = ' + n:>20}" for n in s["pav_minus_orm_points"]))
+    for name, label in (("pav_minus_orm_points", "PAV beam - best-of-N, ORM"),
+                        ("pav_minus_best_q_points", "PAV beam - best-of-N, Q^pi"),
+                        ("pav_minus_qbeam_points", "PAV beam - beam, Q^pi")):
+        cells = ["-" if c is None else f"{c['mean']:.1f} [{c['lo']:.1f}, {c['hi']:.1f}]" for c in s[name].values()]
+        print(f"{label:<40}" + "".join(f"{c:>20}" for c in cells))
+    print("tokens that best-of-N by the ORM needs for the accuracy of the PAV beam, over the beam's own, by beam width: "
+          + ", ".join(f"{w}: {c and round(c['mean'], 2)}" for w, c in s["orm_over_pav_tokens_by_width"].items())
+          + " (None: more than all its samples)")
     print(f"\n{s['minutes']:.1f} minutes, {s['peak_memory_gb']:.1f} GB; in {run.out}: table.txt, accuracy.png, curves.csv, "
           f"summary.json, example.txt, log.csv\n"
           f"next: other seeds, then python -m minipav.report {run.out} ... --out DIR for their mean")

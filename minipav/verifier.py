@@ -131,7 +131,7 @@ def evaluate(model, traces):
 
 def train_verifier(init, train, held_out, *, steps, batch_size, lr_muon, lr_adamw, seed, log, balance=False, checks=6):
     """Fit a verifier that starts from `init` (a policy, or another verifier) to `train`; the checkpoint with the lowest
-    cross-entropy on `held_out` (traces of other problems) is kept. Returns (model, Report).
+    cross-entropy on `held_out` (traces of other problems) is kept. Returns (model, its Report on those same traces).
 
     log(step, steps, loss, held-out loss) is called at every step.
     """

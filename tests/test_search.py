@@ -9,7 +9,7 @@ from conftest import WalkPolicy, tiny
 from minipav import search
 from minipav.advantage import newline, q_best_of_k, step_ends
 from minipav.model import GPT, GPTConfig
-from minipav.report import LABELS, at_tokens, bootstrap, compare, tokens_to_reach
+from minipav.report import LABELS, at_tokens, bootstrap, compare, interval, tokens_to_reach
 from minipav.tasks.calculator import Calculator
 from minipav.tokenizer import encode_rows, synthetic_encoding
 from minipav.verifier import score
@@ -135,4 +135,8 @@ def test_comparisons_at_equal_tokens():
     assert np.allclose(claims["token_ratio_to_match_best_orm"], 4)
     assert np.allclose(at_tokens(exact["pav_beam"], np.array([50 * 2 ** 0.5])), 0.7)
     assert np.isnan(at_tokens(exact["pav_beam"], np.array([49.]))) and at_tokens(exact["pav_beam"], np.array([1e6])) == 0.8
-    assert np.isinf(tokens_to_reach(exact["orm"], np.array([0.9])))
+    assert np.isnan(tokens_to_reach(exact["orm"], np.array([0.9])))
+    assert np.allclose(claims["orm_over_pav_tokens_by_width"]["4"], 4)           # .6: 200 tokens against 50
+    assert np.isnan(claims["orm_over_pav_tokens_by_width"]["8"])                 # .8 is out of the ORM's reach
+    assert interval(1.0, np.array([0.5] * 90 + [np.nan] * 10)) == {"mean": 1.0, "lo": 0.5, "hi": None}
+    assert interval(np.nan, np.ones(3)) is None
