@@ -233,8 +233,10 @@ def main():
     text, _ = write_report(curves, args.out, f"{each[0]['config']['task']}: mean of {len(each)} seeds", facts)
     for r, s in zip(args.runs, each):
         seed = s["config"]["seed"]
-        for name in ("curves.csv", "eval.safetensors", "log.csv", "summary.json", "example.txt"):
-            write_whole(args.out / f"seed{seed}.{name}", lambda p, source=r / name: p.write_bytes(source.read_bytes()))
+        for name in ("curves.csv", "eval.safetensors", "log.csv", "summary.json", "example.txt", "orm/held_out.csv",
+                     "q_pi/held_out.csv"):
+            copy_to = args.out / f"seed{seed}.{name.replace('/', '.')}"
+            write_whole(copy_to, lambda p, source=r / name: p.write_bytes(source.read_bytes()))
     for name in ("base", "q_pi"):                               # small enough to ship: the tests look at them too
         GPT.load(args.runs[0] / name).save(args.out / name)
     print(text)
