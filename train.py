@@ -30,7 +30,7 @@ from minipav.verifier import outcome_only, train_verifier
 SIZES = {"nano": dict(n_layer=2, n_head=2, n_kv_head=1, n_embd=64, n_ffn=128),          # 0.1M parameters: the tests
          "mini": dict(),                                                               # 0.5M: the default
          "midi": dict(n_layer=6, n_head=8, n_kv_head=2, n_embd=256, n_ffn=640),         # 4M
-         "maxi": dict(n_layer=12, n_head=12, n_kv_head=4, n_embd=768, n_ffn=2048)}      # 80M: a GPU
+         "maxi": dict(n_layer=12, n_head=12, n_kv_head=4, n_embd=768, n_ffn=2048)}      # 76M: a GPU
 
 
 def get_args(argv=None):
@@ -63,7 +63,7 @@ def get_args(argv=None):
     p.add_argument("--n_mc", type=int, default=4, help="completions a prefix; 4 n_mc up to a first pit")
     p.add_argument("--pit_traces", type=int, default=250, help="wrong branches that are searched for a first pit")
     p.add_argument("--pit_threshold", type=float, default=0.2, help="Q above which a state is a high-value one")
-    p.add_argument("--wrong_share", type=float, default=0.15, help="share of seeds copied with a wrong step; 0: none")
+    p.add_argument("--wrong_share", type=float, default=0.15, help="seeds copied with a wrong step, like right branches; 0: none")
     p.add_argument("--mu_rollouts", type=int, default=20000, help="of each prover: half its own, half on from pi's prefixes")
     # verifiers
     p.add_argument("--orm_steps", type=int, default=250, help="of the ORM, which starts from the stronger policy")

@@ -1,8 +1,8 @@
 """The estimator: Monte-Carlo rollouts -> Q and V -> process advantages -> the effective reward.
 
 The top half is pure functions over tensors, one an equation. The lower half collects the data of section 4.2 and App. D:
-seed rollouts, completions at their prefixes, first pits. Symbols are the paper's. Every trace keeps its values at S + 1
-places, h = 0..S: place 0 is the bare prompt, where Q is V(x), and place h the end of step h, where Q is Q(s_h, a_h).
+seed rollouts, branches off the right ones, first pits, wrong steps. Symbols are the paper's. Every trace keeps its values
+at S + 1 places, h = 0..S: place 0 is the bare prompt, where Q is V(x), and place h the end of step h, where Q is Q(s_h, a_h).
 """
 from dataclasses import dataclass, fields
 

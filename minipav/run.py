@@ -29,7 +29,7 @@ from minipav.utils import Fail, derive_seed, progress, write_whole
 
 class Run:
     def __init__(self, out, config, resume=False):
-        """config: the flags that decide the result, as plain values. Raises Fail if the folder cannot be made, already
+        """config: all flags but --out and --resume, as plain values. Raises Fail if the folder cannot be made, already
         holds a run that is not to be resumed, or holds one that was started with other flags."""
         self.out, self.config = Path(out), config
         self.task = get_task(config["task"], **{k: config[k] for k in ("H", "min_steps", "numbers")})

@@ -1,8 +1,9 @@
-"""The verifier trainer: the ORM, Q^pi and Q^mu are the policy's trunk with a scalar head, fitted to soft labels.
+"""The verifier trainer: the ORM, Q^pi and Q^mu are a policy's trunk with a scalar head, fitted to soft labels.
 
 The network predicts Q, never A (App. D): A is a difference of two of its predictions, best-of-K a function of one. Every
-step end of a trace is supervised in one forward pass, by binary cross-entropy against its Monte-Carlo estimate, and no
-other position is. The ORM is the same network with the last place of each trace as its only label (section 2).
+labelled place of a trace (the ends of its prompt and steps) is supervised in one forward pass, by binary cross-entropy
+against its Monte-Carlo estimate, and no other position is. The ORM is the same network with the last place of each trace
+as its only label (section 2).
 """
 import copy
 from dataclasses import dataclass

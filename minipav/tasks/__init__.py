@@ -1,4 +1,5 @@
-"""Tasks: where problems come from and what counts as right. A new task is one file with one class, named in get_task.
+"""Tasks: where problems come from and what counts as right. A new task is one file with one class, named in get_task
+(and for a dial of its own a flag in train.py and a name in Run).
 
 A problem is a small tuple. A response is text: steps separated by newlines (one step a line), ended by END. The trainer
 and the search know a task only through the methods below.
@@ -22,7 +23,7 @@ class Task:
     max_new_tokens: int            # room for the longest response, END included
 
     def draw(self, n, rng):
-        """n random solvable problems, of any split."""
+        """About n random solvable problems, of any split."""
         raise NotImplementedError
 
     def prompt(self, problem):

@@ -3,11 +3,13 @@ r"""Calculator: reach a target from a start in at most H steps with the four ope
     from 23 reach 8 in at most 6 steps with +7 -4 *2 /3         <- prompt
     *2 = 46                                                     <- a step: one operation and its result
     -4 = 42
-    ...
-    -4 = 8<|endoftext|>                                         <- right: the last result is the target
+    /3 = 14
+    *2 = 28
+    -4 = 24
+    /3 = 8<|endoftext|>                                         <- right: the last result is the target
 
-Values are integers 1..49, division must be exact. A problem has 49 states and 4 actions, so every quantity of the paper
-has an exact value by dynamic programming: `dp` is the oracle of the tests.
+Values are integers 1..49, division must be exact. A problem has 49 values and 4 actions, so V and Q of a tabular policy
+are exact by dynamic programming: `dp` is the oracle of the tests.
 """
 import re
 from functools import cache
@@ -36,7 +38,7 @@ def parse(line):
 
 
 def transitions(problems):
-    """next (N, TOP, 4): the value after each operation, 0 where it is illegal (not in 1..99, or not exact)."""
+    """next (N, TOP, 4): the value after each operation, 0 where it is illegal (not in 1..49, or not exact)."""
     v = np.arange(TOP)[None, :, None]
     a, b, c, d = (np.array([p.ops for p in problems])[:, None, [k]] for k in range(4))
     nxt = np.concatenate([v + a, v - b, v * c, np.where(v % d == 0, v // d, 0)], axis=2)

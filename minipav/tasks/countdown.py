@@ -2,8 +2,8 @@ r"""Countdown: combine all of 3-6 numbers into a target, one operation a line, w
 
     using 3 5 12 19 make 24                                     <- prompt
     19 - 12 = 7 (left: 3 5 7)                                   <- a step
-    3 * 7 = 21 (left: 5 21)
-    5 + 21 = 26 (left: 26)<|endoftext|>                         <- legal and computed right, but not 24
+    7 * 3 = 21 (left: 5 21)
+    21 + 5 = 26 (left: 26)<|endoftext|>                         <- legal and computed right, but not 24
 
 Every result is an integer 1..99 and division is exact. All numbers are used once, so n numbers take n - 1 steps.
 """
