@@ -42,7 +42,7 @@ def test_pass_at_n_closed_form():
 def test_majority_vote_counts_answers_not_traces():
     answers, reward = [["7", "8", "8", None, None, None, "9", "7"]], torch.tensor([[0., 1, 1, 0, 0, 0, 0, 1]])
     assert search.majority_vote(answers, reward, 4).tolist() == [0.5]            # 8 wins; then 9 against 7: the first
-    assert search.majority_vote(answers, reward, 8).tolist() == [0.0]            # 7 and 8 have two each: 7 came first
+    assert search.majority_vote(answers, reward, 8).tolist() == [0.5]            # 7 and 8 tie, 7 came first, half are right
 
 
 def test_duplicates_and_endless_steps_leave_the_beam():
