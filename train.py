@@ -54,7 +54,7 @@ def get_args(argv=None):
     p.add_argument("--strong_steps", type=int, default=250, help="the stronger one: the base, trained on with ...")
     p.add_argument("--strong_directed", type=float, default=1.0, help="... this share of directed demonstrations")
     p.add_argument("--batch_size", type=int, default=256)
-    p.add_argument("--lr_muon", type=float, default=0.02)
+    p.add_argument("--lr_muon", type=float, default=0.02, help="0: AdamW alone")
     p.add_argument("--lr_adamw", type=float, default=3e-3)
     # rollouts
     p.add_argument("--problems", type=int, default=10000, help="training problems with seed rollouts of pi")
@@ -93,8 +93,8 @@ def get_args(argv=None):
         if not 0 <= getattr(args, name) <= 1:
             raise Fail(f"--{name} {getattr(args, name)}: must be between 0 and 1")
     for name in ("lr_muon", "lr_adamw", "lr_muon_verifier", "lr_adamw_verifier"):
-        if not getattr(args, name) > 0:
-            raise Fail(f"--{name} {getattr(args, name)}: must be above 0")
+        if not getattr(args, name) >= ("adamw" in name) * 1e-9:
+            raise Fail(f"--{name} {getattr(args, name)}: must be above 0 (or 0 for Muon: AdamW alone)")
     if not args.alpha >= 0 or args.seed < 0 or min(args.widths) < 1:
         raise Fail(f"--alpha {args.alpha} and --seed {args.seed} must be 0 or more, --widths {args.widths} at least 1")
     args.widths = sorted(set(args.widths))

@@ -74,14 +74,14 @@ def derive_seed(seed, *names):
 
 
 def make_optimizers(model, lr_muon, lr_adamw):
-    """Muon for the matrices inside the blocks, AdamW for embedding, head, norms and biases.
+    """Muon for the matrices inside the blocks, AdamW for embedding, head, norms and biases; lr_muon 0: AdamW for all.
 
     At this size it learns much faster than AdamW alone (README, "Where we depart from the paper").
     """
-    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2 and lr_muon]
     others = [p for p in model.parameters() if all(p is not q for q in matrices)]
-    return [torch.optim.Muon(matrices, lr=lr_muon, weight_decay=0.0, momentum=0.95),
-            torch.optim.AdamW(others, lr=lr_adamw, weight_decay=0.0, betas=(0.9, 0.95))]
+    adamw = torch.optim.AdamW(others, lr=lr_adamw, weight_decay=0.0, betas=(0.9, 0.95))
+    return [torch.optim.Muon(matrices, lr=lr_muon, weight_decay=0.0, momentum=0.95), adamw] if matrices else [adamw]
 
 
 def schedule(step, steps, warmup=0.05, decay=0.5):
