@@ -93,8 +93,9 @@ def get_args(argv=None):
         if not 0 <= getattr(args, name) <= 1:
             raise Fail(f"--{name} {getattr(args, name)}: must be between 0 and 1")
     for name in ("lr_muon", "lr_adamw", "lr_muon_verifier", "lr_adamw_verifier"):
-        if not getattr(args, name) >= ("adamw" in name) * 1e-9:
-            raise Fail(f"--{name} {getattr(args, name)}: must be above 0 (or 0 for Muon: AdamW alone)")
+        value = getattr(args, name)
+        if not (value > 0 or value == 0 and "muon" in name):
+            raise Fail(f"--{name} {value}: must be above 0 (for Muon also 0: AdamW alone)")
     if not args.alpha >= 0 or args.seed < 0 or min(args.widths) < 1:
         raise Fail(f"--alpha {args.alpha} and --seed {args.seed} must be 0 or more, --widths {args.widths} at least 1")
     args.widths = sorted(set(args.widths))
