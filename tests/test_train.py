@@ -43,6 +43,12 @@ def test_smoke_run_writes_all_it_promises_and_fast(run):
     assert not list(out.rglob("*.tmp"))
 
 
+def test_countdown_runs_too(tmp_path):
+    """Every stage on the other task, whose lines and steps are longer."""
+    done = train("--task", "countdown", "--sft_steps", 5, "--out", tmp_path / "x")
+    assert done.returncode == 0 and "pass@N" in done.stdout, done.stderr
+
+
 def test_killed_in_every_stage_and_resumed_equals_uninterrupted(run, tmp_path):
     """SIGKILL soon after each stage has begun; the next process goes on from the files of the stages before it."""
     whole, _ = run

@@ -135,7 +135,7 @@ class Countdown(Task):
             else:                                               # a number that is not there, used all the same
                 a = next((k for k in range(a + 1, TOP) if k not in numbers and apply(k, sign, b)), a)
                 new = apply(a, sign, b)
-                new = new if a not in numbers else result % 98 + 1
+                new = new if new and a not in numbers else result % 98 + 1
             left = list(left)
             if result in left:
                 left.remove(result)
