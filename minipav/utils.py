@@ -76,7 +76,7 @@ def derive_seed(seed, *names):
 def make_optimizers(model, lr_muon, lr_adamw):
     """Muon for the matrices inside the blocks, AdamW for embedding, head, norms and biases; lr_muon 0: AdamW for all.
 
-    At this size it learns much faster than AdamW alone (README, "Where we depart from the paper").
+    The paper uses Adam (README, "Where we depart from the paper").
     """
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2 and lr_muon]
     others = [p for p in model.parameters() if all(p is not q for q in matrices)]
