@@ -70,6 +70,8 @@ def first_pit(q, reward, threshold):
 
 # ---- data -----------------------------------------------------------------------------------------------------------
 
+KNOWN = 16                          # the label at the end of a finished trace is exact: it counts as this many outcomes
+
 @dataclass
 class Traces:
     """Labelled traces, tokens of prompt and response together. N rows, T positions, S steps at the most."""
@@ -78,7 +80,7 @@ class Traces:
     lengths: torch.Tensor           # (N,)
     ends: torch.Tensor              # (N, S + 1) position of each place's last token (prompt, step 1, ...); -1: no such
     q: torch.Tensor                 # (N, S + 1) label: Monte-Carlo estimate of Q at each place
-    n: torch.Tensor                 # (N, S + 1) number of outcomes it is the mean of; 0: unlabelled
+    n: torch.Tensor                 # (N, S + 1) number of outcomes it is the mean of; 0: unlabelled, KNOWN: exact
     reward: torch.Tensor            # (N,) Rex of the whole trace
 
     def __len__(self):
@@ -133,7 +135,10 @@ def label_with_outcome(task, enc, problems, which, tokens, lengths, prompt_lengt
     ends = step_ends(tokens, prompt_lengths, lengths, [newline(enc), enc.eot_token])
     place = torch.arange(ends.shape[1])
     labelled = (ends >= 0) & (place >= (0 if since is None else since[:, None]))
-    return Traces(which, tokens, lengths, ends, reward[:, None] * labelled, labelled.long(), reward)
+    n = labelled.long()
+    ended = (tokens.gather(1, lengths[:, None] - 1)[:, 0] == enc.eot_token).nonzero()[:, 0]
+    n[ended, (ends[ended] >= 0).sum(1) - 1] = KNOWN
+    return Traces(which, tokens, lengths, ends, reward[:, None] * labelled, n, reward)
 
 
 def _responses(tokens, lengths, prompt_lengths):
@@ -186,8 +191,8 @@ def high_value_branches(pi, task, enc, problems, seeds, *, count, n_mc, seed, rn
     """Where the values are: n_mc completions by pi of prefixes of the seeds that came out right, about `count` in all.
 
     At a low success rate almost every seed says "wrong" at every place, and a verifier learns little from it. App. D
-    spends an initial budget on finding high-value states; the prefixes of right seeds are such states, and fresh
-    completions of them are unbiased labels. -> Traces (prefix-major), estimates (prefixes,)
+    spends an initial budget on finding high-value states; the prefixes of right seeds are such states, whichever policy
+    found them, and fresh completions by pi are unbiased labels of Q^pi. -> Traces (prefix-major), estimates (prefixes,)
     """
     right = (seeds.reward == 1).nonzero()[:, 0] if seeds.reward.any() else torch.arange(len(seeds))
     rows, places = (seeds.ends[right, 1:] >= 0).nonzero(as_tuple=True)          # every place but the last one

@@ -19,7 +19,7 @@ from minipav.utils import Fail, main_guard, write_whole
 LABELS = {"greedy": "greedy decoding", "sample": "one sample", "majority": "majority vote", "orm": "best-of-N, ORM",
           "best_q": "best-of-N, Q^pi", "q_beam": "beam, Q^pi", "pav_beam": "beam, PAV", "weak_beam": "beam, PAV weak mu",
           "strong_beam": "beam, PAV strong mu", "pass": "pass@N (oracle)"}
-BUDGETS = (4, 8, 16, 32, 64)                                    # in rollouts: N of best-of-N
+BUDGETS = (4, 8, 16, 32, 64, 128)                                   # in rollouts: N of best-of-N
 
 
 class Curves:
@@ -30,8 +30,10 @@ class Curves:
             flat = load_file(path)
         except Exception as e:
             raise Fail(f"{path} is missing or damaged ({e}): has train.py finished in that folder?") from None
-        self.by = {m: tuple(flat[f"{m}/{x}"] for x in ("n", "acc", "tokens")) for m in LABELS}
-        self.P = self.by["pass"][1].shape[1]
+        methods = sorted({key.rpartition("/")[0] for key in flat})
+        self.by = {m: tuple(flat[f"{m}/{x}"] for x in ("n", "acc", "tokens")) for m in methods}
+        self.also = {m: {x: flat[f"{m}/{x}"] for x in ("passed", "scored", "seconds")} for m in methods}
+        self.P = self.by[methods[0]][1].shape[1]
 
     def resampled(self, weights):
         """{method: (n (k,), acc (R, k), tokens (R, k))} under R weightings (R, P) of the problems."""
@@ -86,19 +88,19 @@ def compare(curves):
 
 def average(runs):
     """The curves of several runs (dicts of `resampled`), averaged point by point."""
-    return {m: (runs[0][m][0], np.mean([r[m][1] for r in runs], 0), np.mean([r[m][2] for r in runs], 0)) for m in LABELS}
+    return {m: (runs[0][m][0], np.mean([r[m][1] for r in runs], 0), np.mean([r[m][2] for r in runs], 0)) for m in runs[0]}
 
 
 def bootstrap(runs, R=1000, seed=0):
     """(curves of the data, curves of R two-level resamples): runs first, then problems within each."""
     exact = average([r.resampled(np.ones((1, r.P))) for r in runs])
     rng = np.random.default_rng(seed)
-    drawn = {m: ([], []) for m in LABELS}
+    drawn = {m: ([], []) for m in exact}
     each = [r.resampled(rng.multinomial(r.P, np.full(r.P, 1 / r.P), R * len(runs)).astype(float)) for r in runs]
     pick = rng.integers(len(runs), size=(R, len(runs)))
     for b in range(R):
         rows = [(i, b * len(runs) + j) for j, i in enumerate(pick[b])]
-        for m in LABELS:
+        for m in exact:
             drawn[m][0].append(np.mean([each[i][m][1][r] for i, r in rows], 0))
             drawn[m][1].append(np.mean([each[i][m][2][r] for i, r in rows], 0))
     return exact, {m: (exact[m][0], np.array(a), np.array(t)) for m, (a, t) in drawn.items()}
@@ -120,18 +122,18 @@ def claims(exact, drawn):
             for k, v in a.items()}
 
 
-def rows(exact, drawn):
+def rows(exact, drawn, methods=tuple(LABELS)):
     """Table rows (method, n, tokens a problem, accuracy, lo, hi)."""
-    for m in LABELS:
+    for m in methods:
         n, acc, tok = exact[m]
         lo, hi = np.percentile(drawn[m][1], [2.5, 97.5], axis=0)
         for k in range(len(n)):
             yield m, int(n[k]), round(float(tok[0, k]), 1), *(round(float(x), 4) for x in (acc[0, k], lo[k], hi[k]))
 
 
-def table(table_rows):
+def table(table_rows, labels=LABELS):
     lines = [f"{'method':<20}{'N or width':>10}{'tokens/problem':>16}{'accuracy':>10}   95% interval"]
-    lines += [f"{LABELS[m]:<20}{n:>10}{tok:>16.0f}{acc:>10.3f}   [{lo:.3f}, {hi:.3f}]"
+    lines += [f"{labels[m]:<20}{n:>10}{tok:>16.0f}{acc:>10.3f}   [{lo:.3f}, {hi:.3f}]"
               for m, n, tok, acc, lo, hi in table_rows]
     return "\n".join(lines)
 

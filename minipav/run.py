@@ -31,10 +31,7 @@ class Run:
     def __init__(self, out, config, resume=False):
         """config: all flags but --out and --resume, as plain values. Raises Fail if the folder cannot be made, already
         holds a run that is not to be resumed, or holds one that was started with other flags."""
-        self.out, self.config = Path(out), config
-        self.task = get_task(config["task"], **{k: config[k] for k in ("H", "min_steps", "numbers")})
-        self.enc = synthetic_encoding(self.task.phrases)
-        self.how = dict(max_tokens_in_flight=config["max_tokens_in_flight"])    # for every call of the sampler
+        self._prepare(out, config)
         try:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as e:
@@ -51,6 +48,31 @@ class Run:
                                "resume it, or choose another --out")
         self.write("config.json", config)
         self.stages = self.read("stages.json") if (self.out / "stages.json").exists() else {}
+
+    def _prepare(self, out, config):
+        self.out, self.config = Path(out), config
+        self.task = get_task(config["task"], **{k: config[k] for k in ("H", "min_steps", "numbers")})
+        self.enc = synthetic_encoding(self.task.phrases)
+        self.how = dict(top_p=None if config["top_p"] == 1 else config["top_p"],          # for every call of the sampler
+                        max_tokens_in_flight=config["max_tokens_in_flight"])
+
+    @classmethod
+    def open(cls, out, device):
+        """The finished run in a folder, to be read on any device. Raises Fail if train.py has not finished there."""
+        run = object.__new__(cls)
+        run.out = Path(out)
+        if not (run.out / "config.json").exists():
+            raise Fail(f"--run {out}: no run of train.py is there; make one with python train.py --out {out}")
+        config = run.read("config.json")
+        run.stages = run.read("stages.json") if (run.out / "stages.json").exists() else {}
+        if "evaluation" not in run.stages:
+            raise Fail(f"--run {out}: train.py has not finished there (done: {', '.join(run.stages) or 'nothing'}); finish it "
+                       "with its flags and --resume")
+        try:
+            run._prepare(out, config | {"device": device})
+        except (KeyError, TypeError) as e:
+            raise Fail(f"{run.out / 'config.json'} is not of this version of minipav ({e}): train again") from None
+        return run
 
     def read(self, name):
         try:

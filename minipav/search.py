@@ -11,7 +11,7 @@ from minipav.advantage import effective_reward, newline, q_best_of_k
 from minipav.model import KVCache
 from minipav.sampler import decode, prefill
 from minipav.tokenizer import decode_rows, encode_rows, pad_token
-from minipav.verifier import Values
+from minipav.verifier import start_values
 
 
 def best_of_n(scores, reward, N):
@@ -58,41 +58,55 @@ def majority_vote(answers, reward, N):
     return torch.tensor(out)
 
 
+# What a beam ranks its candidates by: Q^pi and Q^mu after the step, Q^mu before it -> score. The search keeps the highest.
+SCORES = {
+    "effective": lambda q_pi, q_mu, before, alpha: effective_reward(q_pi, q_mu - before, alpha),    # Eq. 5: the PAV beam
+    "advantage": lambda q_pi, q_mu, before, alpha: q_mu - before,                                   # Eq. 2: A^mu alone
+    "bonus": lambda q_pi, q_mu, before, alpha: q_pi + alpha * q_mu}                                 # App. G's control
+
+
 @dataclass
 class BeamResult:
     """P problems, beam width B."""
     reward: torch.Tensor            # (P,) Rex of the final pick
     solved: torch.Tensor            # (P,) whether any finished trace of the final beam is right: pass@N of the beam
     tokens: torch.Tensor            # (P,) policy tokens generated for each problem, duplicates and losers included
+    scored: torch.Tensor            # (P,) tokens that the verifiers read, prompt included, each verifier counted
     responses: list                 # P texts, the final picks ('' where no trace finished)
 
 
 @torch.no_grad()
-def beam_search(policy, q_pi_model, task, enc, problems, *, width, alpha, K=1, q_mu_model=None, C=3, seed=0,
-                max_tokens_in_flight=1 << 18):
-    """Step-level beam search with the effective reward Q^pi + alpha A^mu (section 4.1). -> BeamResult
+def beam_search(policy, q_pi_model, task, enc, problems, *, width, alpha, K=1, q_mu_model=None, rule="effective", C=3, seed=0,
+                top_p=None, max_tokens_in_flight=1 << 18, log=None):
+    """Step-level beam search with the effective reward Q^pi + alpha A^mu, or another of SCORES (section 4.1). -> BeamResult
 
     The prover mu is best-of-K of pi in closed form (Eq. 30), or has a verifier of its own, q_mu_model. alpha = 0 is the
     beam by Q^pi. Each step samples C next steps for every prefix of the beam (width * C at the first level), drops
     duplicates, scores, and keeps the best `width` of each problem. A finished trace stays with its score frozen. The
     answer is the finished trace with the highest Q^pi. All problems are searched in one batch, or in as few as keep
-    rows x slots of the KV buffers within max_tokens_in_flight. Raises ValueError if width or C < 1 or alpha < 0.
+    rows x slots of the KV buffers within max_tokens_in_flight. q_pi_model may be an Oracle. log: a list that gets, for
+    each level of each batch, its candidates with their values (see `_search`).
+    Raises ValueError if width or C < 1 or alpha < 0.
     """
     if width < 1 or C < 1 or alpha < 0:
         raise ValueError(f"beam search needs width >= 1, C >= 1 and alpha >= 0, not {width}, {C}, {alpha}")
     texts = [task.prompt(p) for p in problems]
-    prompts, lengths = encode_rows(enc, texts)
+    prompts, lengths = (x.to(policy.device) for x in encode_rows(enc, texts))
     u = torch.rand(task.max_steps, len(problems), width * C, task.max_step_tokens,
-                   generator=torch.Generator().manual_seed(seed))               # one number for each token that may come
+                   generator=torch.Generator().manual_seed(seed)).to(policy.device)     # one for each token
     slots = prompts.shape[1] + task.max_steps * task.max_step_tokens
     batch = max(1, max_tokens_in_flight // (slots * width * C))
     responses, reward = [""] * len(problems), torch.zeros(len(problems))
     solved, spent = torch.zeros(len(problems)), []
     for i in range(0, len(problems), batch):
         rows = slice(i, i + batch)
-        finished, tokens = _search(policy, (q_pi_model, q_mu_model), task, enc, prompts[rows], lengths[rows], u[:, rows],
-                                   slots, width, alpha, K, C)
-        spent.append(tokens)
+        values = [v and start_values(v, problems[rows], prompts[rows], lengths[rows], slots) for v in (q_pi_model, q_mu_model)]
+        levels = [] if log is not None else None
+        finished, *tokens = _search(policy, values, task, enc, prompts[rows], lengths[rows], u[:, rows], slots, width,
+                                    lambda *x: SCORES[rule](*x, alpha), K, C, dict(top_p=top_p), levels)
+        spent.append(torch.stack(tokens))
+        if log is not None:
+            log += [level | {"owner": level["owner"] + i} for level in levels]
         best = set(_top(finished["q_pi"], finished["owner"], 1).tolist())
         for r, text in enumerate(decode_rows(enc, finished["tokens"], finished["lengths"])):
             p = i + int(finished["owner"][r])
@@ -101,24 +115,24 @@ def beam_search(policy, q_pi_model, task, enc, problems, *, width, alpha, K=1, q
             solved[p] = max(solved[p], right)
             if r in best:
                 responses[p], reward[p] = text, right
-    return BeamResult(reward, solved, torch.cat(spent), responses)
+    return BeamResult(reward, solved, *torch.cat(spent, 1), responses)
 
 
-def _search(policy, verifiers, task, enc, prompts, lengths, u, slots, width, alpha, K, C):
-    """The search of one batch. -> the finished traces of the last beams (a dict of tensors), tokens spent (P,)."""
+def _search(policy, values, task, enc, prompts, lengths, u, slots, width, rule, K, C, how, log=None):
+    """The search of one batch. values: of Q^pi and, if the prover has a verifier, of Q^mu, at the prompts. -> the finished
+    traces of the last beams (a dict of tensors), policy tokens (P,), verifier tokens (P,)."""
     P, device = len(prompts), policy.device
-    prompts, lengths, u = prompts.to(device), lengths.to(device), u.to(device)
     stop = torch.tensor([newline(enc), enc.eot_token], device=device)
     cache = KVCache(policy.config, P, slots, device, policy.embed.weight.dtype)
     hidden = prefill(policy, cache, prompts, lengths)                           # (P, C)
-    values = [v and Values(v, prompts, lengths, slots) for v in verifiers]      # of the prompts: V(x)
+    readers = sum(v is not None for v in values)
 
     def q_mu(values):
-        return values[1].q if values[1] else q_best_of_k(values[0].q, K)
+        return q_best_of_k(values[0].q, K) if values[1] is None else values[1].q
     live = {"tokens": torch.nn.functional.pad(prompts, (0, slots - prompts.shape[1]), value=pad_token(enc)), "lengths": lengths,
             "owner": torch.arange(P, device=device)}                            # rows are ordered by owner throughout
     finished = {k: v[:0] for k, v in live.items()} | {"q_pi": values[0].q[:0], "score": values[0].q[:0]}
-    spent = torch.zeros(P, dtype=torch.long, device=device)
+    spent, scored = torch.zeros(P, dtype=torch.long, device=device), readers * lengths
     for level in range(task.max_steps):
         rows = torch.arange(len(live["owner"]), device=device)
         if len(rows) == 0:
@@ -129,21 +143,27 @@ def _search(policy, verifiers, task, enc, prompts, lengths, u, slots, width, alp
         draw = u[level, live["owner"][parent], (C * rank[:, None] + torch.arange(n, device=device)).flatten()]
         grown = cache[parent]
         new, count, _, reason = decode(policy, grown, hidden[parent], live["lengths"][parent], draw, task.max_step_tokens,
-                                       stop, {}, pad_token(enc))
+                                       stop, how, pad_token(enc))
         spent.index_add_(0, live["owner"][parent], count)
 
         kept = _distinct(parent, new, reason)
+        if len(kept) == 0:                                                      # no step of any problem came to its end
+            break
         parent, new, count = parent[kept], new[kept], count[kept]
+        scored = scored.index_add(0, live["owner"][parent], readers * count)
         children = [v and v.children(parent, new, count) for v in values]
-        adv_mu = q_mu(children) - q_mu(values)[parent]                          # Eq. 2
+        after, before = q_mu(children), q_mu(values)[parent]
         child = {"tokens": _append(live["tokens"][parent], live["lengths"][parent], new, count),
                  "lengths": live["lengths"][parent] + count, "owner": live["owner"][parent], "q_pi": children[0].q,
-                 "score": effective_reward(children[0].q, adv_mu, alpha)}       # Eq. 5
+                 "score": rule(children[0].q, after, before)}
         ended = reason[kept] == enc.eot_token
 
         both = {k: torch.cat([finished[k], child[k]]) for k in finished}        # finished traces stay in the running
         top = _top(both["score"], both["owner"], width)
         is_live = torch.cat([torch.zeros(len(finished["owner"]), dtype=torch.bool, device=device), ~ended])[top]
+        if log is not None:                                                     # every candidate of this level
+            log.append({k: v.cpu() for k, v in child.items()} | {"q_mu": after.cpu(), "adv_mu": (after - before).cpu(),
+                       "kept": torch.isin(torch.arange(len(ended), device=device) + len(finished["owner"]), top).cpu()})
         rows = top[is_live] - len(finished["owner"])
         finished = {k: v[top[~is_live]] for k, v in both.items()}
         live = {k: child[k][rows] for k in live}
@@ -151,7 +171,7 @@ def _search(policy, verifiers, task, enc, prompts, lengths, u, slots, width, alp
         last = live["lengths"][:, None] - 1                                     # the delimiter has not been read yet
         if len(rows):
             hidden = policy.trunk(live["tokens"].gather(1, last), cache, last, span=int(last.max()) + 1)[:, 0]
-    return {k: v.cpu() for k, v in finished.items()}, spent.cpu()
+    return {k: v.cpu() for k, v in finished.items()}, spent.cpu(), scored.cpu()
 
 
 def _append(tokens, lengths, new, count):

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from minipav.advantage import Traces
 from minipav.model import KVCache
 from minipav.sampler import prefill
-from minipav.utils import apply_step, make_optimizers, pass_tokens, schedule
+from minipav.tokenizer import decode_rows
+from minipav.utils import Fail, apply_step, make_optimizers, pass_tokens, schedule
 
 
 def verifier_loss(model, tokens, ends, q, weight):
@@ -76,6 +77,48 @@ class Values:
         some = copy.copy(self)
         some.cache, some.q, some.lengths = self.cache[rows], self.q[rows], self.lengths[rows]
         return some
+
+
+class Oracle:
+    """In the place of a verifier: exact values of the task's tabular reference policy, the ceiling of every search."""
+
+    def __init__(self, task, enc):
+        if not hasattr(task, "exact"):
+            raise Fail(f"task {task.name} has no exact values: the oracle beam is for calculator")
+        self.task, self.enc = task, enc
+
+
+class ExactValues:
+    """An Oracle's values of rows that grow, behind the interface of Values."""
+
+    def __init__(self, oracle, problems, device):
+        self.enc, self.value = oracle.enc, oracle.task.exact(problems)
+        self.owner, self.texts, self.device = list(range(len(problems))), [""] * len(problems), device
+        self._read()
+
+    def _read(self):
+        q = [self.value(i, text) for i, text in zip(self.owner, self.texts)]
+        self.q = torch.tensor(q, dtype=torch.float32, device=self.device)
+
+    def children(self, parent, new, new_lengths):
+        child = copy.copy(self)
+        child.owner = [self.owner[r] for r in parent.tolist()]
+        child.texts = [self.texts[r] + t for r, t in zip(parent.tolist(), decode_rows(self.enc, new, new_lengths))]
+        child._read()
+        return child
+
+    def __getitem__(self, rows):
+        some = copy.copy(self)
+        some.owner, some.texts = ([x[r] for r in rows.tolist()] for x in (self.owner, self.texts))
+        some.q = self.q[rows]
+        return some
+
+
+def start_values(verifier, problems, prompts, lengths, slots):
+    """Values of the bare prompts, by a trained verifier or an Oracle."""
+    if isinstance(verifier, Oracle):
+        return ExactValues(verifier, problems, prompts.device)
+    return Values(verifier, prompts, lengths, slots)
 
 
 def outcome_only(traces):

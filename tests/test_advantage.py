@@ -117,7 +117,8 @@ def test_completions_are_labelled_from_their_own_place_on(calculator):
         row, place = rows[k // 3], places[k // 3]
         cut = seeds.ends[row, place] + 1
         assert torch.equal(done.tokens[k, :cut], seeds.tokens[row, :cut])
-        assert (done.n[k, :place] == 0).all() and (done.n[k, place:][done.ends[k, place:] >= 0] == 1).all()
+        n = done.n[k, :int((done.ends[k] >= 0).sum())]
+        assert (n[:place] == 0).all() and (n[place:-1] == 1).all() and n[-1] == adv.KNOWN
         assert (done.q[k][done.n[k] > 0] == done.reward[k]).all()
 
 
@@ -131,7 +132,7 @@ def test_wrong_steps_are_labelled_zero_and_nothing_before_them_is(calculator):
     assert (traces.reward == 1).all() and (traces.q[traces.n > 0] == 1).all()
     wrong = adv.wrong_steps(task, enc, problems, traces, rng)
     assert (wrong.reward == 0).all() and (wrong.q == 0).all() and (wrong.n[:, 0] == 0).all()
-    assert (wrong.n.gather(1, (wrong.ends >= 0).sum(1, keepdim=True) - 1) == 1).all()
+    assert (wrong.n.gather(1, (wrong.ends >= 0).sum(1, keepdim=True) - 1) == adv.KNOWN).all()
     for b, first in enumerate((wrong.n > 0).int().argmax(1)):
         before = wrong.ends[b, first - 1] + 1
         assert torch.equal(wrong.tokens[b, :before], traces.tokens[b, :before])

@@ -10,9 +10,9 @@ from minipav import search
 from minipav.advantage import newline, q_best_of_k, step_ends
 from minipav.model import GPT, GPTConfig
 from minipav.report import LABELS, at_tokens, bootstrap, compare, interval, tokens_to_reach
-from minipav.tasks.calculator import Calculator
-from minipav.tokenizer import encode_rows, synthetic_encoding
-from minipav.verifier import score
+from minipav.tasks.calculator import Calculator, dp, transitions
+from minipav.tokenizer import END, encode_rows, synthetic_encoding
+from minipav.verifier import Oracle, score, start_values
 
 
 @pytest.mark.parametrize("N", [1, 2, 3, 5])
@@ -88,6 +88,104 @@ def test_alpha_zero_is_the_q_beam_whatever_the_prover(small):
     assert a.responses == b.responses and torch.equal(a.tokens, b.tokens)
 
 
+def test_fig_2a_flips_above_alpha_a_fifth():
+    """Parents 1 and 2 have V = .60 and .30, their steps Q = .55 .50 .70 and .50 .35 .25, and mu = pi. A beam of 2 by Q keeps
+    the steps 3 and 1 of the first parent; by A its step 3 and step 1 of the second, and so does Q + alpha A for alpha > .2."""
+    q, before = torch.tensor([.55, .50, .70, .50, .35, .25]), torch.tensor([.60] * 3 + [.30] * 3)
+
+    def kept(rule, alpha):
+        return set(search.SCORES[rule](q, q, before, alpha).topk(2).indices.tolist())
+    assert kept("effective", 0.0) == kept("effective", 0.19) == {0, 2}
+    assert kept("effective", 0.21) == kept("advantage", 0) == {2, 3}
+    assert kept("bonus", 5.0) == {0, 2}                                          # Q^mu = Q^pi as a bonus changes nothing
+
+
+def test_width_one_and_one_sample_is_plain_sampling(small):
+    """Then nothing is chosen: the trace is the policy's own, of the same uniform numbers."""
+    policy, verifier, task, enc, problems = small
+    r = search.beam_search(*small, width=1, alpha=0.5, C=1, seed=7)
+    prompts, lengths = encode_rows(enc, [task.prompt(p) for p in problems])
+    u = torch.rand(task.max_steps, len(problems), 1, task.max_step_tokens, generator=torch.Generator().manual_seed(7))
+    for i, response in enumerate(r.responses):
+        text = ""
+        for step in u[:, i, 0]:                                                  # each token by inverse CDF
+            for x in step:
+                p = policy.next(enc.encode(task.prompt(problems[i]) + text, allowed_special="all")).exp()
+                text += enc.decode([int((p.cumsum(0) <= x * p.sum()).sum())])
+                if text.endswith(("\n", END)):
+                    break
+            if text.endswith(END):
+                break
+        assert text == response and r.tokens[i] == len(enc.encode(text, allowed_special="all"))
+
+
+def test_all_problems_at_once_equals_one_at_a_time(small):
+    """Also with a bound so small that the problems go in batches of one."""
+    policy, verifier, task, enc, problems = small
+    whole = search.beam_search(*small, width=2, alpha=0.5, K=4, seed=1)
+    split = search.beam_search(*small, width=2, alpha=0.5, K=4, seed=1, max_tokens_in_flight=1)
+    assert whole.responses == split.responses
+    assert all(torch.equal(getattr(whole, f), getattr(split, f)) for f in ("reward", "solved", "tokens", "scored"))
+
+
+def test_verifier_tokens_are_counted_by_hand(small):
+    """Each prompt once, each distinct candidate step once, for each verifier that is asked."""
+    policy, verifier, task, enc, problems = small
+    log = []
+    r = search.beam_search(*small, width=2, alpha=0.5, K=4, log=log)
+    two = search.beam_search(*small, width=2, alpha=0.5, q_mu_model=verifier)
+    for i, p in enumerate(problems):
+        candidates = [enc.decode(t[:n]) for level in log
+                      for o, t, n in zip(*(level[k].tolist() for k in ("owner", "tokens", "lengths"))) if o == i]
+        assert len(set(candidates)) == len(candidates)
+        assert r.scored[i] == len(enc.encode(task.prompt(p))) + 3 * len(candidates)      # a step of this policy is 3 tokens
+    assert (two.scored % 2 == 0).all()
+
+
+class Stuck(WalkPolicy):
+    """Says one thing for ever: every beam is copies of it."""
+
+    def __init__(self, *args, word):
+        super().__init__(*args)
+        self.word = word
+
+    def next(self, tokens):
+        out = torch.full((self.enc.n_vocab,), float("-inf"))
+        out[self.enc.encode(self.word, allowed_special="all")[0]] = 0.0
+        return out
+
+
+def test_beams_of_duplicates_and_beams_that_die(small):
+    """All the same step: one candidate a level, and H steps without an end leave no answer. A step that never ends is no
+    candidate: the beam is dead at once. A trace that ends with its first step costs nothing more."""
+    _, verifier, task, enc, problems = small
+    levels = []
+    r = search.beam_search(Stuck(task, enc, problems, word="\n"), *small[1:], width=4, alpha=0.1, log=levels)
+    assert [len(level["owner"]) for level in levels] == [5, 5] and r.responses == [""] * 5 and not r.solved.any()
+    assert (r.tokens == 12 + 3).all()                                            # 4 C at the first level, C for one prefix after
+    dead = search.beam_search(Stuck(task, enc, problems, word="7"), *small[1:], width=4, alpha=0.1)
+    assert dead.responses == [""] * 5 and (dead.tokens == 12 * task.max_step_tokens).all() and not dead.reward.any()
+    done = search.beam_search(Stuck(task, enc, problems, word=END), *small[1:], width=4, alpha=0.1)
+    assert done.responses == [END] * 5 and (done.tokens == 12).all()
+
+
+def test_the_oracle_beam_is_exact(small):
+    """Exact Q of this very policy: wide enough, it never picks a wrong answer if a right one was found; its value of a
+    prefix is the dynamic program's, and 0 behind a wrong step."""
+    policy, _, task, enc, problems = small
+    r = search.beam_search(policy, Oracle(task, enc), *small[2:], width=20, alpha=0.0, C=12)
+    assert (r.reward == 1).all() and torch.equal(r.reward, r.solved)
+    value, (Q, V) = task.exact(problems), dp(transitions(problems), np.array([p.target for p in problems]), task.H)
+    for i, p in enumerate(problems):
+        assert value(i, "") == pytest.approx(V[i, 0, p.start])
+        for k, (sign, x) in enumerate(zip("+-*/", p.ops)):
+            if v := transitions([p])[0, p.start, k]:
+                assert value(i, f"{sign}{x} = {v}" + END) == (v == p.target)
+                if v != p.target:                                                # a walk that went on past it is worth less
+                    assert value(i, f"{sign}{x} = {v}\n") == pytest.approx(Q[i, 0, p.start, k])
+                assert value(i, f"{sign}{x} = {v + 1}\n") == 0
+
+
 @pytest.mark.parametrize("own_q_mu", [False, True])
 def test_the_beam_scores_by_the_effective_reward(small, own_q_mu):
     """Each finished trace's frozen score is Q^pi + alpha A^mu of its last step, from full re-scoring of the two prefixes:
@@ -96,7 +194,10 @@ def test_the_beam_scores_by_the_effective_reward(small, own_q_mu):
     verifiers = [tiny(seed, std=0.2, vocab_size=enc.n_vocab, block_size=48, head="scalar") for seed in (1, 2)][:1 + own_q_mu]
     prompts, lengths = encode_rows(enc, [task.prompt(p) for p in problems])
     u = torch.rand(2, 5, 15, task.max_step_tokens, generator=torch.Generator().manual_seed(0))
-    f, _ = search._search(policy, (*verifiers, None)[:2], task, enc, prompts, lengths, u, prompts.shape[1] + 10, 5, 0.7, 4, 3)
+    slots = prompts.shape[1] + 10
+    values = [start_values(v, problems, prompts, lengths, slots) for v in verifiers] + [None] * (2 - len(verifiers))
+    f, *_ = search._search(policy, values, task, enc, prompts, lengths, u, slots, 5,
+                           lambda *x: search.SCORES["effective"](*x, 0.7), 4, 3, {})
     ends = step_ends(f["tokens"], lengths[f["owner"]], f["lengths"], [newline(enc), enc.eot_token])
     last = (ends >= 0).sum(1, keepdim=True) - 1
     q_pi, q_mu = (score(v, f["tokens"], ends) for v in (verifiers[0], verifiers[-1]))

@@ -1,6 +1,6 @@
 r"""Calculator: reach a target from a start in at most H steps with the four operations that the prompt offers.
 
-    from 23 reach 8 in at most 6 steps with +7 -4 *2 /3         <- prompt
+    from 23 reach 8 in at most 8 steps with +7 -4 *2 /3         <- prompt
     *2 = 46                                                     <- a step: one operation and its result
     -4 = 42
     /3 = 14
@@ -8,7 +8,7 @@ r"""Calculator: reach a target from a start in at most H steps with the four ope
     -4 = 24
     /3 = 8<|endoftext|>                                         <- right: the last result is the target
 
-Values are integers 1..49, division must be exact. A problem has 49 values and 4 actions, so V and Q of a tabular policy
+Values are integers 1..63, division must be exact. A problem has 63 values and 4 actions, so V and Q of a tabular policy
 are exact by dynamic programming: `dp` is the oracle of the tests.
 """
 import re
@@ -21,7 +21,7 @@ from minipav.tasks import Task
 from minipav.tokenizer import END
 from minipav.utils import Fail
 
-TOP = 50                                                        # values are 1..TOP-1; row 0 of a table means "illegal"
+TOP = 64                                                        # values are 1..TOP-1; row 0 of a table means "illegal"
 
 
 class Problem(NamedTuple):
@@ -38,7 +38,7 @@ def parse(line):
 
 
 def transitions(problems):
-    """next (N, TOP, 4): the value after each operation, 0 where it is illegal (not in 1..49, or not exact)."""
+    """next (N, TOP, 4): the value after each operation, 0 where it is illegal (not in 1..63, or not exact)."""
     v = np.arange(TOP)[None, :, None]
     a, b, c, d = (np.array([p.ops for p in problems])[:, None, [k]] for k in range(4))
     nxt = np.concatenate([v + a, v - b, v * c, np.where(v % d == 0, v // d, 0)], axis=2)
@@ -101,7 +101,7 @@ class Calculator(Task):
     phrases = ["from ", " reach ", " in at most ", " steps with ", *(f"{op}{d} = " for op in "+-*/" for d in range(1, 10)),
                *(f" {op}{d}" for op in "-*/" for d in range(1, 10))]
 
-    def __init__(self, H=6, min_steps=5):
+    def __init__(self, H=8, min_steps=5):
         if not 1 <= min_steps <= H <= 20:
             raise Fail(f"calculator needs 1 <= --min_steps <= --H <= 20, not min_steps={min_steps} and H={H}")
         self.H = self.max_steps = H
@@ -150,16 +150,40 @@ class Calculator(Task):
         lines = self.steps(response)
         if not response.endswith(END) or len(lines) > self.H:
             return "illegal"
+        value = self._replay(problem, lines)
+        return "illegal" if value == 0 else "right" if value == problem.target else "planning"
+
+    def _replay(self, problem, lines):
+        """The value after these lines, 0 if one of them is illegal or computed wrong."""
         value = problem.start
         for line in lines:
             step = parse(line)
             if step is None or (step[0], step[1]) not in zip("+-*/", problem.ops):
-                return "illegal"
+                return 0
             sign, x, result = step
             value = self._apply(sign, value, x)
             if value != result or not 1 <= value < TOP:
-                return "illegal"
-        return "right" if value == problem.target else "planning"
+                return 0
+        return value
+
+    def exact(self, problems):
+        """Exact Q of the uniform legal walk that stops at the target: -> f(i, prefix), the chance of a right answer of
+        problems[i] behind the finished lines of `prefix`; a prefix that has ended is worth its outcome."""
+        nxt = transitions(problems)
+        _, V = dp(nxt, np.array([p.target for p in problems]), self.H)
+
+        def value(i, prefix):
+            if prefix.endswith(END):
+                return float(self.outcome(problems[i], prefix))
+            lines = prefix.split("\n")[:-1]
+            v = self._replay(problems[i], lines)
+            if v == 0 or len(lines) >= self.H:
+                return 0.0
+            if v == problems[i].target:                         # it went past the target, and has to come back
+                legal = nxt[i, v] > 0
+                return float(V[i, len(lines) + 1, nxt[i, v]][legal].mean()) if legal.any() else 0.0
+            return float(V[i, len(lines), v])
+        return value
 
     def corrupt(self, problems, responses, rng):
         lines = [[ln for ln in self.steps(r) if parse(ln)][:self.H] or ["+1 = 1"] for r in responses]

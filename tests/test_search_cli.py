@@ -1,0 +1,108 @@
+"""search.py from the outside, on the smoke run of train.py: its files, its claims, its errors."""
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from minipav.advantage import theorem_terms
+from minipav.figures import spearman
+from minipav.report import Curves
+
+ROOT = Path(__file__).parent.parent
+SMALL = ("--problems", "20", "--validation", "5", "--n", "8", "--widths", "1", "2")
+
+
+def search(*args):
+    return subprocess.run([sys.executable, "search.py", *map(str, args)], cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A smoke run of train.py, searched."""
+    out = tmp_path_factory.mktemp("searched") / "run"
+    made = subprocess.run([sys.executable, "train.py", "--smoke", "--out", str(out)], cwd=ROOT, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    done = search("--run", out, *SMALL)
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+def test_it_leaves_tables_figures_and_a_summary(run):
+    out, done = run
+    files = {p.name for p in (out / "search").iterdir()}
+    assert {"table.txt", "curves.csv", "budgets.csv", "summary.json", "main.safetensors", "fig4.png", "fig5a.csv", "fig6a.csv",
+            "fig10.csv", "alpha.csv"} <= files
+    summary = json.loads((out / "search" / "summary.json").read_text())
+    assert summary["test_problems"] == 20 and summary["alpha"][0] in [i / 10 for i in range(11)] and summary["verdicts"]
+    assert str(out / "search") in done.stdout and "beam, exact Q" in done.stdout
+    for row in csv.DictReader((out / "search" / "curves.csv").open()):
+        assert 0 <= float(row["lo"]) <= float(row["accuracy"]) + 1e-9 <= float(row["hi"]) + 2e-9 <= 1 + 3e-9
+
+
+def test_budgets_hold_for_every_method(run):
+    """N samples cost N times one; a re-ranker is never above pass@N; a beam's answer is among its candidates."""
+    curves = Curves(run[0] / "search" / "main.safetensors")
+    n, best, tokens = curves.by["base:pass"]
+    assert np.allclose(tokens, n[:, None] * tokens[:1], rtol=1e-5) and (np.diff(best.mean(1)) >= -1e-6).all()
+    for m, (_, acc, _) in curves.by.items():
+        assert (acc <= curves.also[m]["passed"] + 1e-6).all() if "majority" not in m else True
+        assert (curves.also[m]["scored"] > 0).all() == (m not in ("base:pass", "base:greedy", "base:sample", "base:majority",
+                                                                   "base:oracle_beam")) or "oracle" in m
+
+
+def test_what_was_measured_is_not_measured_again(run):
+    out, _ = run
+    before = (out / "search" / "summary.json").read_text()
+    again = search("--run", out, *SMALL)
+    assert again.returncode == 0 and again.stdout.count("measured before") == 3
+    assert json.loads((out / "search" / "summary.json").read_text())["verdicts"] == json.loads(before)["verdicts"]
+
+
+def test_alpha_zero_is_the_q_beam_to_the_token(run, tmp_path):
+    """With any prover."""
+    out = tmp_path / "run"
+    shutil.copytree(run[0], out)
+    done = search("--run", out, *SMALL, "--alpha", 0, "--prover", "strong", "--method", "q_beam", "pav_beam")
+    assert done.returncode == 0, done.stderr
+    curves = Curves(out / "search" / "main.safetensors")
+    for a, b in zip(curves.by["base:q_beam"], curves.by["base:pav_beam"]):
+        assert np.array_equal(a, b)
+
+
+def test_show_prints_every_candidate_with_its_values(run):
+    done = search("--run", run[0], "--show", 2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Q^mu") == 2 and done.stdout.count("answer: ") == 2 and "  *" in done.stdout
+
+
+def test_bad_calls_are_one_line_errors(run, tmp_path):
+    half, foreign, damaged = (tmp_path / name for name in ("half", "foreign", "damaged"))
+    half.mkdir()
+    (half / "config.json").write_text((run[0] / "config.json").read_text())
+    (half / "stages.json").write_text(json.dumps({"policies": {}}))
+    foreign.mkdir()
+    (foreign / "config.json").write_text('{"model": "other"}')
+    (foreign / "stages.json").write_text('{"evaluation": {}}')
+    shutil.copytree(run[0], damaged)
+    (damaged / "q_pi" / "model.safetensors").write_bytes(b"no weights")
+    (damaged / "search" / "main.json").unlink()
+    for args, words in (((tmp_path / "nothing",), "python train.py"), ((half,), "has not finished"), ((foreign,), "config.json"),
+                        ((damaged, *SMALL), "q_pi"), ((run[0], "--prover", "bo0"), "--prover bo0"),
+                        ((run[0], "--alpha", -1), "--alpha"), ((run[0], "--n", 0), "--n 0"), ((run[0], run[0]), "--out")):
+        done = search("--run", *args)
+        assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("error: "), (args, done.stderr)
+        assert words in done.stderr and "Traceback" not in done.stderr, (args, done.stderr)
+
+
+def test_rank_correlation_and_theorem_terms():
+    assert spearman([1, 2, 3, 4], [10, 20, 30, 99]) == pytest.approx(1) and spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    assert spearman([1, 1, 2, 3], [1, 2, 3, 4]) == pytest.approx(4.5 / (4.5 * 5) ** 0.5)       # ties share their rank
+    q, pi = torch.rand(50, 6), torch.full((50, 6), 1 / 6)
+    d, al, _ = theorem_terms(q, q, pi)
+    assert torch.isclose(d, al) and theorem_terms(q * 0 + 0.3, q, pi)[0] < 1e-12
