@@ -33,7 +33,7 @@ def get_args(argv=None):
     p.add_argument("--alpha", type=float, help="weight of A^mu; default: the best of 0, .1, ... 1 on validation problems")
     p.add_argument("--prover", help="boK (bo1 is pi itself), weak or strong; default: the run's best-of-K")
     p.add_argument("--problems", type=int, default=500, help="test problems")
-    p.add_argument("--validation", type=int, default=100, help="validation problems on which alpha is chosen")
+    p.add_argument("--validation", type=int, default=60, help="validation problems on which alpha is chosen")
     p.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the sampling; several are averaged")
     p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     args = p.parse_args(argv)

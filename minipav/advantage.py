@@ -219,6 +219,8 @@ def wrong_steps(task, enc, problems, traces, rng):
     chosen = [problems[i] for i in traces.problem.tolist()]
     texts, first = task.corrupt(chosen, decode_rows(enc, *_responses(traces.tokens, traces.lengths, prompt_lengths)), rng)
     ok = [task.judge(p, t) == "illegal" for p, t in zip(chosen, texts)]         # two wrongs may have made a right
+    if not any(ok):
+        return traces[:0]
     chosen, texts, first = ([x for x, keep in zip(xs, ok) if keep] for xs in (chosen, texts, list(first)))
     traces, prompt_lengths = traces[torch.tensor(ok)], prompt_lengths[torch.tensor(ok)]
     tokens, lengths = encode_rows(enc, [task.prompt(p) + t for p, t in zip(chosen, texts)])

@@ -110,8 +110,8 @@ def main_comparison(b):
     curves = b.samples("base", b.args.method, b.args.n)
     for method in BEAMS:
         if method in b.args.method and not (method == "oracle_beam" and not hasattr(b.run.task, "exact")):
-            few = [w for w in b.args.widths if w <= 8] if method in ("adv_beam", "bonus_beam") else []
-            curves[f"base:{method}"] = b.beam("base", few or b.args.widths, method)
+            most = {"adv_beam": 4, "bonus_beam": 4, "oracle_beam": 8}.get(method, max(b.args.widths))
+            curves[f"base:{method}"] = b.beam("base", [w for w in b.args.widths if w <= most] or b.args.widths[:1], method)
     return curves, {}
 
 
@@ -143,7 +143,7 @@ def other_bases(b):
     """Fig. 4 for a weaker and a stronger base policy."""
     curves = {}
     for policy in ("weak", "strong"):
-        curves |= b.samples(policy, ("greedy", "sample", "orm", "pass"), b.args.n)
+        curves |= b.samples(policy, ("greedy", "sample", "orm", "pass"), max(1, b.args.n // 2))
         curves[f"{policy}:pav_beam"] = b.beam(policy, b.args.widths)
     return curves, {}
 
@@ -155,7 +155,7 @@ def provers(b):
     for policy in ("base", "weak", "strong"):
         others = [mu for mu in ("weak", "strong") if mu != policy]
         mus = [f"bo{k}" for k in KS] + others if policy == "base" else ["bo1", f"bo{b.run.config['K']}", *others, "base"]
-        widths = [4, 16] if policy == "base" else [8]
+        widths = [4, 8] if policy == "base" else [8]
         q_mus, q, pi = logged_values(b, policy, mus)
         curves[f"{policy}:q_beam:provers"] = b.beam(policy, widths, "q_beam")
         for mu in mus:
@@ -187,10 +187,12 @@ def logged_values(b, policy, mus, states=400, actions=16):
     return q_mus, q.view(-1, actions), torch.full((len(t), actions), 1 / actions)
 
 
-def data_sizes(b, sizes=(4000, 16000, 64000), steps=100, width=8):
-    """Fig. 6b and 11: Q^pi trained anew on so many rollouts of pi: seeds with n_mc completions of each of their prefixes
-    (n_mc = 0: a seed's own outcome is its prefixes' label), or spent on first pits. Judged by a beam by Q^pi."""
+def data_sizes(b, shares=(0.1, 0.4, 1.6), steps=100, width=8):
+    """Fig. 6b and 11: Q^pi trained anew on some rollouts of pi (a share of train.py's seeds): seeds with n_mc completions of
+    each of their prefixes (n_mc = 0: a seed's own outcome is its prefixes' label), or spent on first pits. Judged by a beam
+    by Q^pi."""
     run, task, base, out = b.run, b.run.task, b.model("base"), []
+    sizes = [round(x * run.config["problems"] * run.config["n_cov"]) for x in shares]
     problems, rng = run.problems("train", max(sizes)), np.random.default_rng(run.seed("data"))
     seeds = seed_rollouts(base, task, run.enc, problems, 1, run.seed("data"), **run.how)
     prefixes = (seeds.ends >= 0).sum(1) - 1                                     # of each seed: all but the finished trace

@@ -149,7 +149,7 @@ def figures(s, out):
 
 def provers(s):
     """Fig. 5b and 5c."""
-    ks = sorted(int(m[7:]) for m in s.exact if m.startswith("base:bo") and m.count(":") == 1)
+    ks = sorted(int(m[7:]) for m in s.exact if m[:7] == "base:bo" and m[7:].isdigit())
     widths = s.exact[f"base:bo{ks[0]}"][0]
 
     def sweep(i):
@@ -192,11 +192,12 @@ def data(s):
 # ---- claims ---------------------------------------------------------------------------------------------------------
 
 def spearman(a, b):
-    """Rank correlation; ties get their mean rank."""
+    """Rank correlation; ties get their mean rank, and where all are tied it is 0."""
     def rank(x):
         x = np.asarray(x)
         return np.array([(x < v).sum() + ((x == v).sum() - 1) / 2 for v in x])
-    return float(np.corrcoef(rank(a), rank(b))[0, 1])
+    a, b = rank(a) - rank(a).mean(), rank(b) - rank(b).mean()
+    return float((a * b).sum() / max(1e-12, ((a ** 2).sum() * (b ** 2).sum()) ** 0.5))
 
 
 def summarize(s):
@@ -236,7 +237,7 @@ def summarize(s):
         out["oracle_beam_minus_best_of_n_points"] = {str(n): round(float(100 * (at_tokens(x, o[2][:, k])[0] - o[1][0, k])), 2)
                                                      for k, n in enumerate(o[0]) if o[2][0, k] >= x[2][0, 0]}
     if all("provers" in f for f in s.facts):
-        ks = sorted(int(m[7:]) for m in s.exact if m.startswith("base:bo") and m.count(":") == 1)
+        ks = sorted(int(m[7:]) for m in s.exact if m[:7] == "base:bo" and m[7:].isdigit())
         out["best_k"] = mean_of([ks[int(np.argmax([r.by[f"base:bo{k}"][1].mean() for k in ks]))] for r in s.runs])
         mus = ("weak", "strong", "base", *(f"bo{k}" for k in ks))
         out["gain_by_prover_points"] = {m: s.gain(m, m.split(":")[0] + ":q_beam:provers") for m in s.exact

@@ -38,15 +38,19 @@ def choose(logits, u, temperature=1.0, top_k=None, top_p=None):
     if top_k is None and top_p is None:
         cdf = probs.cumsum(-1)
         return torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=probs.shape[1] - 1)
-    probs, order = probs.sort(dim=-1, descending=True, stable=True)
-    if top_k is not None:
-        probs[:, top_k:] = 0
-    if top_p is not None:
-        before = probs.cumsum(-1) - probs                                       # mass of the likelier ones
-        probs[before >= top_p * probs.sum(-1, keepdim=True)] = 0
-    cdf = probs.cumsum(-1)
-    pick = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)
-    return order.gather(1, torch.minimum(pick, (probs > 0).sum(-1, keepdim=True) - 1))[:, 0]
+    def pick(p, order, u, total):
+        """p (R, k) the likeliest tokens in falling order, of `total` probability before top_p."""
+        if top_p is not None:
+            p = p.masked_fill(p.cumsum(-1) - p >= top_p * total, 0.0)           # the likelier ones reach top_p already
+        cdf = p.cumsum(-1)
+        i = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)
+        return order.gather(1, torch.minimum(i, (p > 0).sum(-1, keepdim=True) - 1))[:, 0]
+    p, order = probs.topk(min(top_k or 32, probs.shape[1]), dim=-1)             # a nucleus is seldom wider than 32
+    token = pick(p, order, u, 1.0 if top_k is None else p.sum(-1, keepdim=True))
+    wide = (p.sum(-1) < top_p).nonzero()[:, 0] if top_k is None else []
+    if len(wide):
+        token[wide] = pick(*probs[wide].sort(dim=-1, descending=True, stable=True), u[wide], 1.0)
+    return token
 
 
 @torch.no_grad()

@@ -1,0 +1,158 @@
+"""The didactic example and the theory: dynamic programming == enumeration, the paper notes' values, exact identities."""
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from minipav import didactic, theory
+from minipav.didactic import EOS, Made, Planted, V
+
+
+@pytest.mark.parametrize("gamma, value", [(1, 1e-5), (5, .0054), (10, .0455), (15, .118), (30, .363), (100, .815)])
+def test_exact_values_of_the_provers(gamma, value):
+    task = Planted()
+    assert float(task.values(task.prover(gamma))[1][0, 0]) == pytest.approx(value, rel=0.03, abs=4e-6)     # two digits are given
+
+
+@pytest.mark.parametrize("gaps", [False, True])
+def test_dynamic_programming_equals_enumeration(gaps):
+    """All 15^3 responses of a shorter instance, with a sub-sequence that overlaps itself."""
+    task = Planted((2, 2), length=3, gaps=gaps)
+    mu = task.prover(4.0)
+    Q, value = task.values(mu)
+    total, after = 0.0, torch.zeros(V, dtype=torch.double)
+    for y in itertools.product(range(V), repeat=3):
+        text = y[:y.index(EOS)] if EOS in y else y
+        hit = sum(a == 2 for a in text) >= 2 if gaps else any(text[i:i + 2] == (2, 2) for i in range(2))
+        k, chance = 0, 1.0
+        for a in y:
+            chance *= float(mu[k, a])
+            k = int(task.next[k, a])
+        assert (k == task.m) == hit
+        total += chance * hit
+        after[y[0]] += chance * hit
+    assert float(value[0, 0]) == pytest.approx(total, abs=1e-12)
+    assert torch.allclose(Q[0, 0] * mu[0], after, atol=1e-12)
+
+
+def test_rows_of_fig_9():
+    task = Planted()
+    rows = torch.tensor([[3, 6, 0, 3, 5, 14, 13, 3, 2, 11], [12, 8, 3, 6, 14, 3, 6, 0, 3, 5], [1, 3, 6, 0, 3, 6, 0, 3, 5, 1]])
+    assert (task.states(rows)[:, -1] == task.m).tolist() == [True, False, True]
+
+
+def test_made_is_autoregressive_and_samples_what_it_says():
+    """Changing token t leaves the outputs up to t unchanged, and changes some of the later ones; sampling token by token is
+    the inverse CDF of the same probabilities; members do not touch each other."""
+    net = Made([0, 1], 10)
+    for w in net.w:
+        w.data *= 2
+    x = torch.randint(0, V, (2, 3, 10))
+    for t in range(10):
+        y = x.clone()
+        y[:, :, t] = (y[:, :, t] + 1) % V
+        same = (net(x) == net(y)).all(-1).all(1).all(0)
+        assert same[:t + 1].all() and not same[t + 1:].any()
+    u = torch.rand(2, 50, 10)
+    s = net.sample(u)
+    cdf = net(s).exp().cumsum(-1)
+    at = cdf.gather(-1, s[..., None])[..., 0]
+    before = torch.where(s > 0, cdf.gather(-1, (s - 1).clamp(min=0)[..., None])[..., 0], torch.zeros(()))
+    assert ((u <= at + 1e-5) & (u >= before - 1e-5)).all()
+    assert torch.equal(net.sample(u, s[:, :, :4])[:, :, :4], s[:, :, :4])
+    alone = Made([1], 10)
+    for w in alone.w:
+        w.data *= 2
+    assert torch.allclose(alone(x[1:]), net(x)[1:], atol=1e-5)
+
+
+def test_monte_carlo_q_of_the_policy_and_its_telescoping_baseline():
+    """A policy that ignores its input has values by dynamic programming: Monte-Carlo agrees within five standard errors."""
+    task, net = Planted((3,), length=4), Made([0], 4)
+    for w in net.w[:3]:
+        w.data *= 0
+    p = net(torch.zeros(1, 1, 4, dtype=torch.long)).exp()[0, 0, 0].detach().double()
+    Q, value = task.values(p.expand(task.m + 2, V))
+    x = torch.tensor([[[1, 2, 3, 5], [1, EOS, 3, 3]]])
+    q, v = didactic.mc_q(net, task, x, 4000, torch.Generator().manual_seed(0))
+    k = task.states(x)[0]
+    exact = torch.stack([Q[t, k[:, t], x[0, :, t]] for t in range(4)], -1)
+    assert torch.allclose(q[0].double(), exact, atol=5 * 0.5 / 4000 ** 0.5) and torch.equal(q[:, :, :-1], v[:, :, 1:])
+    assert abs(float(v[0, 0, 0]) - float(value[0, 0])) < 5 * 0.5 / 4000 ** 0.5
+
+
+def test_training_learns_an_easy_instance_and_members_do_not_depend_on_the_ensemble():
+    task, pair = Planted((3,), length=4), [didactic.condition(gamma=5.0, baseline=True), didactic.condition(**didactic.Q_ONLY)]
+    r = didactic.train(task, pair, [0, 1], 100, every=50)
+    assert r["accuracy"].shape == (2, 2, 3) and (r["accuracy"][:, :, -1] > r["accuracy"][:, :, 0]).all()
+    alone = didactic.train(task, pair[:1], [0, 1], 100, every=50)
+    assert torch.allclose(alone["accuracy"], r["accuracy"][:1], atol=0.02)
+    assert didactic.to_90(torch.tensor([[.1, .95, .8], [.1, .2, .3]])).tolist()[0] == 10
+
+
+# ---- theory ---------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def trees():
+    rng = np.random.default_rng(0)
+    t = theory.Trees(50, rng=rng)
+    pi, mu, rho = t.random_policy(rng), t.random_policy(rng), rng.dirichlet(np.ones(t.S))
+    return t, pi, mu, rho, rng
+
+
+def test_values_equal_a_sum_over_leaves(trees):
+    t, pi, *_ = trees
+    root = np.zeros(t.M)
+    for path in itertools.product(range(3), repeat=3):
+        s, chance = 0, 1.0
+        for a in path:
+            chance, s = chance * pi[:, s, a], s * 3 + a + 1
+        root += chance * t.leaf[:, s - t.S]
+    assert np.allclose(theory.value(pi, t.q(pi))[:, 0], root, atol=1e-12)
+
+
+def test_performance_difference_lemma(trees):
+    """E_rho [V^mu - V^pi] = sum_s d^mu_rho(s) E_{a~mu} A^pi(s, a)."""
+    t, pi, mu, rho, _ = trees
+    Q = t.q(pi)
+    left = (rho * (theory.value(mu, t.q(mu)) - theory.value(pi, Q))).sum(-1)
+    right = (t.visits(mu, rho) * theory.value(mu, Q - theory.value(pi, Q)[..., None])).sum(-1)
+    assert np.allclose(left, right, atol=1e-10)
+
+
+def test_identities_of_the_two_terms(trees):
+    """Al(pi) = D(pi); |Al(mu)| <= sqrt(D(mu) D(pi)); a constant prover has neither; D <= 1/4."""
+    t, pi, mu, rho, _ = trees
+    Q_pi, Q_mu = t.q(pi), t.q(mu)
+    (d, al), (d_pi, al_pi) = theory.terms(pi, Q_pi, Q_mu, rho), theory.terms(pi, Q_pi, Q_pi, rho)
+    assert np.allclose(d_pi, al_pi) and (np.abs(al) <= np.sqrt(d * d_pi) + 1e-12).all() and d.max() <= 0.25
+    assert np.allclose(theory.terms(pi, Q_pi, np.full_like(Q_mu, 0.3), rho), 0)
+
+
+def test_the_npg_step_is_the_natural_gradient(trees):
+    """The step of Lemma F.2 against pi_t + gamma F^+ grad of Eq. 5, computed with the Fisher matrix at one state."""
+    t, pi, mu, _, _ = trees
+    p, q, adv = pi[0, 0], t.q(pi)[0, 0], t.q(mu)[0, 0]
+    r = q + adv
+    fisher = np.diag(p) - np.outer(p, p)
+    direction = np.linalg.pinv(fisher) @ (p * (r - p @ r))
+    assert np.allclose(theory.softmax(np.log(p) + 0.1 * direction), theory.npg_step(p, q, adv, 0.1), atol=1e-10)
+
+
+def test_theorem_3_1_on_random_provers_and_where_no_constant_holds():
+    """1,000 random trees and provers: the improvement is never below the bound (c = 1). With best-of-K where Q = O(1/K), the
+    bound grows as K^2 and the improvement only as K: the c that would hold falls as 1/K. What holds always is the first order."""
+    r = theory.theorem()
+    bound = r["distinguishability"] + r["alignment"]
+    assert (bound > 0).all() and (r["gain"] >= 1.0 * bound).all()
+    assert np.abs(r["gain"] - r["first_order"]).max() < 0.02 * r["first_order"].max()
+    K, d, al, gain = (np.array(x) for x in zip(*theory.remark()))
+    slope = [np.polyfit(np.log(K[3:]), np.log(y[3:]), 1)[0] for y in (d, al, gain)]
+    assert abs(slope[0] - 2) < 0.1 and abs(slope[1] - 1) < 0.1 and abs(slope[2] - 1) < 0.1
+    assert (np.diff(gain / (d + al)) < 0).all() and gain[-1] / (d + al)[-1] < 0.05
+
+
+def test_a_weak_prover_helps_a_strong_base():
+    base, prover, with_mu, without = theory.weak_prover()
+    assert (base > prover + 0.2).mean() > 0.9 and (with_mu > without).mean() > 0.7
