@@ -9,6 +9,7 @@ What is measured lands in RUN/search, one file an experiment; an experiment foun
 The methods are in minipav/search.py, the experiments in minipav/experiments.py, the figures in minipav/figures.py.
 """
 import argparse
+import json
 import time
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from minipav.figures import search_report
 from minipav.run import Run, commit, hardware
 from minipav.search import beam_search
 from minipav.tokenizer import decode_rows
-from minipav.utils import Fail, main_guard, pick_device, tune_process
+from minipav.utils import Fail, main_guard, make_folder, pick_device, tune_process
 
 
 def get_args(argv=None):
@@ -29,12 +30,12 @@ def get_args(argv=None):
     p.add_argument("--show", type=int, metavar="K", help="print K problems step by step, measure nothing")
     p.add_argument("--method", nargs="+", choices=[*SAMPLED, *BEAMS], default=[*SAMPLED, *BEAMS], help="only these")
     p.add_argument("--n", type=int, default=128, help="samples a problem for best-of-N")
-    p.add_argument("--widths", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="beam widths")
+    p.add_argument("--widths", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="beam widths")
     p.add_argument("--alpha", type=float, help="weight of A^mu; default: the best of 0, .1, ... 1 on validation problems")
     p.add_argument("--prover", help="boK (bo1 is pi itself), weak or strong; default: the run's best-of-K")
     p.add_argument("--problems", type=int, default=500, help="test problems")
     p.add_argument("--validation", type=int, default=60, help="validation problems on which alpha is chosen")
-    p.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the sampling; several are averaged")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the sampling; curves are averages over them")
     p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     args = p.parse_args(argv)
     for name in ("n", "problems", "validation", "show"):
@@ -55,11 +56,14 @@ def measure(b, name):
     """Run an experiment, unless RUN/search holds it, with the same flags. -> its facts"""
     folder, path = b.run.out / "search", b.run.out / "search" / f"{name}.json"
     flags = {k: getattr(b.args, k) for k in ("method", "n", "widths", "alpha", "prover", "problems", "validation", "seeds")}
-    folder.mkdir(exist_ok=True)
+    make_folder(folder)
     if path.exists():
-        old = b.run.read(f"search/{name}.json")
+        try:
+            old = json.loads(path.read_text())
+        except (OSError, ValueError) as e:
+            raise Fail(f"{path} is damaged ({e}): delete it") from None
         if old.get("flags") == flags:
-            print(f"{name}: measured before")
+            print(f"{name}: measured before, at commit {old['commit']}")
             return old
     print(name, flush=True)
     start = time.time()
@@ -97,8 +101,15 @@ def main():
     args = get_args()
     tune_process()
     start, facts = time.time(), []
-    for folder in args.run:
-        b = Bench(Run.open(folder, args.device), args)
+    runs = [Run.open(folder, args.device) for folder in args.run]
+    for run in runs[1:]:
+        same = {k: v for k, v in run.config.items() if k != "seed"} == {k: v for k, v in runs[0].config.items() if k != "seed"}
+        if not same or [r.config["seed"] for r in runs].count(run.config["seed"]) > 1:
+            raise Fail(f"--run {run.out}: the runs must differ in their seed and in nothing else")
+    out = args.out or args.run[0] / "search"
+    make_folder(out)
+    for folder, run in zip(args.run, runs):
+        b = Bench(run, args)
         if args.show:
             show(b, args.show)
             continue
@@ -111,7 +122,7 @@ def main():
                 b.alpha = here[name].get("alpha", b.alpha)
         facts.append(here)
     if not args.show:
-        search_report(args.run, facts, args.out or args.run[0] / "search")
+        search_report(args.run, facts, out)
         print(f"{(time.time() - start) / 60:.1f} minutes")
 
 

@@ -65,7 +65,7 @@ def sampled_curves(run, policy, problems, M, seed, scorers):
     for method, scorer in scorers.items():
         start = time.time()
         value, read = scorer(s)
-        value = torch.where(ended, value, -1.0).view(P, M)                      # a sample that never ended ranks last
+        value = torch.where(ended, value, -torch.inf).view(P, M)                      # a sample that never ended ranks last
         curves[method] = points(lambda n, value=value: best_of_n(value, reward, n), read.view(P, M).mean(1), time.time() - start)
     return curves | {"pass": points(lambda n: passed[n])}, s, texts
 

@@ -22,6 +22,7 @@ from minipav.evaluate import Point, beam_curve, final_score, last_place, sampled
 from minipav.sampler import sample
 from minipav.search import beam_search
 from minipav.tokenizer import join, pad_token
+from minipav.utils import Fail
 from minipav.verifier import Oracle, score, train_verifier
 
 SAMPLED = ("greedy", "sample", "majority", "orm", "best_q", "pav_as_orm", "pass")
@@ -71,7 +72,7 @@ class Bench:
     def samples(self, policy, methods, n):
         """Curves of all that needs whole samples of a policy, averaged over --seeds."""
         q_pi = self.q_of(policy)
-        cache = {}
+        cache = {}                                              # best_q and pav_as_orm share these scores
 
         def values(s):
             if cache.get("of") is not s:
@@ -81,7 +82,7 @@ class Bench:
         def effective(s):
             q = values(s)
             adv = torch.nn.functional.pad(advantage(self.q_mu(self.mu, s.tokens, s.ends, q)), (1, 0))
-            return last_place(effective_reward(q, adv, self.alpha), s), s.lengths.float()
+            return last_place(effective_reward(q, adv, self.alpha), s), s.lengths.float() * (1 + (self.mu[:2] != "bo"))
         scorers = {"orm": lambda s: (final_score(self.model("orm"), s), s.lengths.float()),
                    "best_q": lambda s: (last_place(values(s), s), s.lengths.float()), "pav_as_orm": effective}
         scorers = {m: f for m, f in scorers.items() if m in methods}
@@ -109,9 +110,11 @@ def main_comparison(b):
     """Fig. 4 and 5a for the base policy, and 6a: every method."""
     curves = b.samples("base", b.args.method, b.args.n)
     for method in BEAMS:
-        if method in b.args.method and not (method == "oracle_beam" and not hasattr(b.run.task, "exact")):
+        if method in b.args.method and (method != "oracle_beam" or hasattr(b.run.task, "exact")):
             most = {"adv_beam": 4, "bonus_beam": 4, "oracle_beam": 8}.get(method, max(b.args.widths))
             curves[f"base:{method}"] = b.beam("base", [w for w in b.args.widths if w <= most] or b.args.widths[:1], method)
+    if not curves:
+        raise Fail(f"--method {' '.join(b.args.method)}: task {b.run.task.name} has no exact values; add another method")
     return curves, {}
 
 
@@ -130,8 +133,10 @@ def errors_by_step(b, n=8):
     test, reward_t = scores("test")
     out = {name: [] for name in test}
     for name in test:
-        for h in range(b.run.task.max_steps):
+        for h in range(min(b.run.task.max_steps, validation[name].shape[1], test[name].shape[1])):
             ok, ok_t = ~validation[name][:, h].isnan(), ~test[name][:, h].isnan()
+            if not ok.any() or not ok_t.any():
+                break
             v, r = validation[name][ok, h], reward_v[ok]
             cuts = torch.quantile(v, torch.linspace(0, 1, 201))
             best = min(cuts, key=lambda c: error(v, r, c))
@@ -140,11 +145,12 @@ def errors_by_step(b, n=8):
 
 
 def other_bases(b):
-    """Fig. 4 for a weaker and a stronger base policy."""
+    """Fig. 4 for a weaker and a stronger base policy, at the base's alpha. Each has its own Q; the ORM is the base's, since at
+    the end of a trace the outcome does not depend on who wrote it. (Its own Q re-ranks them too.)"""
     curves = {}
     for policy in ("weak", "strong"):
-        curves |= b.samples(policy, ("greedy", "sample", "orm", "pass"), max(1, b.args.n // 2))
-        curves[f"{policy}:pav_beam"] = b.beam(policy, b.args.widths)
+        curves |= b.samples(policy, ("greedy", "sample", "orm", "best_q", "pass"), max(1, b.args.n // 2))
+        curves[f"{policy}:pav_beam"] = b.beam(policy, [w for w in b.args.widths if w <= 16] or b.args.widths[:1])
     return curves, {}
 
 
@@ -187,10 +193,10 @@ def logged_values(b, policy, mus, states=400, actions=16):
     return q_mus, q.view(-1, actions), torch.full((len(t), actions), 1 / actions)
 
 
-def data_sizes(b, shares=(0.1, 0.4, 1.6), steps=100, width=8):
-    """Fig. 6b and 11: Q^pi trained anew on some rollouts of pi (a share of train.py's seeds): seeds with n_mc completions of
-    each of their prefixes (n_mc = 0: a seed's own outcome is its prefixes' label), or spent on first pits. Judged by a beam
-    by Q^pi."""
+def data_sizes(b, shares=(0.05, 0.2, 0.8), width=8):
+    """Fig. 6b and 11: Q^pi trained anew, from the stronger policy, on fresh rollouts of pi (as many as a share of the seeds of
+    train.py): seeds with n_mc completions of each of their prefixes (n_mc = 0: a seed's own outcome is its prefixes' label),
+    or spent on first pits. Each sees its data at least once, and 100 batches of 128. Judged by a beam by Q^pi."""
     run, task, base, out = b.run, b.run.task, b.model("base"), []
     sizes = [round(x * run.config["problems"] * run.config["n_cov"]) for x in shares]
     problems, rng = run.problems("train", max(sizes)), np.random.default_rng(run.seed("data"))
@@ -213,8 +219,7 @@ def data_sizes(b, shares=(0.1, 0.4, 1.6), steps=100, width=8):
         if n == 0 or not upto.any():
             return t
         again = monte_carlo(base, task, run.enc, problems, t, upto, n, run.seed("data", "pits"), **run.how)
-        t.q = torch.where(upto, (n_probe * t.q + n * again.q) / (n_probe + n), t.q)
-        t.n = t.n + n * upto
+        t.q, t.n = torch.where(upto, again.q, t.q), torch.where(upto, again.n, t.n)     # the probe chose the pit: not its q
         return t
     ways = {f"n_mc = {n}": lambda r, n=n: labelled(r, n) for n in (0, 4, 16)} | {"first pits": first_pits}
     for size in sizes:
@@ -222,11 +227,13 @@ def data_sizes(b, shares=(0.1, 0.4, 1.6), steps=100, width=8):
             data = collect(size)
             few = seeds[torch.from_numpy(rng.permutation(len(data))[:max(1, len(data) // 6)])]
             data = Traces.cat([data, wrong_steps(task, run.enc, problems, few, rng)], pad_token(run.enc))
-            q, r = train_verifier(run.model("strong"), data, run.traces("base_validation"), steps=steps, batch_size=128,
+            q, r = train_verifier(run.model("strong"), data, run.traces("base_validation"), batch_size=128,
+                                  steps=max(100, len(data) // 128),
                                   lr_muon=run.config["lr_muon_verifier"], lr_adamw=run.config["lr_adamw_verifier"],
                                   seed=run.seed("data", size), log=lambda *x: None)
             beam = beam_search(base, q, task, run.enc, b.problems, width=width, alpha=0.0, seed=b.args.seeds[0], **run.how)
-            out.append({"rollouts": size, "way": way, "traces": len(data), "auc": r.auc, "accuracy": float(beam.reward.mean())})
+            out.append({"rollouts": size, "way": way, "traces": len(data), "auc": r.auc, "accuracy": float(beam.reward.mean()),
+                        "solved": "".join(str(int(x)) for x in beam.reward)})
             print(f"  {size:>6} rollouts, {way:<10}: {len(data):>6} traces, AUC {r.auc:.3f}, accuracy {beam.reward.mean():.3f}",
                   flush=True)
     return {}, {"rows": out}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minipav.report import Curves, at_tokens, bootstrap, claims, interval, mean_of, rows, table, write_csv
+from minipav.report import Curves, at_tokens, bootstrap, claims, interval, mean_of, rows, table, tokens_to_reach, write_csv
 from minipav.utils import Fail, write_whole
 
 LABELS = {"greedy": "greedy decoding", "sample": "one sample", "majority": "majority vote", "orm": "best-of-N, ORM",
@@ -200,6 +200,20 @@ def spearman(a, b):
     return float((a * b).sum() / max(1e-12, ((a ** 2).sum() * (b ** 2).sum()) ** 0.5))
 
 
+def efficiency(orm, pav, C=3):
+    """Compute efficiency in both readings of the paper (its text and the arrows in its Fig. 4): what best-of-N by the ORM spends,
+    at the largest N and at the smallest N that is within half a point of its best, over what the beam spends for the same
+    accuracy. -> {reading: {"tokens": ratio of policy tokens, "N": N / (C width)}}, None where the beam never gets there."""
+    (n, acc, tokens), out = orm, {}
+    for reading, k in (("largest N", len(n) - 1), ("where it saturates", int((acc[0] >= acc[0].max() - 0.005).argmax()))):
+        level = acc[:1, k]
+        spent, width = (float(tokens_to_reach((None, pav[1][:1], x), level)[0]) for x in (
+            pav[2][:1], np.broadcast_to(np.asarray(pav[0], float), pav[1][:1].shape)))
+        out[reading] = {"best_of": int(n[k]), "tokens": round(float(tokens[0, k]) / spent, 2) if spent == spent else None,
+                        "N": round(int(n[k]) / (C * width), 2) if spent == spent else None}
+    return out
+
+
 def summarize(s):
     """The claims of section 4.1, each with its interval and a verdict."""
     out, v = {}, {}
@@ -211,6 +225,7 @@ def summarize(s):
         return f"{c['mean']:+.1f} [{c['lo']:+.1f}, {c['hi']:+.1f}]"
     if s.has(*(f"base:{m}" for m in ("orm", "best_q", "q_beam", "pav_beam"))):
         out |= claims(s.base(s.exact), s.base(s.drawn))
+        out["compute_efficiency"] = efficiency(s.exact["base:orm"], s.exact["base:pav_beam"])
         points = {n: c for n, c in out["pav_minus_orm_points"].items() if c}
         judge("search against PAVs beats re-ranking by the ORM at equal tokens", all(c["lo"] > 0 for c in points.values()),
               any(c["lo"] > 0 for c in points.values()), "points ahead at the tokens of N rollouts: " + "; ".join(
@@ -292,4 +307,8 @@ def search_report(folders, facts, out):
     print(f"\n{text}\n")
     for claim, verdict in summary["verdicts"].items():
         print(f"{claim}\n    {verdict}")
+    if "compute_efficiency" in summary:
+        print("compute efficiency of the PAV beam against best-of-N by the ORM (None: the beam never gets there)")
+        for reading, e in summary["compute_efficiency"].items():
+            print(f"    {reading} (N = {e['best_of']}): {e['tokens']} in policy tokens, {e['N']} as N / (3 width)")
     print(f"\nin {out}: table.txt, curves.csv, budgets.csv, summary.json, and as PNG with its CSV: {', '.join(made)}")

@@ -201,7 +201,8 @@ def finish(run, title):
           + " (None: more than all its samples)")
     print(f"\n{s['minutes']:.1f} minutes, {s['peak_memory_gb']:.1f} GB; in {run.out}: table.txt, accuracy.png, curves.csv, "
           f"summary.json, example.txt, log.csv\n"
-          f"next: other seeds, then python -m minipav.report {run.out} ... --out DIR for their mean")
+          f"next: python search.py --run {run.out}; or other seeds, then python -m minipav.report {run.out} ... --out DIR for "
+          "their mean")
 
 
 def mean_of(values):

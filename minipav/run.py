@@ -24,7 +24,7 @@ from minipav.advantage import Traces
 from minipav.model import GPT
 from minipav.tasks import get_task
 from minipav.tokenizer import synthetic_encoding
-from minipav.utils import Fail, derive_seed, progress, write_whole
+from minipav.utils import Fail, derive_seed, make_folder, progress, write_whole
 
 
 class Run:
@@ -32,10 +32,7 @@ class Run:
         """config: all flags but --out and --resume, as plain values. Raises Fail if the folder cannot be made, already
         holds a run that is not to be resumed, or holds one that was started with other flags."""
         self._prepare(out, config)
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise Fail(f"--out {out}: cannot make this folder ({e.strerror}); choose another") from None
+        make_folder(self.out)
         for left_over in self.out.rglob(".*.tmp"):                              # of a process that was killed
             left_over.unlink()
         if (self.out / "config.json").exists():

@@ -21,7 +21,7 @@ def main_guard(main):
     except Fail as e:
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:
-        sys.exit("\nstopped: the finished stages are on disk; the same command with --resume goes on from there")
+        sys.exit("\nstopped: what was finished is on disk; train.py goes on from there with --resume, search.py by itself")
 
 
 def write_whole(path, write):
@@ -35,6 +35,14 @@ def write_whole(path, write):
         raise Fail(f"cannot write {path}: {getattr(e, 'strerror', None) or e}") from None
     finally:
         tmp.unlink(missing_ok=True)
+
+
+def make_folder(path):
+    """Raises Fail if this folder cannot be made."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise Fail(f"--out {path}: cannot make this folder ({e.strerror}); choose another") from None
 
 
 def pick_device(name):

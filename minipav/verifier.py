@@ -65,7 +65,7 @@ class Values:
     @torch.no_grad()
     def children(self, parent, new, new_lengths):
         """Values of the rows `parent` (N,) with new (N, T), right-padded, behind them."""
-        child = self[parent]
+        child, new = self[parent], new[:, :int(new_lengths.max())]              # no time for columns of padding
         pos = child.lengths[:, None] + torch.arange(new.shape[1], device=new.device)
         hidden = self.model.trunk(new, child.cache, pos, span=int(pos.max()) + 1)
         child.q = self._value(hidden[torch.arange(len(new), device=new.device), new_lengths - 1])
@@ -80,7 +80,8 @@ class Values:
 
 
 class Oracle:
-    """In the place of a verifier: exact values of the task's tabular reference policy, the ceiling of every search."""
+    """In the place of a verifier: exact Q of the task's tabular reference policy (calculator: the uniform legal walk, which a
+    base policy that does not plan is close to). The ceiling for a learned Q^pi, though not the best possible value."""
 
     def __init__(self, task, enc):
         if not hasattr(task, "exact"):

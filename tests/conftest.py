@@ -1,4 +1,5 @@
-"""Shared pieces: a tiny random GPT and a tabular policy that speaks the sampler's language."""
+"""Shared pieces: a tiny random GPT, a tabular policy that speaks the sampler's language, a smoke run of train.py."""
+import subprocess
 import sys
 from pathlib import Path
 
@@ -68,6 +69,16 @@ class WalkPolicy(torch.nn.Module):
         for w in legal:
             out[self.enc.encode(w, allowed_special="all")[0]] = -np.log(len(legal))
         return out
+
+
+@pytest.fixture(scope="session")
+def smoke_run(tmp_path_factory):
+    """(folder, what it printed) of python train.py --smoke. Not to be changed: copy it."""
+    out = tmp_path_factory.mktemp("run") / "a"
+    done = subprocess.run([sys.executable, str(Path(__file__).parent.parent / "train.py"), "--smoke", "--device", "cpu", "--out",
+                           str(out)], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
 
 
 @pytest.fixture(scope="session")

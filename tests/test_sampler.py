@@ -113,6 +113,21 @@ def test_top_k_and_top_p_keep_exactly_the_right_tokens():
     assert torch.allclose(share(temperature=0.5), cold / cold.sum(), atol=1e-3)
 
 
+def test_a_nucleus_may_be_wider_than_the_tokens_that_are_looked_at_first():
+    """Flat and peaked rows of 200 tokens in one batch, against the definition: sort, cut, draw."""
+    torch.manual_seed(0)
+    logits, u = torch.randn(60, 200) * torch.linspace(0.1, 6, 60)[:, None], torch.rand(60)
+    for top_p in (0.3, 0.9, 0.99):
+        got, sizes = choose(logits, u, top_p=top_p), []
+        for i in range(60):
+            p, order = logits[i].softmax(-1).sort(descending=True)
+            p = p[:int((p.cumsum(0) < top_p).sum()) + 1]
+            sizes.append(len(p))
+            assert got[i] == order[int((p.cumsum(0) / p.sum() <= u[i]).sum())]
+        assert min(sizes) < 32
+    assert max(sizes) > 32
+
+
 def test_a_token_of_probability_zero_is_never_chosen():
     """An inverse CDF that looks up u * total <= cdf picks index 0 at u = 0, and a clamp picks the last index at 1."""
     logits = torch.tensor([[float("-inf"), 0.0, float("-inf"), 1.0, float("-inf")]]).expand(3, 5)

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+import search as cli
 from minipav.advantage import theorem_terms
-from minipav.figures import spearman
+from minipav.figures import efficiency, spearman
 from minipav.report import Curves
+from minipav.utils import Fail
 
 ROOT = Path(__file__).parent.parent
-SMALL = ("--problems", "20", "--validation", "5", "--n", "8", "--widths", "1", "2")
+SMALL = ("--problems", "20", "--validation", "2", "--n", "8", "--widths", "1", "2")
 
 
 def search(*args):
@@ -23,11 +25,10 @@ def search(*args):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(smoke_run, tmp_path_factory):
     """A smoke run of train.py, searched."""
     out = tmp_path_factory.mktemp("searched") / "run"
-    made = subprocess.run([sys.executable, "train.py", "--smoke", "--out", str(out)], cwd=ROOT, capture_output=True, text=True)
-    assert made.returncode == 0, made.stderr
+    shutil.copytree(smoke_run[0], out)
     done = search("--run", out, *SMALL)
     assert done.returncode == 0, done.stderr
     return out, done
@@ -81,7 +82,7 @@ def test_show_prints_every_candidate_with_its_values(run):
     assert done.stdout.count("Q^mu") == 2 and done.stdout.count("answer: ") == 2 and "  *" in done.stdout
 
 
-def test_bad_calls_are_one_line_errors(run, tmp_path):
+def test_bad_calls_are_one_line_errors(run, tmp_path, monkeypatch):
     half, foreign, damaged = (tmp_path / name for name in ("half", "foreign", "damaged"))
     half.mkdir()
     (half / "config.json").write_text((run[0] / "config.json").read_text())
@@ -94,10 +95,23 @@ def test_bad_calls_are_one_line_errors(run, tmp_path):
     (damaged / "search" / "main.json").unlink()
     for args, words in (((tmp_path / "nothing",), "python train.py"), ((half,), "has not finished"), ((foreign,), "config.json"),
                         ((damaged, *SMALL), "q_pi"), ((run[0], "--prover", "bo0"), "--prover bo0"),
-                        ((run[0], "--alpha", -1), "--alpha"), ((run[0], "--n", 0), "--n 0"), ((run[0], run[0]), "--out")):
-        done = search("--run", *args)
-        assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("error: "), (args, done.stderr)
-        assert words in done.stderr and "Traceback" not in done.stderr, (args, done.stderr)
+                        ((run[0], "--alpha", -1), "--alpha"), ((run[0], "--n", 0), "--n 0"), ((run[0], run[0]), "--out"),
+                        ((run[0], run[0], "--out", tmp_path / "o"), "differ in their seed"),
+                        ((run[0], "--out", "/dev/null/x"), "cannot make")):
+        monkeypatch.setattr(sys, "argv", ["search.py", "--run", *map(str, args)])
+        with pytest.raises(Fail, match=words) as e:
+            cli.main()
+        assert "\n" not in str(e.value)
+
+
+def test_compute_efficiency_in_both_readings():
+    """The ORM is right .1 .2 .3 of the time at 10, 20, 40 tokens and does not get better by 80; the beam of width 1 .2 at 15, of
+    width 2 .3 at 30, which N = 4 needs 40 tokens for and N = 8 80."""
+    orm = np.array([1, 2, 4, 8]), np.array([[.1, .2, .3, .3]]), np.array([[10., 20, 40, 80]])
+    pav = np.array([1, 2]), np.array([[.2, .3]]), np.array([[15., 30]])
+    e = efficiency(orm, pav)
+    assert e["largest N"] == {"best_of": 8, "tokens": 2.67, "N": 1.33} and e["where it saturates"]["tokens"] == 1.33
+    assert efficiency(orm, (pav[0], pav[1] / 2, pav[2]))["largest N"]["tokens"] is None
 
 
 def test_rank_correlation_and_theorem_terms():

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-STAGES = ["policies", "rollouts", "orm", "q_pi", "q_weak", "q_strong", "evaluation"]
+STAGES = ["policies", "rollouts", "q_pi", "orm", "q_weak", "q_strong", "evaluation"]
 
 
 def command(*args):
@@ -23,11 +23,8 @@ def train(*args):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    out = tmp_path_factory.mktemp("run") / "a"
-    done = train("--out", out)
-    assert done.returncode == 0, done.stderr
-    return out, done.stdout
+def run(smoke_run):
+    return smoke_run
 
 
 def test_smoke_run_writes_all_it_promises_and_fast(run):
