@@ -6,7 +6,8 @@
     python search.py --run runs/calculator-seed? --all --out results/search     # several seeds, and their mean
 
 What is measured lands in RUN/search, one file an experiment; an experiment found there with the same flags is not run again.
-The methods are in minipav/search.py, the experiments in minipav/experiments.py, the figures in minipav/figures.py.
+The methods are in minipav/search.py, the experiments in minipav/experiments.py, the figures in minipav/figures.py, the claims
+in minipav/verdicts.py.
 """
 import argparse
 import json
@@ -15,11 +16,11 @@ from pathlib import Path
 
 from minipav.evaluate import save_curves
 from minipav.experiments import BEAMS, DEFAULT, EXPERIMENTS, SAMPLED, Bench
-from minipav.figures import search_report
 from minipav.run import Run, commit, hardware
 from minipav.search import beam_search
 from minipav.tokenizer import decode_rows
 from minipav.utils import Fail, main_guard, make_folder, pick_device, tune_process
+from minipav.verdicts import search_report
 
 
 def get_args(argv=None):

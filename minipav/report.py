@@ -41,13 +41,14 @@ class Curves:
         return {m: (n, w @ acc.T, w @ tok.T) for m, (n, acc, tok) in self.by.items()}
 
 
-def at_tokens(curve, tokens):
+def at_tokens(curve, tokens, beyond=True):
     """Accuracy (R,) of a curve at a budget of `tokens` (R,), linear in log tokens between measured points. A method never
-    has to spend its whole budget, so its best affordable point counts; a budget below the cheapest point is NaN."""
+    has to spend its whole budget, so its best affordable point counts; a budget below the cheapest point is NaN, and so is
+    one beyond the last point (by more than 5%) where beyond is False."""
     _, acc, tok = curve
     out = np.full(len(acc), np.nan)
     for r in range(len(acc)):
-        if tokens[r] >= tok[r, 0] * (1 - 1e-9):
+        if tokens[r] >= tok[r, 0] * (1 - 1e-9) and (beyond or tokens[r] <= 1.05 * tok[r, -1]):
             affordable = acc[r][tok[r] <= tokens[r] * (1 + 1e-9)].max(initial=0)
             out[r] = max(affordable, np.interp(np.log(tokens[r]), np.log(tok[r]), acc[r]))
     return out
@@ -69,7 +70,7 @@ def tokens_to_reach(curve, level):
 def compare(curves):
     """The claims, each an array (R,): PAV minus each baseline in points at equal tokens, by budget N; by beam width, the
     tokens that ORM best-of-N needs to reach PAV's accuracy over PAV's own; the tokens of ORM best-of-N at its best over
-    those of PAV at that accuracy. NaN where the other never gets there."""
+    those of PAV at that accuracy. NaN where best-of-N never gets there; the last one is 0 where the beam never does."""
     orm, pav = curves["orm"], curves["pav_beam"]
     against = {"pav_minus_orm_points": "orm", "pav_minus_best_q_points": "best_q", "pav_minus_qbeam_points": "q_beam"}
     out = {claim: {} for claim in against}
@@ -82,7 +83,7 @@ def compare(curves):
     out["orm_over_pav_tokens_by_width"] = {
         str(w): tokens_to_reach(orm, pav[1][:, k]) / pav[2][:, k] for k, w in enumerate(pav[0])}
     rows, best = np.arange(len(orm[1])), orm[1].argmax(1)
-    out["token_ratio_to_match_best_orm"] = orm[2][rows, best] / tokens_to_reach(pav, orm[1][rows, best])
+    out["token_ratio_to_match_best_orm"] = np.nan_to_num(orm[2][rows, best] / tokens_to_reach(pav, orm[1][rows, best]))
     return out
 
 

@@ -1,6 +1,6 @@
 """Theorem 3.1, Remark 3.1 and Proposition F.1 on small tree MDPs, where every quantity is exact.
 
-    python -m minipav.theory              # seconds; writes results/didactic/theory*.png and .csv
+    python -m minipav.theory              # seconds; writes theory.json, theorem, remark, weak_prover to results/didactic
 
 A tree MDP: `depth` levels, `actions` choices at each state, a random chance of success at each leaf; states are numbered level
 by level, s -> s * actions + a + 1. Policies are tables pi (states, actions). All functions take a batch of MDPs, M of them.
@@ -104,7 +104,8 @@ def remark(M=200, seed=0, gamma=0.001, Ks=(2, 4, 8, 16, 32, 64, 128)):
 
 def weak_prover(M=1000, gamma=0.1, steps=50, seed=0):
     """Prop. F.1: a strong base (natural gradient on its own Q for a while) and the weak policy that it was at the start as
-    its prover. -> success of the base, of the prover, gain of one step with A^mu, gain of one step without, each (M,)."""
+    its prover. -> success of the base, of the prover, gain of one step with A^mu, with A^pi instead (a longer step: trap of every
+    such comparison), and with Q^pi alone, each (M,)."""
     rng = np.random.default_rng(seed)
     trees = Trees(M, rng=rng)
     mu, rho = trees.random_policy(rng), np.eye(trees.S)[0]
@@ -112,9 +113,8 @@ def weak_prover(M=1000, gamma=0.1, steps=50, seed=0):
     for _ in range(steps):
         pi = npg_step(pi, trees.q(pi), 0.0, 2 * gamma)
     Q_pi, Q_mu = trees.q(pi), trees.q(mu)
-    adv_mu = Q_mu - value(mu, Q_mu)[..., None]
-    both = [improvement(trees, pi, Q_pi, a, rho, gamma) for a in (adv_mu, 0.0)]
-    return value(pi, Q_pi)[:, 0], value(mu, Q_mu)[:, 0], *both
+    gains = [improvement(trees, pi, Q_pi, adv, rho, gamma) for adv in (Q_mu, Q_pi, 0.0)]         # V(s) cancels in the softmax
+    return value(pi, Q_pi)[:, 0], value(mu, Q_mu)[:, 0], *gains
 
 
 def main():
@@ -134,10 +134,11 @@ def main():
         label: (K, y, None, None) for label, y in lines.items()}) for what, lines in (
             ("distinguishability", {"D(BoK)": d, "K^2 / 4": [k * k / 4 for k in K]}),
             ("alignment and gain", {"Al(BoK)": al, "measured gain / gamma": gain, "K": K}))])
-    base, prover, with_mu, without = weak_prover()
+    base, prover, with_mu, with_pi, without = weak_prover()
     draw(args.out / "weak_prover", "Prop. F.1: one step of a strong base with a weak prover", [(
-        "300 trees", "success of the base minus of the prover", "gain with A^mu minus gain without", {
-            "a tree": ((base - prover)[some], (with_mu - without)[some], None, None)})])
+        "300 trees", "success of the base minus of the prover", f"gain with A^mu minus {label}", {
+            "a tree": ((base - prover)[some], (with_mu - other)[some], None, None)})
+        for label, other in (("without", without), ("with A^pi", with_pi))])
     helps = bound > 0
     out = {"trees": len(bound), "bound_positive_share": float(helps.mean()),
            "c": float((t["gain"] / bound)[helps].min()), "median_gain_over_bound": float(np.median((t["gain"] / bound)[helps])),
@@ -147,7 +148,9 @@ def main():
            **{f"remark_exponent_{what}": float(np.polyfit(np.log(K[3:]), np.log(y[3:]), 1)[0])
               for what, y in (("distinguishability", d), ("alignment", al), ("gain", gain))},
            "gain_over_bound_by_K": {k: round(g / (x + y), 4) for k, g, x, y in zip(K, gain, d, al)},
-           "weak_prover_helps_share": float((with_mu > without).mean()), "base_minus_prover": float((base - prover).mean())}
+           "weak_prover_helps_share": float((with_mu > without).mean()),
+           "weak_prover_beats_pi_as_prover_share": float((with_mu > with_pi).mean()),
+           "base_minus_prover": float((base - prover).mean())}
     write_whole(args.out / "theory.json", lambda p: p.write_text(json.dumps(out, indent=1) + "\n"))
     print(json.dumps(out, indent=1))
     print(f"in {args.out}: theory.json, theorem, remark and weak_prover (PNG and CSV)")

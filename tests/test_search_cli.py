@@ -12,9 +12,9 @@ import torch
 
 import search as cli
 from minipav.advantage import theorem_terms
-from minipav.figures import efficiency, spearman
 from minipav.report import Curves
 from minipav.utils import Fail
+from minipav.verdicts import efficiency, spearman
 
 ROOT = Path(__file__).parent.parent
 SMALL = ("--problems", "20", "--validation", "2", "--n", "8", "--widths", "1", "2")
@@ -37,7 +37,7 @@ def run(smoke_run, tmp_path_factory):
 def test_it_leaves_tables_figures_and_a_summary(run):
     out, done = run
     files = {p.name for p in (out / "search").iterdir()}
-    assert {"table.txt", "curves.csv", "budgets.csv", "summary.json", "main.safetensors", "fig4.png", "fig5a.csv", "fig6a.csv",
+    assert {"table.txt", "curves.csv", "by_seed.csv", "summary.json", "main.safetensors", "fig4.png", "fig5a.csv", "fig6a.csv",
             "fig10.csv", "alpha.csv"} <= files
     summary = json.loads((out / "search" / "summary.json").read_text())
     assert summary["test_problems"] == 20 and summary["alpha"][0] in [i / 10 for i in range(11)] and summary["verdicts"]
