@@ -5,7 +5,8 @@
     python search.py --show 3             # three problems, every candidate step with its values, and what the beam kept
     python search.py --run runs/calculator-seed? --all --out results/search     # several seeds, and their mean
 
-What is measured lands in RUN/search, one file an experiment; an experiment found there with the same flags is not run again.
+What is measured lands in RUN/search (with other flags: a folder beside it), one file an experiment; what is there is not
+measured again.
 The methods are in minipav/search.py, the experiments in minipav/experiments.py, the figures in minipav/figures.py, the claims
 in minipav/verdicts.py.
 """
@@ -19,14 +20,14 @@ from minipav.experiments import BEAMS, DEFAULT, EXPERIMENTS, SAMPLED, Bench
 from minipav.run import Run, commit, hardware
 from minipav.search import beam_search
 from minipav.tokenizer import decode_rows
-from minipav.utils import Fail, main_guard, make_folder, pick_device, tune_process
+from minipav.utils import Fail, derive_seed, main_guard, make_folder, pick_device, tune_process, write_whole
 from minipav.verdicts import search_report
 
 
 def get_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--run", type=Path, nargs="+", default=[Path("runs/calculator-seed0")], help="folders that train.py wrote")
-    p.add_argument("--out", type=Path, help="where figures, CSVs and summary.json go (default: RUN/search)")
+    p.add_argument("--out", type=Path, help="where figures, CSVs and summary.json go (default: where it was measured)")
     p.add_argument("--all", action="store_true", help="every figure")
     p.add_argument("--show", type=int, metavar="K", help="print K problems step by step, measure nothing")
     p.add_argument("--method", nargs="+", choices=[*SAMPLED, *BEAMS], default=[*SAMPLED, *BEAMS], help="only these")
@@ -53,10 +54,17 @@ def get_args(argv=None):
     return args
 
 
+def measured_in(run, args):
+    """(folder, flags): RUN/search for the default flags, for others a folder of their own, so that no result is lost."""
+    flags, default = ({k: getattr(a, k) for k in ("method", "n", "widths", "alpha", "prover", "problems", "validation", "seeds")}
+                      for a in (args, get_args([])))
+    return run.out / ("search" if flags == default else f"search-{derive_seed(*flags.items()):08x}"), flags
+
+
 def measure(b, name):
-    """Run an experiment, unless RUN/search holds it, with the same flags. -> its facts"""
-    folder, path = b.run.out / "search", b.run.out / "search" / f"{name}.json"
-    flags = {k: getattr(b.args, k) for k in ("method", "n", "widths", "alpha", "prover", "problems", "validation", "seeds")}
+    """Run an experiment, unless its folder holds it already. -> its facts"""
+    folder, flags = measured_in(b.run, b.args)
+    path = folder / f"{name}.json"
     make_folder(folder)
     if path.exists():
         try:
@@ -73,7 +81,7 @@ def measure(b, name):
         save_curves(folder / f"{name}.safetensors", curves)
     facts |= {"flags": flags, "chosen_alpha": b.alpha, "prover": b.mu, "seconds": round(time.time() - start, 1),
               "commit": commit(), "hardware": hardware(b.args.device), "curves": sorted(curves)}
-    b.run.write(f"search/{name}.json", facts)
+    write_whole(path, lambda p: p.write_text(json.dumps(facts, indent=1) + "\n"))
     return facts
 
 
@@ -107,14 +115,15 @@ def main():
         same = {k: v for k, v in run.config.items() if k != "seed"} == {k: v for k, v in runs[0].config.items() if k != "seed"}
         if not same or [r.config["seed"] for r in runs].count(run.config["seed"]) > 1:
             raise Fail(f"--run {run.out}: the runs must differ in their seed and in nothing else")
-    out = args.out or args.run[0] / "search"
+    folders = [measured_in(run, args)[0] for run in runs]
+    out = args.out or folders[0]
     make_folder(out)
-    for folder, run in zip(args.run, runs):
+    for run in runs:
         b = Bench(run, args)
         if args.show:
             show(b, args.show)
             continue
-        print(f"{folder}: {args.problems} test problems, prover {b.mu}")
+        print(f"{run.out}: {args.problems} test problems, prover {b.mu}")
         names = [n for n in EXPERIMENTS if args.all or n in DEFAULT]
         here = {}
         for name in names:
@@ -123,7 +132,7 @@ def main():
                 b.alpha = here[name].get("alpha", b.alpha)
         facts.append(here)
     if not args.show:
-        search_report(args.run, facts, out)
+        search_report(runs, folders, facts, out)
         print(f"{(time.time() - start) / 60:.1f} minutes")
 
 

@@ -193,6 +193,16 @@ def logged_values(b, policy, mus, states=400, actions=16):
     return q_mus, q.view(-1, actions), torch.full((len(t), actions), 1 / actions)
 
 
+def exact_values(b):
+    """Is it the verifier's error? The PAV beam with exact Q^pi, and A^mu of best-of-K from it, by alpha and K."""
+    if not hasattr(b.run.task, "exact"):
+        return {}, {}
+    curves = {}
+    for alpha, mu in [(0.0, "bo1"), *((a, f"bo{k}") for k in (1, 4, 16) for a in (0.2, 0.5, 1.0))]:
+        curves[f"base:exact:{mu}:{alpha}"] = b.beam("base", [2, 4], "oracle_beam", mu, alpha=alpha)
+    return curves, {}
+
+
 def data_sizes(b, shares=(0.05, 0.2, 0.8), width=8):
     """Fig. 6b and 11: Q^pi trained anew, from the stronger policy, on fresh rollouts of pi (as many as a share of the seeds of
     train.py): seeds with n_mc completions of each of their prefixes (n_mc = 0: a seed's own outcome is its prefixes' label),
@@ -239,6 +249,6 @@ def data_sizes(b, shares=(0.05, 0.2, 0.8), width=8):
     return {}, {"rows": out}
 
 
-EXPERIMENTS = {"alpha": choose_alpha, "main": main_comparison, "steps": errors_by_step, "bases": other_bases, "provers": provers,
-               "data": data_sizes}
+EXPERIMENTS = {"alpha": choose_alpha, "main": main_comparison, "steps": errors_by_step, "exact": exact_values,
+               "bases": other_bases, "provers": provers, "data": data_sizes}
 DEFAULT = ("alpha", "main", "steps")

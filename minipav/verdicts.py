@@ -15,7 +15,7 @@ class Search:
     def __init__(self, folders, facts):
         self.facts, self.runs = facts, []
         for folder, here in zip(folders, facts):
-            parts = [Curves(folder / "search" / f"{name}.safetensors") for name, f in here.items() if f["curves"]]
+            parts = [Curves(folder / f"{name}.safetensors") for name, f in here.items() if f["curves"]]
             whole = parts[0]
             for part in parts[1:]:
                 whole.by, whole.also = whole.by | part.by, whole.also | part.also
@@ -130,6 +130,12 @@ def summarize(s):
         x, o = s.exact["base:oracle_beam"], s.exact["base:best_q"]
         out["oracle_beam_minus_best_of_n_points"] = {str(n): round(float(100 * (at_tokens(x, o[2][:, k])[0] - o[1][0, k])), 2)
                                                      for k, n in enumerate(o[0]) if o[2][0, k] >= x[2][0, 0]}
+    if s.has("base:exact:bo1:0.0"):
+        gains = {m[11:]: s.gain(m, "base:exact:bo1:0.0") for m in s.exact if m.startswith("base:exact:") and m[-3:] != "0.0"}
+        out["exact_gain_by_prover_and_alpha_points"] = gains
+        judge("with exact values instead of a verifier's, the advantage adds to Q^pi", gains.values(),
+              "points over the beam by exact Q^pi, by prover and alpha: " + "; ".join(
+                  f"{m}: {show(c)}" for m, c in gains.items()))
     if all("provers" in f for f in s.facts):
         ks = sorted(int(m[7:]) for m in s.exact if m[:7] == "base:bo" and m[7:].isdigit())
         pairs = [f"{t['base']}:{t['prover']}" for t in s.facts[0]["provers"]["theorem"]]
@@ -170,22 +176,20 @@ def rank_correlation(s):
     return interval(rho[0][0], rho[1])
 
 
-def search_report(folders, facts, out):
-    """Tables, figures with their CSVs and summary.json in `out`, from what search.py measured in these run folders."""
-    out.mkdir(parents=True, exist_ok=True)
-    configs = [json.loads((f / "config.json").read_text()) for f in folders]
-    s = Search(folders, facts)
+def search_report(runs, folders, facts, out):
+    """Tables, figures with their CSVs and summary.json in `out`, from what search.py measured of each run in its folder."""
+    s, seeds = Search(folders, facts), [r.config["seed"] for r in runs]
     body = [(m, *row) for m, *row in rows(s.exact, s.drawn, sorted(s.exact))]
     write_csv(out / "curves.csv", ["curve", "n", "tokens_per_problem", "accuracy", "lo", "hi"], body)
-    each = [(c["seed"], m, int(n), *(round(float(np.mean(x[k])), 4) for x in (*r.by[m][1:], *r.also[m].values())))
-            for c, r in zip(configs, s.runs) for m in r.also for k, n in enumerate(r.by[m][0])]
+    each = [(seed, m, int(n), *(round(float(np.mean(x[k])), 4) for x in (*r.by[m][1:], *r.also[m].values())))
+            for seed, r in zip(seeds, s.runs) for m in r.also for k, n in enumerate(r.by[m][0])]
     write_csv(out / "by_seed.csv", ["seed", "curve", "n", "accuracy", "tokens_per_problem", "pass_at_n",
                                     "verifier_tokens_per_problem", "seconds_all_problems"], each)
     made = figures(s, out)
     text = table([(m, *row) for m in LABELS for curve, *row in body if curve == f"base:{m}"], LABELS)
     write_whole(out / "table.txt", lambda p: p.write_text(text + "\n"))
     first = next(iter(facts[0].values()))
-    summary = {"command": " ".join(["python", *sys.argv]), "seeds": [c["seed"] for c in configs],
+    summary = {"command": " ".join(["python", *sys.argv]), "seeds": seeds,
                "test_problems": sum(r.P for r in s.runs), "hardware": first["hardware"],
                "commit": sorted({f["commit"] for here in facts for f in here.values()}),
                "minutes": mean_of([round(sum(f["seconds"] for f in here.values()) / 60, 2) for here in facts]),

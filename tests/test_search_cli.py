@@ -20,6 +20,12 @@ ROOT = Path(__file__).parent.parent
 SMALL = ("--problems", "20", "--validation", "2", "--n", "8", "--widths", "1", "2")
 
 
+def measured(run):
+    """The folder of what was measured with these flags (the default ones have run/search)."""
+    [folder] = run.glob("search-*")
+    return folder
+
+
 def search(*args):
     return subprocess.run([sys.executable, "search.py", *map(str, args)], cwd=ROOT, capture_output=True, text=True)
 
@@ -35,20 +41,20 @@ def run(smoke_run, tmp_path_factory):
 
 
 def test_it_leaves_tables_figures_and_a_summary(run):
-    out, done = run
-    files = {p.name for p in (out / "search").iterdir()}
+    out, done = measured(run[0]), run[1]
+    files = {p.name for p in out.iterdir()}
     assert {"table.txt", "curves.csv", "by_seed.csv", "summary.json", "main.safetensors", "fig4.png", "fig5a.csv", "fig6a.csv",
             "fig10.csv", "alpha.csv"} <= files
-    summary = json.loads((out / "search" / "summary.json").read_text())
+    summary = json.loads((out / "summary.json").read_text())
     assert summary["test_problems"] == 20 and summary["alpha"][0] in [i / 10 for i in range(11)] and summary["verdicts"]
-    assert str(out / "search") in done.stdout and "beam, exact Q" in done.stdout
-    for row in csv.DictReader((out / "search" / "curves.csv").open()):
+    assert str(out) in done.stdout and "beam, exact Q" in done.stdout
+    for row in csv.DictReader((out / "curves.csv").open()):
         assert 0 <= float(row["lo"]) <= float(row["accuracy"]) + 1e-9 <= float(row["hi"]) + 2e-9 <= 1 + 3e-9
 
 
 def test_budgets_hold_for_every_method(run):
     """N samples cost N times one; a re-ranker is never above pass@N; a beam's answer is among its candidates."""
-    curves = Curves(run[0] / "search" / "main.safetensors")
+    curves = Curves(measured(run[0]) / "main.safetensors")
     n, best, tokens = curves.by["base:pass"]
     assert np.allclose(tokens, n[:, None] * tokens[:1], rtol=1e-5) and (np.diff(best.mean(1)) >= -1e-6).all()
     for m, (_, acc, _) in curves.by.items():
@@ -59,19 +65,19 @@ def test_budgets_hold_for_every_method(run):
 
 def test_what_was_measured_is_not_measured_again(run):
     out, _ = run
-    before = (out / "search" / "summary.json").read_text()
+    before = (measured(out) / "summary.json").read_text()
     again = search("--run", out, *SMALL)
     assert again.returncode == 0 and again.stdout.count("measured before") == 3
-    assert json.loads((out / "search" / "summary.json").read_text())["verdicts"] == json.loads(before)["verdicts"]
+    assert json.loads((measured(out) / "summary.json").read_text())["verdicts"] == json.loads(before)["verdicts"]
 
 
 def test_alpha_zero_is_the_q_beam_to_the_token(run, tmp_path):
     """With any prover."""
     out = tmp_path / "run"
-    shutil.copytree(run[0], out)
+    shutil.copytree(run[0], out, ignore=shutil.ignore_patterns("search*"))
     done = search("--run", out, *SMALL, "--alpha", 0, "--prover", "strong", "--method", "q_beam", "pav_beam")
     assert done.returncode == 0, done.stderr
-    curves = Curves(out / "search" / "main.safetensors")
+    curves = Curves(measured(out) / "main.safetensors")
     for a, b in zip(curves.by["base:q_beam"], curves.by["base:pav_beam"]):
         assert np.array_equal(a, b)
 
@@ -92,7 +98,7 @@ def test_bad_calls_are_one_line_errors(run, tmp_path, monkeypatch):
     (foreign / "stages.json").write_text('{"evaluation": {}}')
     shutil.copytree(run[0], damaged)
     (damaged / "q_pi" / "model.safetensors").write_bytes(b"no weights")
-    (damaged / "search" / "main.json").unlink()
+    (measured(damaged) / "main.json").unlink()
     for args, words in (((tmp_path / "nothing",), "python train.py"), ((half,), "has not finished"), ((foreign,), "config.json"),
                         ((damaged, *SMALL), "q_pi"), ((run[0], "--prover", "bo0"), "--prover bo0"),
                         ((run[0], "--alpha", -1), "--alpha"), ((run[0], "--n", 0), "--n 0"), ((run[0], run[0]), "--out"),
