@@ -144,6 +144,11 @@ def errors_by_step(b, n=8):
     return {}, out
 
 
+def wide_beams(b, widths=(64,)):
+    """The two beams at the budget of best-of-128; these points are joined to the curves of the main comparison."""
+    return {f"base:{m}:wide": b.beam("base", list(widths), m) for m in ("q_beam", "pav_beam")}, {}
+
+
 def other_bases(b):
     """Fig. 4 for a weaker and a stronger base policy, at the base's alpha. Each has its own Q; the ORM is the base's, since at
     the end of a trace the outcome does not depend on who wrote it. (Its own Q re-ranks them too.)"""
@@ -203,7 +208,7 @@ def exact_values(b):
     return curves, {}
 
 
-def data_sizes(b, shares=(0.05, 0.2, 0.8), width=8):
+def data_sizes(b, shares=(0.05, 0.4), width=8):
     """Fig. 6b and 11: Q^pi trained anew, from the stronger policy, on fresh rollouts of pi (as many as a share of the seeds of
     train.py): seeds with n_mc completions of each of their prefixes (n_mc = 0: a seed's own outcome is its prefixes' label),
     or spent on first pits. Each sees its data at least once, and 100 batches of 128. Judged by a beam by Q^pi."""
@@ -249,6 +254,6 @@ def data_sizes(b, shares=(0.05, 0.2, 0.8), width=8):
     return {}, {"rows": out}
 
 
-EXPERIMENTS = {"alpha": choose_alpha, "main": main_comparison, "steps": errors_by_step, "exact": exact_values,
+EXPERIMENTS = {"alpha": choose_alpha, "main": main_comparison, "steps": errors_by_step, "exact": exact_values, "wide": wide_beams,
                "bases": other_bases, "provers": provers, "data": data_sizes}
 DEFAULT = ("alpha", "main", "steps")

@@ -30,7 +30,7 @@ def draw(path, title, panels):
             bars = isinstance(x[0], str)
             at = np.arange(len(x)) + (i - (len(lines) - 1) / 2) * 0.12 if bars else np.asarray(x, float)
             ax.plot(at, y, "o" if bars else "o-", ms=4, label=line, color=f"C{i}")
-            if lo is not None and bars:
+            if lo is not None and (bars or len(x) == 1):
                 ax.vlines(at, lo, hi, color=f"C{i}", alpha=0.6)
             elif lo is not None:
                 ax.fill_between(at, lo, hi, alpha=0.15, lw=0, color=f"C{i}")
@@ -39,7 +39,7 @@ def draw(path, title, panels):
             empty = [""] * len(x)
             body += [(name, line, *(v if isinstance(v, str) else round(float(v), 4) if v != "" else "" for v in row))
                      for row in zip(x, y, empty if lo is None else lo, empty if hi is None else hi)]
-        if "tokens" in xlabel or xlabel == "N" or "rollouts" in xlabel or xlabel == "K":
+        if "tokens" in xlabel or xlabel == "N" or "rollouts" in xlabel or xlabel == "K" or "gamma" in xlabel:
             ax.set_xscale("log", base=2)
         ax.set(title=name, xlabel=xlabel, ylabel=ylabel)
         ax.grid(alpha=0.3)

@@ -19,6 +19,11 @@ class Search:
             whole = parts[0]
             for part in parts[1:]:
                 whole.by, whole.also = whole.by | part.by, whole.also | part.also
+            for m in [m for m in whole.by if m.endswith(":wide")]:
+                points, wide = whole.by[m[:-5]], whole.by.pop(m)
+                whole.by[m[:-5]] = tuple(map(np.concatenate, zip(points, wide)))
+                also, more = whole.also[m[:-5]], whole.also.pop(m)
+                whole.also[m[:-5]] = {k: np.concatenate([also[k], more[k]]) for k in also}
             for m in [m for m in whole.by if "beam" in m]:      # the chance that some trace of the beam is right (Fig. 6a)
                 n, _, tokens = whole.by[m]
                 whole.by[f"{m}:passed"] = n, whole.also[m]["passed"], tokens
