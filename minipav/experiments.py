@@ -163,6 +163,7 @@ def provers(b):
     """Fig. 5b: best-of-K for every K; 5c: each base with each prover; and before any search, from logged values alone, the
     two terms of Theorem 3.1 for each (base, prover)."""
     curves, facts = {}, {"theorem": []}
+    alpha = b.alpha or b.run.config["alpha"]                    # at alpha 0 all provers are the same
     for policy in ("base", "weak", "strong"):
         others = [mu for mu in ("weak", "strong") if mu != policy]
         mus = [f"bo{k}" for k in KS] + others if policy == "base" else ["bo1", f"bo{b.run.config['K']}", *others, "base"]
@@ -170,7 +171,7 @@ def provers(b):
         q_mus, q, pi = logged_values(b, policy, mus)
         curves[f"{policy}:q_beam:provers"] = b.beam(policy, widths, "q_beam")
         for mu in mus:
-            curves[f"{policy}:{mu}"] = b.beam(policy, widths, mu=mu)
+            curves[f"{policy}:{mu}"] = b.beam(policy, widths, mu=mu, alpha=alpha)
             d, al, se = (float(x) for x in theorem_terms(q_mus[mu], q, pi))
             gain = float(torch.stack([p.acc for p in curves[f"{policy}:{mu}"]]).mean()
                          - torch.stack([p.acc for p in curves[f"{policy}:q_beam:provers"]]).mean())
