@@ -3,10 +3,7 @@
     python -m minipav.didactic                      # Fig. 3, 3 seeds
     python -m minipav.didactic --seeds 10 --all     # where the paper's gap holds, and where it does not
 
-A response is 10 tokens of 0..14, 14 ends it; it is right if y* = [3 6 0 3 5] stands in it before the end. A step is a token. The
-prover mu_gamma takes the next token of y* with probability gamma / (gamma + 14), so its values are exact by dynamic programming
-over (position, how much of y* is matched). The policy is a small MADE. Every curve of a figure is one member of an ensemble that
-is trained at once: weights have a leading dimension E.
+The task and the policy are in minipav/planted.py. Every curve of a figure is one member of an ensemble that is trained at once.
 """
 import argparse
 import json
@@ -18,114 +15,10 @@ import numpy as np
 import torch
 
 from minipav.figures import draw
+from minipav.planted import EOS, Made, Planted
 from minipav.report import write_csv
 from minipav.run import commit, hardware
 from minipav.utils import Fail, main_guard, progress, write_whole
-
-V, EOS = 15, 14
-
-
-class Planted:
-    """The task: y* as an automaton. State k < m: the last k tokens match the first k of y* (with gaps: k tokens of it have
-    come, in order); m: y* was there, for good; m + 1: ended without it."""
-
-    def __init__(self, target=(3, 6, 0, 3, 5), length=10, gaps=False):
-        self.target, self.L, self.m = tuple(target), length, len(target)
-        self.next = torch.full((self.m + 2, V), self.m)                         # (states, V)
-        self.next[self.m + 1] = self.m + 1
-        for k in range(self.m):
-            for a in range(V):
-                seen = self.target[:k] + (a,)
-                if gaps:
-                    self.next[k, a] = k + (a == self.target[k])
-                else:                                                           # the longest suffix that starts y*
-                    self.next[k, a] = max(j for j in range(k + 2) if seen[k + 1 - j:] == self.target[:j])
-            self.next[k, EOS] = self.m + 1
-
-    def prover(self, gamma):
-        """mu_gamma (states, V)."""
-        mu = torch.full((self.m + 2, V), 1 / (gamma + V - 1), dtype=torch.double)
-        mu[range(self.m), self.target] = gamma / (gamma + V - 1)
-        mu[self.m:] = 1 / V
-        return mu
-
-    def values(self, mu):
-        """Exact Q (L, states, V) and V (L + 1, states) of a policy that sees the state only (Eq. 1)."""
-        value, Q = torch.zeros(self.L + 1, self.m + 2, dtype=torch.double), []
-        value[self.L, self.m] = 1
-        for t in reversed(range(self.L)):
-            Q.insert(0, value[t + 1][self.next])
-            value[t] = (mu * Q[0]).sum(-1)
-        return torch.stack(Q), value
-
-    def states(self, tokens):
-        """The state before each token and behind the last one: tokens (..., L) -> (..., L + 1)."""
-        k = [torch.zeros(tokens.shape[:-1], dtype=torch.long)]
-        for t in range(tokens.shape[-1]):
-            k.append(self.next[k[-1], tokens[..., t]])
-        return torch.stack(k, -1)
-
-    def demos(self, n, gamma, generator):
-        """n samples (n, L) of mu_gamma."""
-        mu, k, out = self.prover(gamma).float(), torch.zeros(n, dtype=torch.long), []
-        for _ in range(self.L):
-            out.append(torch.multinomial(mu[k], 1, generator=generator)[:, 0])
-            k = self.next[k, out[-1]]
-        return torch.stack(out, -1)
-
-
-class Made(torch.nn.Module):
-    """E masked autoregressive networks, three hidden layers of 128: the logits of token t see the tokens before t only."""
-
-    def __init__(self, seeds, L, width=128):
-        super().__init__()
-        self.L, degree = L, torch.arange(width) % (L - 1) + 1                   # a unit of degree d sees d tokens
-        token, sizes = torch.arange(L).repeat_interleave(V), (L * V, width, width, width, L * V)
-        hidden = (degree[None] >= degree[:, None]).float()
-        masks = ((degree[None] > token[:, None]).float(), hidden, hidden, (token[None] >= degree[:, None]).float())
-        for i, mask in enumerate(masks):
-            self.register_buffer(f"mask{i}", mask)
-        gens = [torch.Generator().manual_seed(s) for s in seeds]
-        w = [[torch.randn(a, b, generator=g) * (2 / a) ** 0.5 * (0.1 if b == L * V else 1) for g in gens]
-             for a, b in zip(sizes, sizes[1:])]
-        self.w = torch.nn.ParameterList([torch.nn.Parameter(torch.stack(x)) for x in w])
-        self.b = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(len(gens), 1, b)) for b in sizes[1:]])
-
-    def weight(self, i):
-        return self.w[i] * getattr(self, f"mask{i}")
-
-    def forward(self, tokens):
-        """Log-probabilities (E, B, L, V) of every token, tokens (E, B, L)."""
-        h = torch.nn.functional.one_hot(tokens, V).flatten(2).float()
-        for i in range(3):
-            h = torch.baddbmm(self.b[i], h, self.weight(i)).relu()
-        return torch.baddbmm(self.b[3], h, self.weight(3)).unflatten(2, (self.L, V)).log_softmax(-1)
-
-    @torch.no_grad()
-    def sample(self, u, prefix=None):
-        """Tokens (E, B, L) by inverse CDF at u (E, B, L), behind prefix (E, B, p)."""
-        E, B, _ = u.shape
-        w, b = [self.weight(i) for i in range(4)], list(self.b)
-        out = torch.zeros(E, B, self.L, dtype=torch.long)
-        z, row = b[0].expand(E, B, -1).clone(), torch.arange(E)[:, None]        # the first layer is summed token by token
-        start = 0 if prefix is None else prefix.shape[2]
-        for t in range(self.L):
-            if t < start:
-                out[:, :, t] = prefix[:, :, t]
-            else:
-                h = torch.baddbmm(b[2], torch.baddbmm(b[1], z.relu(), w[1]).relu(), w[2]).relu()
-                at = slice(t * V, (t + 1) * V)
-                cdf = torch.baddbmm(b[3][:, :, at], h, w[3][:, :, at]).softmax(-1).cumsum(-1)
-                out[:, :, t] = (u[:, :, t, None] * cdf[..., -1:] >= cdf).sum(-1).clamp(max=V - 1)
-            z += w[0][row, t * V + out[:, :, t]]
-        return out
-
-    def expand(self, members):
-        """A new ensemble: copies of these members."""
-        new = Made([0] * len(members), self.L, self.w[0].shape[2])
-        for a, b in zip(new.parameters(), self.parameters()):
-            a.data = b.data[members].clone()
-        return new
 
 
 def mc_q(model, task, tokens, n_mc, generator):
@@ -140,19 +33,19 @@ def mc_q(model, task, tokens, n_mc, generator):
     return q[:, :, 1:], q[:, :, :-1]
 
 
-def train(task, conditions, seeds, iterations, *, sft=50, batch=64, lr=1e-3, every=10, name="RL", probe=100):
+def train(task, conditions, seeds, iterations, *, n_mc=0, sft=50, batch=64, lr=1e-3, every=10, name="RL", probe=100):
     """SFT on mu_5, then REINFORCE with Eq. 5 for each condition x seed. A condition is a dict: alpha, gamma (of the prover),
-    baseline (True: minus E_{a~pi}[Q^pi + alpha A^mu] at the state), n_mc (0: the trace's own outcome stands for Q^pi, and the
-    mean outcome of the batch for V^pi).
+    baseline (True: minus E_{a~pi}[Q^pi + alpha A^mu] at the state). n_mc: rollouts a prefix for Q^pi; 0: a trace's outcome
+    stands for it, and the mean outcome of the batch for V^pi.
     -> {"accuracy" (conditions, seeds, iterations / every), "at_probe": accuracy at iteration `probe`, "start"}."""
     S, C = len(seeds), len(conditions)
-    model, opt = Made(seeds, task.L), None
+    model = Made(seeds, task.L)
     demos = torch.stack([task.demos(batch * sft, 5.0, torch.Generator().manual_seed(s + 1)) for s in seeds])
     opt = torch.optim.Adam(model.parameters(), lr=lr)
     for i in range(sft):
         x = demos[:, i * batch:(i + 1) * batch]
-        logp, alive = _chosen(model(x), x), _alive(task, x)
-        (-(logp * alive).sum() / alive.sum() * S).backward()                    # every member has its own mean
+        logp, alive = _chosen(model(x), x), _alive(x)
+        (-(logp * alive).sum() / alive.sum() * S).backward()                    # one mean over all members: Adam forgets the scale
         opt.step()
         opt.zero_grad()
     model = model.expand([s for _ in range(C) for s in range(S)])               # members: condition-major
@@ -160,7 +53,7 @@ def train(task, conditions, seeds, iterations, *, sft=50, batch=64, lr=1e-3, eve
     alpha, base = (torch.tensor([float(c[k]) for c in conditions for _ in seeds])[:, None, None] for k in ("alpha", "baseline"))
     tables = [task.values(task.prover(c["gamma"])) for c in conditions for _ in seeds]
     A = torch.stack([(Q - v[:-1, :, None]).float() for Q, v in tables])         # (E, L, states, V) A^mu of every action
-    n_mc, gen = conditions[0]["n_mc"], torch.Generator().manual_seed(seeds[0] + 2)
+    gen = torch.Generator().manual_seed(seeds[0] + 2)
     curve, member, at = [], torch.arange(C * S)[:, None, None], torch.arange(task.L)
     with progress(name, iterations) as bar:
         for i in range(iterations + 1):
@@ -183,7 +76,7 @@ def train(task, conditions, seeds, iterations, *, sft=50, batch=64, lr=1e-3, eve
             adv = A[member, at, k[..., :-1]]                                    # (E, B, L, V)
             own = adv.gather(-1, x[..., None])[..., 0]                          # each step's own A^mu, never summed
             expected = v + alpha * (logp.detach().exp() * adv).sum(-1)          # E_{a~pi}[Q^pi + alpha A^mu]
-            w = (q + alpha * own - base * expected) * _alive(task, x)
+            w = (q + alpha * own - base * expected) * _alive(x)
             loss = -(w * _chosen(logp, x)).sum() / batch
             if not torch.isfinite(loss):
                 raise Fail(f"the loss is not finite at iteration {i}: lower alpha")
@@ -198,7 +91,7 @@ def _chosen(logp, x):
     return logp.gather(-1, x[..., None])[..., 0]
 
 
-def _alive(task, x):
+def _alive(x):
     """(..., L) 1 for every token up to the end token."""
     before = torch.nn.functional.pad((x == EOS).cumsum(-1), (1, 0))[..., :-1]
     return (before == 0).float()
@@ -210,8 +103,8 @@ def to_90(accuracy, every=10):
     return torch.where(hit.any(-1), hit.int().argmax(-1) * float(every), float("nan"))
 
 
-def condition(gamma=10.0, alpha=1.0, baseline=False, n_mc=0):
-    return dict(gamma=gamma, alpha=alpha, baseline=baseline, n_mc=n_mc)
+def condition(gamma=10.0, alpha=1.0, baseline=False):
+    return dict(gamma=gamma, alpha=alpha, baseline=baseline)
 
 
 Q_ONLY = dict(alpha=0.0)
@@ -303,9 +196,9 @@ def main():
             measure(f"SFT {sft}", Planted(), pair, sft=sft)
         for m, target in ((4, (3, 6, 0, 3)), (6, (3, 6, 0, 3, 5, 1)), (7, (3, 6, 0, 3, 5, 1, 8))):
             measure(f"{m} tokens", Planted(target), pair, iterations=2 * args.iterations)
-        few = {k: c | {"n_mc": 100} for k, c in pair.items() if "20" not in k}
+        few = {k: c for k, c in pair.items() if "20" not in k}
         seeds = seeds[:3]
-        measure("Monte-Carlo Q, 100 rollouts", Planted(), few, iterations=200)
+        measure("Monte-Carlo Q, 100 rollouts", Planted(), few, iterations=200, n_mc=100)
     write_map(out, summary)
     summary["minutes"] = round((time.time() - start) / 60, 2)
     write_whole(out / "summary.json", lambda p: p.write_text(json.dumps(summary, indent=1) + "\n"))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minipav import didactic, theory
-from minipav.didactic import EOS, Made, Planted, V
+from minipav.planted import EOS, Made, Planted, V
 
 
 @pytest.mark.parametrize("gamma, value", [(1, 1e-5), (5, .0054), (10, .0455), (15, .118), (30, .363), (100, .815)])
