@@ -45,7 +45,7 @@ def train(task, conditions, seeds, iterations, *, n_mc=0, sft=50, batch=64, lr=1
     for i in range(sft):
         x = demos[:, i * batch:(i + 1) * batch]
         logp, alive = _chosen(model(x), x), _alive(x)
-        (-(logp * alive).sum() / alive.sum() * S).backward()                    # one mean over all members: Adam forgets the scale
+        (-(logp * alive).sum() / alive.sum() * S).backward()                    # one mean for all: Adam forgets the scale
         opt.step()
         opt.zero_grad()
     model = model.expand([s for _ in range(C) for s in range(S)])               # members: condition-major
