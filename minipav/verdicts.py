@@ -147,16 +147,17 @@ def summarize(s):
         gains = {m: s.gain(m, m.partition(":")[0] + ":q_beam:provers") for m in pairs}
         out["gain_by_prover_points"] = gains
         out["best_k"] = mean_of([ks[int(np.argmax([r.by[f"base:bo{k}"][1].mean() for k in ks]))] for r in s.runs])
+        used = f"; alpha {alphas}, where it is 0 that of train.py"
         best = max(ks[1:-1], key=lambda k: gains[f"base:bo{k}"]["mean"])
         judge("an intermediate K is the best prover", [s.gain(f"base:bo{best}", f"base:bo{k}") for k in (ks[0], ks[-1])],
               f"best K of a run: mean {out['best_k']['mean']}, from {out['best_k']['lo']} to {out['best_k']['hi']}; points over "
-              "the Q^pi beam " + "; ".join(f"Bo{k}: {show(gains[f'base:bo{k}'])}" for k in ks) + note)
+              "the Q^pi beam " + "; ".join(f"Bo{k}: {show(gains[f'base:bo{k}'])}" for k in ks) + used)
         judge("a weaker prover improves a stronger base", [gains["strong:weak"]],
-              f"{show(gains['strong:weak'])} points over its Q^pi beam{note}")
+              f"{show(gains['strong:weak'])} points over its Q^pi beam{used}")
         out["prover_rank_correlation"] = rank_correlation(s)
         c = out["prover_rank_correlation"]
         judge("Theorem 3.1's terms, measured beforehand, rank the provers", [c],
-              f"rank correlation with the gain {c['mean']:.2f} [{c['lo']:.2f}, {c['hi']:.2f}]{note}")
+              f"rank correlation with the gain {c['mean']:.2f} [{c['lo']:.2f}, {c['hi']:.2f}]{used}")
     if all("data" in f for f in s.facts):
         pits = s.gains("data:first pits", "data:n_mc = 4")
         out["first_pit_minus_random_points"] = pits

@@ -1,0 +1,100 @@
+"""What a step is worth in RL: from outcomes and values to the weight of each token (section 5 of the paper).
+
+The tokens of step h all get that step's own return, by default Rex + alpha A^mu(s_h, a_h) (Eq. 5; Rex is an unbiased sample of
+Q^pi). A^mu is never summed along the trace: such a sum telescopes to the outcome minus a function of the state (pav-sum).
+"""
+import torch
+import torch.nn.functional as F
+
+from minipav.advantage import Traces, advantage, complete, q_best_of_k
+from minipav.search import pass_at_n
+from minipav.tokenizer import decode_rows
+
+# reward: (the return of a step, where Q^mu comes from)
+REWARDS = {"outcome": ("outcome", None),                        # ORM-RL: Rex alone
+           "pav": ("effective", "verifier"),                    # Eq. 5
+           "pav-rollout": ("effective", "rollouts"),            # Q^mu from fresh rollouts of the prover: no verifier
+           "pav-oracle": ("effective", "exact"),                # exact Q^mu of the task's tabular policy: no error at all
+           "vine": ("alone", "current"),                        # VinePPO: A^pi of the current policy, from fresh rollouts
+           "q-bonus": ("bonus", "verifier"),                    # App. G's failing control
+           "pav-sum": ("sum", "verifier"),                      # trap: equals outcome reward
+           "pav-pi": ("effective", "current")}                  # mu = pi: in expectation equals outcome reward
+
+
+# ---- from values to token weights -----------------------------------------------------------------------------------
+
+def step_returns(rule, reward, q_mu, alpha):
+    """The return (N, S) of each step, from Rex (N,) and Q^mu (N, S + 1), NaN behind the last place; 0 there."""
+    adv, rex = advantage(q_mu), reward[:, None]
+    to_go = adv.nan_to_num(0.0).flip(1).cumsum(1).flip(1)                       # sum of A^mu from this step on
+    out = {"outcome": rex + 0 * adv, "effective": rex + alpha * adv, "bonus": rex + alpha * q_mu[:, 1:],
+           "sum": rex + alpha * to_go + 0 * adv, "alone": adv}[rule]
+    return out.nan_to_num(0.0)
+
+
+def close(traces):
+    """Traces in which a row that was cut off within a step has a place at its last token too."""
+    ends, row = F.pad(traces.ends, (0, 1), value=-1), torch.arange(len(traces))
+    final = (traces.ends >= 0).sum(1)
+    cut = ends[row, final - 1] < traces.lengths - 1
+    ends[row[cut], final[cut]] = traces.lengths[cut] - 1
+    ends = ends[:, :int((ends >= 0).sum(1).max())]
+    return Traces(traces.problem, traces.tokens, traces.lengths, ends, torch.zeros(ends.shape), torch.zeros_like(ends),
+                  traces.reward)
+
+
+def step_of_token(tokens, ends):
+    """The step (N, T) that each token of a response belongs to, its delimiter included; -1 in prompt and padding."""
+    t, last = torch.arange(tokens.shape[1]), ends.max(1, keepdim=True).values
+    before = (t[:, None] > torch.where(ends < 0, tokens.shape[1], ends)[:, None]).sum(-1)
+    return torch.where((t > ends[:, :1]) & (t <= last), before - 1, -1)
+
+
+def to_tokens(x, step):
+    """x (N, S) of each step, at the tokens (N, T) of that step; 0 elsewhere."""
+    return torch.where(step >= 0, x.gather(1, step.clamp(min=0)), 0.0)
+
+
+def step_baseline(kind, returns, ends, group, running):
+    """What is subtracted from the returns (N, S) of --baseline group, mean and none. None of it depends on the step that it is
+    subtracted from: the group's mean, at each step, is that of the problem's *other* traces."""
+    if kind == "group":
+        there = (ends[:, 1:] >= 0).float()
+        total, n = (x.view(-1, group, x.shape[1]) for x in (returns * there, there))
+        return ((total.sum(1, keepdim=True) - total) / (n.sum(1, keepdim=True) - n).clamp(min=1)).flatten(0, 1)
+    return torch.full_like(returns, running if kind == "mean" else 0.0)
+
+
+# ---- where Q^mu comes from ------------------------------------------------------------------------------------------
+
+def known_values(q, traces, H):
+    """q (N, S + 1) with what need not be estimated: Rex at the last place of each trace, 0 where it goes on after H steps; NaN
+    behind the last place."""
+    q[:, H:] = 0.0
+    final = (traces.ends >= 0).sum(1, keepdim=True) - 1
+    return q.scatter(1, final, traces.reward[:, None]).masked_fill(traces.ends < 0, float("nan"))
+
+
+def q_by_rollouts(mu, K, run, problems, traces, n_mc, seed):
+    """Unbiased Q^mu (N, S + 1) of best-of-K of a policy from n_mc >= K completions of each prefix, and tokens sampled."""
+    ask = traces.ends >= 0
+    ask[torch.arange(len(traces)), ask.sum(1) - 1] = False                      # the outcome of a finished trace is known
+    rows, places = ask.nonzero(as_tuple=True)
+    done = complete(mu, run.task, run.enc, problems, traces, rows, places, n_mc, seed, max_tokens_in_flight=run.how[
+        "max_tokens_in_flight"])
+    q = torch.zeros(traces.ends.shape)
+    q[rows, places] = pass_at_n(done.reward.view(-1, n_mc), K).float()
+    prefixes = (traces.ends[rows, places] + 1).sum() * n_mc
+    return q, int(done.lengths.sum() - prefixes)
+
+
+def q_exact(K, run, problems, traces):
+    """Q^mu (N, S + 1) of best-of-K of the task's tabular policy, by dynamic programming."""
+    value = run.task.exact(problems)
+    rows, places = (traces.ends >= 0).nonzero(as_tuple=True)
+    texts = decode_rows(run.enc, traces.tokens[rows], traces.ends[rows, places] + 1)
+    which = traces.problem[rows].tolist()
+    prompts = [run.task.prompt(p) for p in problems]
+    q = torch.zeros(traces.ends.shape)
+    q[rows, places] = torch.tensor([value(i, text.removeprefix(prompts[i])) for i, text in zip(which, texts)])
+    return q_best_of_k(q, K)

@@ -1,0 +1,275 @@
+"""Online RL with process advantages (section 5, App. E): REINFORCE with the effective reward.
+
+An iteration (`RL.iterate`): sample problems and traces -> outcome Rex and Q^mu at every place -> a return for each step, minus a
+baseline for each token, w_h = Rex + alpha A^mu(s_h, a_h) - b(state) -> one step of the policy and one of the value network.
+What a step is worth is in minipav/rewards.py.
+"""
+import copy
+import json
+import math
+import time
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from minipav.advantage import Traces, q_best_of_k, seed_rollouts, wrong_steps
+from minipav.report import write_csv
+from minipav.rewards import (
+    REWARDS,
+    close,
+    known_values,
+    q_by_rollouts,
+    q_exact,
+    step_baseline,
+    step_of_token,
+    step_returns,
+    to_tokens,
+)
+from minipav.search import pass_at_n
+from minipav.sft import sft_loss
+from minipav.tokenizer import pad_token
+from minipav.utils import Fail, apply_step, make_optimizers, progress, schedule, write_whole
+from minipav.verifier import label_weights, score, verifier_loss
+
+# ---- losses ---------------------------------------------------------------------------------------------------------
+
+def policy_loss(policy, ref, tokens, step, weight, kl_coef):
+    """REINFORCE with KL to the initial policy, summed over rows: (loss, KL, entropy, tokens). tokens, step, weight (N, T).
+
+    The KL of each token is exact, over the whole vocabulary. Padding and prompt have no part in the loss; the end token has.
+    """
+    rows, cols = (step[:, 1:] >= 0).nonzero(as_tuple=True)                      # a token is predicted one position before it
+    hidden = policy.trunk(tokens[:, :-1])
+    logp = policy.head(hidden[rows, cols]).log_softmax(-1)                      # (tokens of all responses, V)
+    with torch.no_grad():
+        ref_logp = ref.head(ref.trunk(tokens[:, :-1])[rows, cols]).log_softmax(-1)
+    chosen = logp.gather(1, tokens[rows, cols + 1][:, None])[:, 0]
+    kl = (logp.exp() * (logp - ref_logp)).sum()
+    entropy = -(logp.exp() * logp).sum().detach()
+    return -(weight[rows, cols + 1] * chosen).sum() + kl_coef * kl, kl.detach(), entropy, len(rows)
+
+
+def value_loss(value, tokens, step, target):
+    """Squared error of the value network, which sees all before a token, against the token's return, summed: (loss, its
+    predictions (N, T), 0 outside of the response)."""
+    rows, cols = (step[:, 1:] >= 0).nonzero(as_tuple=True)
+    v = value.head(value.trunk(tokens[:, :-1])[rows, cols])[:, 0]
+    out = torch.zeros(tokens.shape, device=tokens.device)
+    out[rows, cols + 1] = v.detach()
+    return ((v - target[rows, cols + 1]) ** 2).sum(), out
+
+
+# ---- the loop -------------------------------------------------------------------------------------------------------
+
+COLUMNS = ("iteration", "tokens", "seconds", "accuracy", "greedy", "pass_n", "length", "train_reward", "entropy", "kl",
+           "zero_return", "value_error", "tokens_per_s")
+
+
+class RL:
+    """One training: `a` holds the flags of rl.py, `folder` its checkpoint and log.csv; `init` is the initial policy."""
+
+    def __init__(self, run, init, folder, a):
+        self.run, self.a, self.folder = run, a, folder
+        self.policy, self.ref = copy.deepcopy(init), init
+        torch.manual_seed(run.seed("value network", a.seed))
+        self.value = init.as_verifier()
+        self.value_optimizers = make_optimizers(self.value, a.value_lr_muon, a.value_lr)
+        self.optimizers = [*make_optimizers(self.policy, 0.0, a.lr), *self.value_optimizers]
+        self.rule, self.source = REWARDS[a.reward]
+        bo_k = a.prover[:2] == "bo"
+        self.K, self.mu_name = (int(a.prover[2:]), a.policy) if bo_k else (1, a.prover)
+        if self.source == "exact" and not bo_k:
+            raise Fail(f"--prover {a.prover}: only best-of-K has exact values; use boK")
+        if self.source == "rollouts" and a.n_mc < self.K:
+            raise Fail(f"--n_mc {a.n_mc}: best-of-{self.K} needs at least {self.K} completions a prefix")
+        if self.source == "current":
+            self.K, self.mu_name = 1, None
+        which = "q_pi" if self.mu_name == "base" else f"q_{self.mu_name}"
+        self.verifier = run.model(which) if self.source == "verifier" else None
+        if self.verifier is not None and a.refresh:
+            c = run.config
+            self.optimizers += make_optimizers(self.verifier, c["lr_muon_verifier"] / 4, c["lr_adamw_verifier"] / 4)
+            self.old = run.traces(f"{self.mu_name}_train")
+        self.mu, self.curve = None, torch.zeros(0, a.problems)
+        self.state, self.rows, self.facts = {"iteration": 0, "tokens": 0, "seconds": 0.0, "running": 0.0}, [], []
+
+    def train(self):
+        """Train to the end, from the checkpoint if there is one. -> the trained policy"""
+        a, s = self.a, self.state
+        if (self.folder / "checkpoint.safetensors").exists():
+            self.load()
+        problems = self.run.problems(a.split, a.problems)
+        with progress(self.folder.name, a.iterations) as bar:
+            bar.update(s["iteration"])
+            while True:
+                i = s["iteration"]
+                if (i % a.eval_every == 0 or i == a.iterations) and (not self.rows or self.rows[-1]["iteration"] < i):
+                    self.log(problems)
+                    self.save()
+                    r = self.rows[-1]
+                    bar.set_postfix_str(f", accuracy {r['accuracy']:.3f}, greedy {r['greedy']:.3f}, KL {r['kl']:.2f}", False)
+                if i == a.iterations:
+                    return self.policy
+                start = time.time()
+                self.facts.append(self.iterate(i))
+                s["iteration"], s["seconds"] = i + 1, s["seconds"] + time.time() - start
+                bar.update()
+
+    def iterate(self, i):
+        """One iteration. -> what it saw, for the log"""
+        a, run, s = self.a, self.run, self.state
+        problems = run.task.problems("train", a.batch // a.group, run.seed("rl problems", a.seed, i))
+        fresh = seed_rollouts(self.policy, run.task, run.enc, problems, a.group, run.seed("rl traces", a.seed, i),
+                              max_tokens_in_flight=run.how["max_tokens_in_flight"])
+        traces = close(fresh)
+        n, step = len(traces), step_of_token(traces.tokens, traces.ends)
+        s["tokens"] += int((step >= 0).sum())
+        q_mu = self.q_mu(problems, traces, run.seed("rl rollouts", a.seed, i))
+        returns = step_returns(self.rule, traces.reward, known_values(q_mu, traces, run.task.max_steps), a.alpha)
+        target, baseline = to_tokens(returns, step), None
+        if self.rule == "alone":                                                # A^pi needs none
+            baseline = torch.zeros_like(target)
+        elif a.baseline != "value":
+            baseline = to_tokens(step_baseline(a.baseline, returns, traces.ends, a.group, s["running"]), step)
+            s["running"] += 0.1 * (float(target.sum() / (step >= 0).sum()) - s["running"])
+        device, sums = self.policy.device, torch.zeros(4)
+        for at in range(0, n, a.micro_batch or n):                              # gradients add up: the size changes nothing
+            rows = slice(at, at + (a.micro_batch or n))
+            T = int(traces.lengths[rows].max())
+            tokens, where, g = (x[rows, :T].to(device) for x in (traces.tokens, step, target))
+            if baseline is None:
+                v_loss, b = value_loss(self.value, tokens, where, g)
+                (v_loss / n).backward()
+                sums[3] += v_loss.item()
+            else:
+                b = baseline[rows, :T].to(device)
+            loss, kl, entropy, count = policy_loss(self.policy, self.ref, tokens, where, g - b, a.kl)
+            if not torch.isfinite(loss) or not torch.isfinite(sums).all():
+                self.stop(i, traces, target)
+            (loss / n).backward()
+            sums[:3] += torch.tensor([float(kl), float(entropy), count])
+        if self.verifier is not None and a.refresh and i % a.refresh == 0:
+            self.refresh(i, problems, fresh)
+        factor = min((i + 1) / max(1, a.warmup * a.iterations), (1 + math.cos(math.pi * i / a.iterations)) / 2)
+        apply_step(self.policy, self.optimizers[:1], factor)
+        if baseline is None:
+            apply_step(self.value, self.value_optimizers, 1.0)
+        return {"length": float(sums[2] / n), "train_reward": float(traces.reward.mean()), "entropy": float(sums[1] / sums[2]),
+                "kl": float(sums[0] / n), "zero_return": float((returns == 0).all(1).float().mean()),
+                "value_error": float(sums[3] / sums[2])}
+
+    def q_mu(self, problems, traces, seed):
+        """Q^mu (N, S + 1) of the reward's prover at every place."""
+        if self.source == "verifier":
+            return q_best_of_k(score(self.verifier, traces.tokens, traces.ends), self.K)
+        if self.source == "exact":
+            return q_exact(self.K, self.run, problems, traces)
+        if self.source is None:
+            return torch.zeros(traces.ends.shape)
+        if self.mu is None:
+            self.mu = self.policy if self.mu_name is None else self.run.model(self.mu_name)
+        q, tokens = q_by_rollouts(self.mu, self.K, self.run, problems, traces, self.a.n_mc, seed)
+        self.state["tokens"] += tokens
+        return q
+
+    def refresh(self, i, problems, traces):
+        """One step of the verifier on what the policy now writes: this iteration's traces, as many hotter ones and wrong steps,
+        which show it what the policy may try next, and old rollouts. best-of-K is then that of the moving policy."""
+        a, run, task, enc = self.a, self.run, self.run.task, self.run.enc
+        seed = run.seed("refresh", a.seed, i)
+        rng = np.random.default_rng(seed)
+        hot = seed_rollouts(self.policy, task, enc, problems, a.group, seed, temperature=2.0,
+                            max_tokens_in_flight=run.how["max_tokens_in_flight"])
+        self.state["tokens"] += int((hot.lengths - hot.ends[:, 0] - 1).sum())
+        old = self.old[torch.from_numpy(rng.integers(len(self.old), size=2 * a.batch))]
+        data = Traces.cat([traces, hot, wrong_steps(task, enc, problems, traces[:a.batch // 2], rng), old], pad_token(enc))
+        tokens, ends, q, w = (x.to(self.policy.device) for x in (data.tokens, data.ends, data.q, label_weights(data)))
+        loss = verifier_loss(self.verifier, tokens, ends, q, w)
+        loss.backward()
+        apply_step(self.verifier, self.optimizers[-2:], min(1.0, (i + 1) / 50))
+
+    def stop(self, i, traces, target):
+        """The loss is not finite: keep the batch for inspection and the last checkpoint, and end with an error."""
+        path = self.folder / "bad_batch.safetensors"
+        state = {"tokens": traces.tokens, "ends": traces.ends, "reward": traces.reward, "returns": target}
+        write_whole(path, lambda p: save_file({k: v.contiguous() for k, v in state.items()}, p))
+        last = self.rows[-1]["iteration"] if self.rows else 0
+        raise Fail(f"{self.folder.name}: the loss is not finite at iteration {i}: its batch is in {path}, the state of iteration "
+                   f"{last} in checkpoint.safetensors; lower --lr or --alpha")
+
+    # ---- log and checkpoint -----------------------------------------------------------------------------------------
+
+    def log(self, problems):
+        """Evaluate on held-out problems, and write one row."""
+        a, s = self.a, self.state
+        reward = outcomes(self.policy, self.run, problems, a.eval_n, self.run.seed("rl evaluation", a.seed))
+        greedy = outcomes(self.policy, self.run, problems, 1, 0, temperature=0.0)
+        self.curve = torch.cat([self.curve, reward.mean(1)[None]])
+        mean = {k: sum(f[k] for f in self.facts) / len(self.facts) for k in (self.facts or [{}])[0]}
+        spent = (s["tokens"] - (self.rows[-1]["tokens"] if self.rows else 0)), s["seconds"] - (
+            self.rows[-1]["seconds"] if self.rows else 0)
+        row = {"iteration": s["iteration"], "tokens": s["tokens"], "seconds": round(s["seconds"], 2),
+               "accuracy": float(reward.mean()), "greedy": float(greedy.mean()),
+               "pass_n": float(pass_at_n(reward, a.eval_n).mean()), **mean, "tokens_per_s": spent[0] / max(spent[1], 1e-9)}
+        self.rows.append({k: round(row.get(k, 0.0), 5) for k in COLUMNS})
+        self.facts = []
+        write_csv(self.folder / "log.csv", COLUMNS, [list(r.values()) for r in self.rows])
+
+    def save(self):
+        """All of the state in one file, written whole."""
+        tensors = {f"policy.{k}": v for k, v in self.policy.state_dict().items()}
+        tensors |= {f"value.{k}": v for k, v in self.value.state_dict().items()} | {"curve": self.curve}
+        if self.verifier is not None and self.a.refresh:
+            tensors |= {f"verifier.{k}": v for k, v in self.verifier.state_dict().items()}
+        for j, opt in enumerate(self.optimizers):
+            tensors |= {f"opt.{j}.{p}.{k}": v for p, st in opt.state_dict()["state"].items() for k, v in st.items()}
+        tensors = {k: v.detach().cpu().clone() for k, v in tensors.items()}
+        meta = {"state": json.dumps(self.state), "rows": json.dumps(self.rows)}
+        write_whole(self.folder / "checkpoint.safetensors", lambda p: save_file(tensors, p, metadata=meta))
+
+    def load(self):
+        path = self.folder / "checkpoint.safetensors"
+        try:
+            with safe_open(path, "pt") as f:
+                meta, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
+            for name in ("policy", "value", "verifier"):
+                mine = {k.partition(".")[2]: v for k, v in tensors.items() if k.startswith(f"{name}.")}
+                if mine:
+                    getattr(self, name).load_state_dict(mine)
+            for j, opt in enumerate(self.optimizers):
+                state = {}
+                for k, v in tensors.items():
+                    if k.startswith(f"opt.{j}."):
+                        p, key = k.split(".")[2:]
+                        state.setdefault(int(p), {})[key] = v
+                opt.load_state_dict(opt.state_dict() | {"state": state})
+            self.state.update(json.loads(meta["state"]))
+            self.rows, self.curve = json.loads(meta["rows"]), tensors["curve"]
+        except Exception as e:
+            raise Fail(f"{path} is damaged or of another version ({e}): delete its folder") from None
+
+
+def outcomes(policy, run, problems, n, seed, **how):
+    """Rex (P, n) of n samples of each problem, with the run's top_p, as everywhere but in training."""
+    t = seed_rollouts(policy, run.task, run.enc, problems, n, seed, **run.how | how)
+    return t.reward.view(len(problems), n)
+
+
+def rft(run, name, policy, epochs=2, batch_size=64, lr=3e-4):
+    """Rejection fine-tuning: `policy`, trained on with its own right seed rollouts (App. E)."""
+    c, policy = run.config, copy.deepcopy(policy)
+    seeds = run.traces(f"{name}_train")[:c["problems"] * c["n_cov"] if name == "base" else c["mu_rollouts"] // 2]
+    right, optimizers = seeds[seeds.reward == 1], make_optimizers(policy, 0.0, lr)
+    if len(right) == 0:
+        raise Fail(f"the policy {name} of {run.out} never came out right: there is nothing to fine-tune on; use --no_rft")
+    generator = torch.Generator().manual_seed(run.seed("rft"))
+    order = torch.cat([torch.randperm(len(right), generator=generator) for _ in range(epochs)])
+    steps = max(1, len(order) // batch_size)
+    for step in range(steps):
+        t = right[order[step * batch_size:(step + 1) * batch_size]]
+        batch = t.tokens[:, :int(t.lengths.max())], t.lengths, t.ends[:, 0] + 1
+        sft_loss(policy, *(x.to(policy.device) for x in batch)).backward()
+        apply_step(policy, optimizers, schedule(step, steps))
+    return policy

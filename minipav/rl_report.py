@@ -1,0 +1,258 @@
+"""From the trainings of rl.py to curves with intervals, the claims of section 5 and a verdict for each.
+
+Intervals are 95% bootstrap intervals over runs and, within each, problems; every training is resampled in the same way (paired).
+"""
+import csv
+import json
+import sys
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file
+
+from minipav.figures import PAPER, draw
+from minipav.report import Curves, bootstrap, interval, mean_of, write_csv
+from minipav.rewards import REWARDS
+from minipav.search import pass_at_n
+from minipav.utils import Fail, write_whole
+
+N = [2 ** k for k in range(9)]
+LABELS = {"sft": "SFT", "rft": "RFT", "outcome": "ORM-RL", "pav": "PAV-RL"}
+
+
+class Trained:
+    """All trainings of several runs: NAME:curve, accuracy by iteration, NAME:pass, pass@N in the end, and NAME:greedy, each
+    (x (k,), accuracy (1, k), ...) in `exact` and (x, (R, k), ...) in `drawn`, as `report.bootstrap` makes them."""
+
+    def __init__(self, runs, folders):
+        self.names, self.rows, self.final, self.hard, by_run = list(folders), {}, {}, [], []
+        for run in runs:
+            c = object.__new__(Curves)
+            c.by = {}
+            for name, where in folders.items():
+                folder = run.out / "rl" / where
+                try:
+                    f = load_file(folder / "final.safetensors")
+                    self.final.setdefault(name, []).append(json.loads((folder / "final.json").read_text()))
+                    log = list(csv.DictReader((folder / "log.csv").open())) if "curve" in f else []
+                except Exception as e:
+                    raise Fail(f"{folder} is damaged ({e}): delete it and run again") from None
+                self.rows.setdefault(name, []).append([{k: float(v) for k, v in row.items()} for row in log])
+                reward = torch.from_numpy(f["reward"]).float()
+                ns = np.array([x for x in N if x <= reward.shape[1]])
+                passed = np.stack([pass_at_n(reward, int(x)).numpy() for x in ns])
+                c.P = len(reward)
+                c.by[f"{name}:pass"] = ns, passed, np.ones_like(passed)
+                c.by[f"{name}:greedy"] = np.array([1]), f["greedy"][None].astype(float), np.ones((1, c.P))
+                if log:
+                    c.by[f"{name}:curve"] = np.array([int(r["iteration"]) for r in log]), f["curve"], np.ones_like(f["curve"])
+            if "sft:pass" in c.by:                                              # problems that no sample of SFT solves (Fig. 8b)
+                self.hard.append(c.by["sft:pass"][1][-1] == 0)
+            by_run.append(c)
+        self.exact, self.drawn = bootstrap(by_run)
+        self.each = by_run
+        self.trained = [n for n in folders if f"{n}:curve" in self.exact]
+
+    def line(self, key):
+        """(x, mean, lo, hi) of a curve, for a figure."""
+        return (self.exact[key][0], self.exact[key][1][0], *np.percentile(self.drawn[key][1], [2.5, 97.5], axis=0))
+
+    def on_hard(self, name):
+        """(N, mean, lo, hi) of pass@N on the problems that no sample of SFT solves; lo, hi: the extreme runs."""
+        each = [(c.by[f"{name}:pass"][1][:, hard]) for c, hard in zip(self.each, self.hard)]
+        by_run = [x.mean(1) for x in each if x.shape[1]] or [np.zeros(len(each[0]))]
+        pooled = np.concatenate(each, 1)
+        return self.exact[f"{name}:pass"][0], pooled.sum(1) / max(1, pooled.shape[1]), np.min(by_run, 0), np.max(by_run, 0)
+
+    def at(self, key, which, n=None):
+        """A curve's value (R,) at n, or at its end."""
+        x, acc, _ = (self.exact if which == "exact" else self.drawn)[key]
+        return acc[:, -1 if n is None else list(x).index(n)]
+
+    def difference(self, a, b):
+        """a - b in points with its interval, a and b functions of "exact" or "drawn"."""
+        return interval(100 * (a("exact") - b("exact"))[0], 100 * (a("drawn") - b("drawn")))
+
+    def spent(self, name, column):
+        """Mean over the runs of a column of the log, at each evaluation."""
+        return np.mean([[r[column] for r in rows] for rows in self.rows[name]], 0)
+
+
+def first_reach(x, acc, level):
+    """Where the curves acc (R, k) over x (k,) first reach level (R,), linear between points; NaN if they do not."""
+    out = np.full(len(acc), np.nan)
+    for r in range(len(acc)):
+        k = int((acc[r] >= level[r]).argmax())
+        if acc[r, k] >= level[r]:
+            out[r] = x[0] if k == 0 else np.interp(level[r], acc[r, k - 1:k + 1], x[k - 1:k + 1])
+    return out
+
+
+def sample_efficiency(orm, pav):
+    """Iterations that ORM-RL needs for its best accuracy over those in which PAV-RL first has it (R,); 0 if it never does.
+    orm, pav: (x (k,), acc (R, k), ...)."""
+    best = orm[1].argmax(1)
+    return np.nan_to_num(orm[0][best] / first_reach(pav[0], pav[1], orm[1].max(1)))
+
+
+def summarize(t):
+    """The claims of section 5, each a number with its interval; those whose trainings are there."""
+    end, s = "{}:pass", {}
+
+    def acc(name, n=1):
+        return lambda which: t.at(end.format(name), which, n)
+    pairs = {"pav_minus_orm_points": ("pav", "outcome", 1), "pass64_pav_minus_orm_points": ("pav", "outcome", 64),
+             "pass64_pav_minus_sft_points": ("pav", "sft", 64), "pass64_orm_minus_sft_points": ("outcome", "sft", 64),
+             "orm_minus_rft_points": ("outcome", "rft", 1), "pav_minus_rft_points": ("pav", "rft", 1)}
+    pairs |= {f"{r.replace('-', '_')}_minus_outcome_points": (r, "outcome", 1) for r in t.names if r not in LABELS}
+    for claim, (a, b, n) in pairs.items():
+        if {a, b} <= set(t.names) and all(n in t.exact[end.format(x)][0] for x in (a, b)):
+            s[claim] = t.difference(acc(a, n), acc(b, n))
+    for name in t.trained:
+        if name != "outcome" and "outcome" in t.trained:
+            point, draws = (sample_efficiency(x["outcome:curve"], x[f"{name}:curve"]) for x in (t.exact, t.drawn))
+            s.setdefault("efficiency_by_training", {})[name] = interval(point[0], draws)
+    if "pav" in s.get("efficiency_by_training", {}):
+        s["sample_efficiency"] = s["efficiency_by_training"]["pav"]
+    return s
+
+
+def verdicts(t, s):
+    """One sentence for each claim whose trainings are there."""
+    def told(x, form="+.1f", unit="points"):
+        mean, lo, hi = (format(x[k], form) for k in ("mean", "lo", "hi"))
+        return f"{mean} [{lo}, {hi}] {unit}"
+
+    def above(x, aim=0.0):
+        return x["lo"] > 0 and (x["mean"] >= aim or "partly")
+
+    def word(ok):
+        return {True: "reproduced", "partly": "partly", False: "not reproduced"}[ok]
+    out = {}
+    if "pav_minus_orm_points" in s:
+        x = s["pav_minus_orm_points"]
+        out["PAV-RL ends above ORM-RL (paper: 7 points)"] = f"{word(above(x, 7))}: {told(x)}"
+        e = s["sample_efficiency"]
+        ok = e["lo"] > 1 and (e["mean"] >= 5 or "partly")
+        out["PAV-RL needs 5 to 6 times fewer iterations for ORM-RL's best accuracy"] = f"{word(ok)}: {told(e, '.1f', 'times')}"
+    if "pass64_pav_minus_orm_points" in s:
+        x, y, z = (s.get(f"pass64_{k}_points") for k in ("pav_minus_orm", "pav_minus_sft", "orm_minus_sft"))
+        ok = above(x) and above(y) and (z["hi"] < 0 or "partly")
+        out["PAV-RL has the higher pass@64, above SFT's, and ORM-RL's is below SFT's"] = (
+            f"{word(ok)}: PAV-RL over ORM-RL {told(x)}; over SFT {told(y)}; ORM-RL over SFT {told(z)}")
+    for key, claim in (("pav_sum", "summed along the trace, A^mu gives no more than outcome reward"),
+                       ("pav_pi", "with mu = pi, A^mu gives no more than outcome reward")):
+        x = s.get(f"{key}_minus_outcome_points")
+        if x:
+            out[claim] = f"{word(not above(x))}: {told(x)}"
+    x = s.get("q_bonus_minus_outcome_points")
+    if x:
+        out["Q^mu as a bonus makes RL fail (App. G)"] = f"{word(x['hi'] < 0)}: {told(x)} against outcome reward"
+    for r in ("pav-oracle", "pav-rollout", "vine"):
+        x = s.get(f"{r.replace('-', '_')}_minus_outcome_points")
+        if x:
+            out[f"{r} against outcome reward (no claim of the paper)"] = told(x)
+    return out
+
+
+def figures(t, runs, out):
+    """Fig. 7 and 8 and the sweeps. -> their names"""
+    made = []
+
+    def figure(name, title, panels):
+        draw(out / name, title, panels)
+        made.append(name)
+
+    def paper(x, of):
+        return {k: (x, of[k.replace("-", "_")], None, None) for k in LABELS.values() if k.replace("-", "_") in of}
+    main, p = [n for n in ("outcome", "pav") if n in t.trained], PAPER["fig7b_2B"]
+    if main:
+        lines = {LABELS[n]: t.line(f"{n}:curve") for n in main}
+
+        def against(column, of_pav, unit):
+            """The curves over what was spent, with what the PAV's data and its verifier had cost before."""
+            cost = np.mean([of_pav(run) for run in runs])
+            return {LABELS[n]: ((t.spent(n, column) + cost * (n == "pav")) / unit, *t.line(f"{n}:curve")[1:]) for n in main}
+        figure("fig7", "Fig. 7: RL with outcome reward and with process advantages", [
+            ("ours", "iteration", "accuracy", lines),
+            ("with the PAV's data", "million sampled", "accuracy", against("tokens", verifier_tokens, 1e6)),
+            ("with the PAV's data and training", "minutes", "accuracy", against(
+                "seconds", lambda run: sum(run.stages[x]["seconds"] for x in ("rollouts", "q_pi")), 60)),
+            ("the paper, 2B", "iteration", "accuracy", paper([i * p["every"] for i in range(len(p["ORM_RL"]))], p))])
+    four = [n for n in LABELS if n in t.names]
+    if len(four) == 4:
+        ends = {LABELS[n]: t.line(f"{n}:pass") for n in four}
+        unsolved = sum(int(h.sum()) for h in t.hard)
+        figure("fig8", "Fig. 7a, 8: the policies in the end", [
+            ("7a: one sample", "policy", "accuracy", {
+                "ours": (list(ends), *([v[i][0] for v in ends.values()] for i in (1, 2, 3))),
+                "the paper, 2B": (list(ends), [PAPER["fig7a"]["2B"][k.replace("-", "_")] for k in ends], None, None)}),
+            ("8a: ours", "N", "pass@N", {k: tuple(x[:7] for x in v) for k, v in ends.items()}),
+            ("8a: the paper, 2B", "N", "pass@N", paper(PAPER["fig8a_2B"]["N"], PAPER["fig8a_2B"])),
+            (f"8b: {unsolved} problems that SFT never solves", "N", "pass@N", {LABELS[n]: t.on_hard(n) for n in main}),
+            ("8b: the paper, 9B", "N", "pass@N", paper(PAPER["fig8b"]["N"], PAPER["fig8b"]))])
+    if len(t.trained) > 2:
+        figure("rewards", "Every reward", [
+            ("", "iteration", "accuracy", {n: t.line(f"{n}:curve") for n in t.trained if n in REWARDS})])
+    panels = []
+    for what in ("alpha", "prover", "policy", "baseline", "refresh"):
+        if any(f"-{what}" in n for n in t.trained):
+            some = [n for n in t.trained if f"-{what}" in n or n in main]
+            ends = [t.line(f"{n}:pass") for n in some]
+            names = [LABELS.get(n, n.replace(f"-{what}", " ").replace("pav ", "")) for n in some]
+            panels.append((what, what, "accuracy in the end", {"": (names, *([e[i][0] for e in ends] for i in (1, 2, 3)))}))
+    if panels:
+        figure("sweeps", "What the result depends on", panels)
+    return made
+
+
+def verifier_tokens(run):
+    """Tokens that pi sampled for its verifier's data: of every trace what follows its first labelled place, and for each
+    place with several completions as many times the rest of the trace."""
+    t = run.traces("base_train")
+    last = t.lengths - 1
+    known = t.ends.masked_fill((t.n == 0) | (t.ends < 0), 1 << 30).min(1).values
+    once = (last - known).clamp(min=0)
+    many = ((t.n > 1) & (t.ends >= 0) & (t.ends < last[:, None])) * t.n * (last[:, None] - t.ends)
+    return float(torch.where(many.sum(1) > 0, many.sum(1), once).sum())
+
+
+def table(t):
+    """Rows (training, minutes, iterations to its best, accuracy, lo, hi, greedy, pass@16, pass@64) of the policies in the end."""
+    for name in t.names:
+        ns, mean, lo, hi = t.line(f"{name}:pass")
+        log = t.rows[name][0]
+        seconds = np.mean([f.get("seconds", 0) for f in t.final[name]])
+        more = [round(float(mean[list(ns).index(k)]), 4) if k in ns else "" for k in (16, 64)]
+        yield (name, len(t.final[name]), int(log[-1]["iteration"]) if log else 0, round(float(seconds) / 60, 2),
+               *(round(float(x[0]), 4) for x in (mean, lo, hi)), round(float(t.at(f"{name}:greedy", "exact")[0]), 4), *more)
+
+
+def rl_report(runs, folders, out):
+    """Tables, figures and summary.json of these trainings ({label: folder}) over all runs."""
+    t = Trained(runs, folders)
+    names = t.names
+    s = summarize(t)
+    told = verdicts(t, s)
+    body = list(table(t))
+    header = ["training", "seeds", "iterations", "minutes", "accuracy", "lo", "hi", "greedy", "pass@16", "pass@64"]
+    write_csv(out / "table.csv", header, body)
+    text = "\n".join([f"{'training':<28}{'minutes':>8}{'accuracy':>10}   {'95% interval':<16}  greedy  pass@16  pass@64",
+                      *(f"{n:<28}{m:>8.1f}{a:>10.3f}   {f'[{lo:.3f}, {hi:.3f}]':<18}{g:>7.3f}{p:>9}{q:>9}"
+                        for n, _, _, m, a, lo, hi, g, p, q in body)])
+    write_whole(out / "table.txt", lambda p: p.write_text(text + "\n"))
+    columns = [k for k in t.rows[names[-1]][0][0] if k != "iteration"]
+    write_csv(out / "curves.csv", ["training", "seed", "iteration", *columns], [
+        (n, run.config["seed"], int(r["iteration"]), *(r[k] for k in columns))
+        for n in names for run, rows in zip(runs, t.rows[n]) for r in rows])
+    made = figures(t, runs, out)
+    facts = {"command": " ".join(["python", *sys.argv]), "seeds": [run.config["seed"] for run in runs],
+             "test_problems": sum(c.P for c in t.each), "hardware": sorted({f["hardware"] for n in names for f in t.final[n]}),
+             "commit": sorted({f["commit"] for n in names for f in t.final[n]}),
+             "minutes": {n: mean_of([round(f["seconds"] / 60, 2) for f in t.final[n]]) for n in t.trained}}
+    write_whole(out / "summary.json", lambda p: p.write_text(json.dumps(facts | s | {"verdicts": told}, indent=1) + "\n"))
+    print(f"\n{text}\n")
+    for claim, verdict in told.items():
+        print(f"{claim}\n    {verdict}")
+    print(f"\nin {out}: table.txt, table.csv, curves.csv, summary.json" + "".join(f", {n}.png" for n in made))
+    print("next: python rl.py --all; or other seeds of train.py, then python rl.py --run runs/... --out DIR for their mean")

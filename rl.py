@@ -1,0 +1,205 @@
+"""Online RL with process advantages, and every control: section 5 of the paper, from what train.py left.
+
+    python rl.py                          # runs/calculator-seed0: outcome reward (ORM-RL) beside Q^pi + alpha A^mu (PAV-RL)
+    python rl.py --all                    # every reward, other provers and alphas, difficulties, and what keeps it stable
+    python rl.py --reward pav --alpha 1 --prover bo16 --policy weak             # one training with other flags
+    python rl.py --tune                   # the learning rate of each reward over the same grid, on validation problems
+    python rl.py --run runs/calculator-seed? --all --out results/rl             # several seeds, and their mean
+
+Each training has a folder RUN/rl/NAME with log.csv and a checkpoint; it goes on where it was stopped, and what is finished
+is not done again. The loop is in minipav/rl.py, the rewards in minipav/rewards.py, claims and figures in minipav/rl_report.py.
+"""
+import argparse
+import copy
+import json
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from minipav.model import GPT
+from minipav.rewards import REWARDS
+from minipav.rl import RL, outcomes, rft
+from minipav.rl_report import rl_report
+from minipav.run import Run, commit, hardware
+from minipav.utils import Fail, main_guard, make_folder, pick_device, progress, tune_process, write_whole
+
+LRS = (1e-4, 3e-4, 1e-3)                                        # the grid of --tune, the same for every reward
+ARMS = {"main": [{"reward": "outcome"}, {"reward": "pav"}],
+        "controls": [{"reward": r} for r in REWARDS if r not in ("outcome", "pav")],
+        "alpha": [{"reward": "pav", "alpha": a} for a in (0.5, 1.0, 2.0, 10.0)],
+        "provers": [{"reward": "pav", "prover": p} for p in ("bo1", "bo16", "weak", "strong")],
+        "difficulty": [{"reward": r, "policy": p} for p in ("weak", "strong") for r in ("outcome", "pav")],
+        "stability": [*({"reward": "pav", "baseline": b} for b in ("group", "mean", "none")), {"reward": "pav", "refresh": 2},
+                      *({"reward": r, "kl": 1e-3} for r in ("outcome", "pav"))]}
+
+
+def get_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--run", type=Path, nargs="+", default=[Path("runs/calculator-seed0")], help="folders that train.py wrote")
+    p.add_argument("--out", type=Path, help="where figures, CSVs and summary.json go (default: RUN/rl)")
+    p.add_argument("--all", action="store_true", help="every reward, prover, alpha, difficulty and baseline")
+    p.add_argument("--tune", action="store_true", help="try each learning rate of the grid on validation problems")
+    # what is rewarded
+    p.add_argument("--reward", nargs="+", choices=list(REWARDS), default=["outcome", "pav"])
+    p.add_argument("--alpha", type=float, default=5.0, help="weight of A^mu in the effective reward (Eq. 5)")
+    p.add_argument("--prover", default="bo4", help="boK (best-of-K of the initial policy's Q^pi), weak or strong")
+    p.add_argument("--n_mc", type=int, default=9, help="completions a prefix, for the rewards that sample them")
+    p.add_argument("--refresh", type=int, default=0, metavar="R", help="a step of the verifier every R iterations; 0: frozen")
+    # the loop
+    p.add_argument("--policy", choices=("weak", "base", "strong"), default="base", help="of train.py: where RFT starts")
+    p.add_argument("--no_rft", action="store_true", help="start from that policy itself")
+    p.add_argument("--iterations", type=int, default=400)
+    p.add_argument("--batch", type=int, default=128, help="traces an iteration")
+    p.add_argument("--group", type=int, default=4, help="traces a problem")
+    p.add_argument("--baseline", choices=("value", "group", "mean", "none"), default="value")
+    p.add_argument("--lr", type=float, default=3e-4, help="of the policy (AdamW): warm-up, then cosine")
+    p.add_argument("--warmup", type=float, default=0.1, help="share of the iterations")
+    p.add_argument("--value_lr", type=float, default=1e-3, help="of the value network's embedding and head (AdamW)")
+    p.add_argument("--value_lr_muon", type=float, default=0.01, help="and of its matrices (Muon)")
+    p.add_argument("--kl", type=float, default=1e-3, help="coefficient of the KL to the initial policy")
+    p.add_argument("--micro_batch", type=int, default=0, help="traces in one backward pass; 0: all. Changes no result")
+    p.add_argument("--seed", type=int, default=0, help="of the sampling in RL, beside the run's own")
+    # evaluation
+    p.add_argument("--eval_every", type=int, default=20)
+    p.add_argument("--problems", type=int, default=500, help="test problems")
+    p.add_argument("--eval_n", type=int, default=4, help="samples a problem while training")
+    p.add_argument("--n", type=int, default=64, help="samples a problem at the end")
+    p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    args = p.parse_args(argv)
+    for name in ("n_mc", "iterations", "batch", "group", "eval_every", "problems", "eval_n", "n"):
+        if getattr(args, name) < 1:
+            raise Fail(f"--{name} {getattr(args, name)}: must be at least 1")
+    for name in ("alpha", "refresh", "warmup", "value_lr_muon", "kl", "micro_batch", "seed"):
+        if not getattr(args, name) >= 0:
+            raise Fail(f"--{name} {getattr(args, name)}: must be 0 or more")
+    for name in ("lr", "value_lr"):
+        if not getattr(args, name) > 0:
+            raise Fail(f"--{name} {getattr(args, name)}: must be above 0")
+    if args.batch % args.group:
+        raise Fail(f"--batch {args.batch}: must be a multiple of --group {args.group}")
+    if args.prover not in ("weak", "strong") and not (args.prover[:2] == "bo" and args.prover[2:].isdigit()
+                                                      and int(args.prover[2:])):
+        raise Fail(f"--prover {args.prover}: unknown; choose boK with K >= 1 (bo4), weak or strong")
+    if len(args.run) > 1 and args.out is None and not args.tune:
+        raise Fail("several --run folders need an --out for their mean")
+    args.device = pick_device(args.device)
+    return args
+
+
+PROCESS = ("alpha", "prover", "n_mc", "refresh")                # no part in outcome reward
+ARM = ("reward", "policy", "no_rft", *PROCESS, "iterations", "batch", "group", "baseline", "lr", "warmup", "value_lr",
+       "value_lr_muon", "kl", "seed", "eval_every", "problems", "eval_n", "n")               # what a training depends on
+
+
+def named(a, default):
+    """The name of a training: its reward and the flags that differ from `default`."""
+    changed = [f"{k}{getattr(a, k)}".replace("no_rftTrue", "no_rft") for k in ARM[1:] if getattr(a, k) != getattr(default, k)]
+    return "-".join([a.reward, *changed])
+
+
+def arm_flags(args, **changes):
+    """(label, folder name, flags) of one training. The folder tells all flags that are not the default ones, the label only those
+    in which it differs from the others of this call."""
+    a, default = copy.copy(args), get_args([])
+    vars(a).update(changes)
+    if a.reward == "outcome":
+        vars(a).update({k: getattr(args, k) for k in PROCESS})
+    label = named(a, args)
+    if a.reward == "outcome":
+        vars(a).update({k: getattr(default, k) for k in PROCESS})
+    return label, named(a, default), a
+
+
+def finished(folder, flags):
+    """True if this training is there and done. Raises Fail if the folder holds one with other flags."""
+    path = folder / "flags.json"
+    if path.exists():
+        try:
+            old = json.loads(path.read_text())
+        except ValueError as e:
+            raise Fail(f"{path} is damaged ({e}): delete its folder") from None
+        if old != flags:
+            raise Fail(f"{folder} was made by another version with other defaults: delete it")
+    return (folder / "final.json").exists()
+
+
+def final(run, folder, policy, a, curve=None, **facts):
+    """Evaluate a policy as it is in the end: Rex of n samples of every problem -> final.safetensors, final.json."""
+    problems = run.problems(a.split, a.problems)
+    n = a.n * (1 if curve is not None else 4)                   # of SFT more: which problems does it never solve? (Fig. 8b)
+    with progress(f"{folder.name}, {n} samples", a.problems * n) as bar:
+        reward = outcomes(policy, run, problems, n, run.seed("rl final", a.seed), progress=bar.to)
+    greedy = outcomes(policy, run, problems, 1, 0, temperature=0.0)
+    state = {"reward": reward.to(torch.uint8), "greedy": greedy[:, 0].to(torch.uint8)}
+    if curve is not None:
+        state["curve"] = curve
+    write_whole(folder / "final.safetensors", lambda p: save_file(state, p))
+    facts |= {"accuracy": round(float(reward.mean()), 4), "greedy": round(float(greedy.mean()), 4), "commit": commit(),
+              "hardware": hardware(a.device)}
+    write_whole(folder / "final.json", lambda p: p.write_text(json.dumps(facts, indent=1) + "\n"))
+
+
+def initial(run, a):
+    """The policy that RL starts from, and its name: RFT of --policy, trained once; SFT and RFT are evaluated as well."""
+    kinds = {"sft": lambda sft: sft} | ({} if a.no_rft else {"rft": lambda sft: rft(run, a.policy, sft)})
+    for kind, make in kinds.items():
+        folder = run.out / "rl" / (kind if a.policy == "base" else f"{kind}-policy{a.policy}")
+        if not (folder / "final.json").exists():
+            make_folder(folder)
+            model = make(run.model(a.policy))
+            model.save(folder)
+            final(run, folder, model, a)
+    return GPT.load(folder, a.device)
+
+
+def train_arm(run, args, **changes):
+    """One training, unless it is done already; where it was stopped it goes on. -> its final accuracy"""
+    _, name, a = arm_flags(args, **changes)
+    folder = run.out / "rl" / (f"tune/{name}" if a.split == "validation" else name)
+    flags = {k: getattr(a, k) for k in ARM}
+    if not finished(folder, flags):
+        init = initial(run, a)
+        make_folder(folder)
+        write_whole(folder / "flags.json", lambda p: p.write_text(json.dumps(flags, indent=1) + "\n"))
+        rl = RL(run, init, folder, a)
+        policy = rl.train()
+        policy.save(folder)
+        final(run, folder, policy, a, rl.curve, tokens=rl.state["tokens"], seconds=round(rl.state["seconds"], 1))
+        (folder / "checkpoint.safetensors").unlink()
+    facts = json.loads((folder / "final.json").read_text())
+    print(f"{name:<40} accuracy {facts['accuracy']:.3f}   greedy {facts['greedy']:.3f}", flush=True)
+    return facts["accuracy"]
+
+
+def main():
+    args = get_args()
+    tune_process()
+    start = time.time()
+    runs = [Run.open(folder, args.device) for folder in args.run]
+    out = args.out or runs[0].out / "rl"
+    make_folder(out)
+    args.split = "validation" if args.tune else "test"
+    rewards = [{"reward": r} for r in (REWARDS if args.all else args.reward)]
+    arms = [r | {"lr": lr} for r in rewards for lr in LRS] if args.tune else sum(ARMS.values(), []) if args.all else rewards
+    table = {}
+    for run in runs:
+        print(f"{run.out}: {args.problems} {args.split} problems")
+        for arm in arms:
+            if arm["reward"] == "pav-oracle" and not hasattr(run.task, "exact"):
+                print(f"pav-oracle: task {run.task.name} has no exact values")
+                continue
+            table.setdefault((arm["reward"], arm.get("lr")), []).append(train_arm(run, args, **arm))
+    if args.tune:
+        best = {r["reward"]: max(LRS, key=lambda lr: sum(table[r["reward"], lr])) for r in rewards}
+        print("the best learning rate of each reward: " + ", ".join(f"{r} {lr}" for r, lr in best.items()))
+    else:
+        policy = "" if args.policy == "base" else f"-policy{args.policy}"
+        start_from = {k: k + policy for k in ("sft", "rft")[:1 if args.no_rft else 2]}
+        rl_report(runs, start_from | {label: name for label, name, _ in (arm_flags(args, **arm) for arm in arms)}, out)
+    print(f"{(time.time() - start) / 60:.1f} minutes")
+
+
+if __name__ == "__main__":
+    main_guard(main)

@@ -1,0 +1,287 @@
+"""The RL loop: exact gradients on a tabular policy, what has a part in the loss, resume, and rl.py from the outside."""
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny
+from safetensors.torch import load_file
+
+import rl as cli
+from minipav.advantage import Traces
+from minipav.rewards import (
+    close,
+    known_values,
+    q_by_rollouts,
+    q_exact,
+    step_baseline,
+    step_of_token,
+    step_returns,
+    to_tokens,
+)
+from minipav.rl import RL, policy_loss, value_loss
+from minipav.rl_report import first_reach, sample_efficiency
+from minipav.run import Run
+from minipav.utils import Fail
+
+ROOT = Path(__file__).parent.parent
+SMALL = ("--device", "cpu", "--iterations", "4", "--batch", "8", "--eval_every", "2", "--problems", "5", "--eval_n", "2",
+         "--n", "4")
+H = 3                                                                           # of the tabular trees: all traces are enumerated
+
+
+@pytest.fixture
+def tree():
+    """A softmax policy on a binary tree: (logits of each state, its 8 traces' actions, states before each step, Rex, Q^mu)."""
+    g = torch.Generator().manual_seed(0)
+    actions = torch.tensor([[(i >> (H - 1 - h)) & 1 for h in range(H)] for i in range(2 ** H)])
+    states = torch.stack([2 ** h - 1 + (torch.arange(2 ** H) >> (H - h)) for h in range(H)], 1)
+    reward = torch.tensor([0., 1, 0, 0, 1, 1, 0, 1])
+    values = torch.rand(2 ** (H + 1), generator=g)                              # of the prover, any numbers
+    q_mu = torch.stack([values[2 ** h - 1 + (torch.arange(2 ** H) >> (H - h))] for h in range(H)] + [reward], 1)
+    return torch.randn(2 ** H - 1, 2, generator=g, dtype=torch.double), actions, states, reward.double(), q_mu.double()
+
+
+def gradient(tree, weight):
+    """Exact E over traces of sum_h weight_h grad log pi(a_h | s_h)."""
+    theta, actions, states, *_ = tree
+    theta = theta.clone().requires_grad_()
+    logp = theta.log_softmax(-1)[states, actions]                               # (traces, H)
+    (logp.sum(1).exp().detach()[:, None] * weight * logp).sum().backward()
+    return theta.grad
+
+
+def q_of_pi(tree):
+    """Exact Q^pi (traces, H + 1) of the tabular policy."""
+    theta, actions, states, reward, _ = tree
+    p = theta.log_softmax(-1)[states, actions].exp()
+    after, out = reward, [reward]
+    for h in reversed(range(H)):
+        after = (p[:, h] * after).view(-1, 2, 2 ** (H - h - 1))[:, :, 0].sum(1).repeat_interleave(2 ** (H - h))
+        out.insert(0, after)
+    return torch.stack(out, 1)
+
+
+def test_summed_advantages_are_outcome_reward(tree):
+    """Trap 1, and mu = pi: both gradients are 1 + alpha times that of outcome reward; that of Eq. 5 is another one."""
+    *_, reward, q_mu = tree
+    outcome = gradient(tree, step_returns("outcome", reward, q_mu, 0.7))
+    assert torch.allclose(gradient(tree, step_returns("sum", reward, q_mu, 0.7)), 1.7 * outcome, atol=1e-12)
+    assert torch.allclose(gradient(tree, step_returns("effective", reward, q_of_pi(tree), 0.7)), 1.7 * outcome, atol=1e-12)
+    assert torch.allclose(gradient(tree, step_returns("alone", reward, q_of_pi(tree), 0.7)), outcome, atol=1e-12)
+    effective = gradient(tree, step_returns("effective", reward, q_mu, 0.7))
+    assert not torch.allclose(effective, 1.7 * outcome, atol=1e-3)
+    assert torch.equal(step_returns("effective", reward, q_mu, 0.0), step_returns("outcome", reward, q_mu, 0.7))
+
+
+def test_a_state_baseline_has_no_gradient(tree):
+    """E over actions of b(s) grad log pi is 0; and the advantage and the Q bonus differ by such a baseline only (section 2)."""
+    _, _, states, reward, q_mu = tree
+    b = torch.rand(2 ** H - 1, generator=torch.Generator().manual_seed(1), dtype=torch.double)[states]
+    assert gradient(tree, b).abs().max() < 1e-15
+    a, q = (gradient(tree, step_returns(rule, reward, q_mu, 2.0)) for rule in ("effective", "bonus"))
+    assert torch.allclose(a, q, atol=1e-12)
+
+
+def test_the_group_baseline_leaves_its_own_trace_out():
+    ends = torch.tensor([[1, 3, 5], [1, 3, -1], [1, 2, 4], [1, 3, 6]])
+    returns = torch.tensor([[1., 2], [3, 0], [5, 6], [7, 8]])
+    b = step_baseline("group", returns, ends, 2, 0.0)
+    assert b.tolist() == [[3, 0], [1, 2], [7, 8], [5, 6]]
+    assert (step_baseline("mean", returns, ends, 2, 0.5) == 0.5).all() and not step_baseline("none", returns, ends, 2, 0.5).any()
+
+
+@pytest.fixture
+def batch():
+    """Three traces: two steps ended by 2, one step ended by 3 (end of text), one cut off in its second step. 0 pads."""
+    tokens = torch.tensor([[5, 6, 7, 2, 8, 9, 3, 0], [5, 6, 7, 8, 3, 0, 0, 0], [5, 6, 7, 2, 8, 9, 9, 9]])
+    ends = torch.tensor([[1, 3, 6], [1, 4, -1], [1, 3, -1]])
+    return Traces(torch.arange(3), tokens, torch.tensor([7, 5, 8]), ends, torch.zeros(3, 3), torch.zeros(3, 3).long(),
+                  torch.tensor([1., 0, 0]))
+
+
+def test_each_token_gets_its_own_step(batch):
+    t = close(batch)
+    assert t.ends.tolist() == [[1, 3, 6], [1, 4, -1], [1, 3, 7]]
+    step = step_of_token(t.tokens, t.ends)
+    assert step.tolist() == [[-1, -1, 0, 0, 1, 1, 1, -1], [-1, -1, 0, 0, 0, -1, -1, -1], [-1, -1, 0, 0, 1, 1, 1, 1]]
+    q = known_values(torch.full((3, 3), 0.5), t, H=9)
+    assert q.nan_to_num(-1).tolist() == [[.5, .5, 1], [.5, 0, -1], [.5, .5, 0]]
+    assert known_values(torch.full((3, 3), 0.5), t, H=1)[:, 1].tolist() == [0, 0, 0]           # no step is left, and it goes on
+    w = to_tokens(step_returns("effective", t.reward, q, 2.0), step)
+    assert w.tolist() == [[0, 0, 1, 1, 2, 2, 2, 0], [0, 0, -1, -1, -1, 0, 0, 0], [0, 0, 0, 0, -1, -1, -1, -1]]
+
+
+def test_only_the_response_and_its_end_token_are_in_the_loss(batch):
+    """The loss is -sum of weight x log-probability over those tokens, and it changes with the weight of each of them alone."""
+    t, model = close(batch), tiny()
+    step, weight = step_of_token(t.tokens, t.ends), torch.rand(3, 8, requires_grad=True)
+    loss, kl, entropy, n = policy_loss(model, model, t.tokens, step, weight, 1.0)
+    logp = model(t.tokens).log_softmax(-1)[:, :-1].gather(2, t.tokens[:, 1:, None])[..., 0]
+    inside = step[:, 1:] >= 0
+    assert torch.isclose(loss, -(weight[:, 1:] * logp)[inside].sum(), atol=1e-4) and n == inside.sum() and kl.abs() < 1e-4
+    loss.backward()
+    assert torch.equal(weight.grad != 0, step >= 0) and entropy > 0
+    assert weight.grad[0, 6] != 0 and weight.grad[1, 4] != 0                                   # the end tokens
+
+
+def test_the_value_network_does_not_see_the_token_it_is_a_baseline_for(batch):
+    t = close(batch)
+    step, value, target = step_of_token(t.tokens, t.ends), tiny(head="scalar"), torch.ones(3, 8)
+    _, v = value_loss(value, t.tokens, step, target)
+    other = t.tokens.clone()
+    other[:, 4] = 11
+    _, w = value_loss(value, other, step, target)
+    assert torch.allclose(v[:, :5], w[:, :5], atol=1e-6) and not torch.allclose(v[:, 5:], w[:, 5:], atol=1e-3)
+
+
+def test_q_by_rollouts_is_unbiased_and_q_exact_is_dynamic_programming(calculator):
+    """Rollouts of the uniform walk against its exact values, for best-of-1 and best-of-3."""
+    from conftest import WalkPolicy
+
+    from minipav.advantage import q_best_of_k, seed_rollouts
+    task, enc, problems = calculator
+    run = argparse.Namespace(task=task, enc=enc, how={"max_tokens_in_flight": 1 << 18})
+    walk = WalkPolicy(task, enc, problems)
+    traces = seed_rollouts(walk, task, enc, problems[:3], 1, 0)
+    exact = q_exact(1, run, problems[:3], traces)
+    ask = (traces.ends >= 0) & (torch.arange(traces.ends.shape[1]) < (traces.ends >= 0).sum(1, keepdim=True) - 1)
+    for K in (1, 3):
+        q, tokens = q_by_rollouts(walk, K, run, problems[:3], traces, 240, 1)
+        want = q_best_of_k(exact, K)
+        assert (q - want)[ask].abs().max() < 4 * K * (0.25 / 240) ** 0.5 and tokens > 240
+        assert torch.equal(q_exact(K, run, problems[:3], traces), want)
+
+
+def flags(**kw):
+    a = cli.get_args([*SMALL, "--group", "2", "--n_mc", "2", "--prover", "bo2"])
+    a.split, a.reward = "test", "pav"
+    vars(a).update(kw)
+    return a
+
+
+@pytest.fixture(scope="module")
+def smoke(smoke_run):
+    return Run.open(smoke_run[0], "cpu")
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def trained(run, folder, **kw):
+    rl = RL(run, run.model("base"), folder, flags(**kw))
+    folder.mkdir(parents=True, exist_ok=True)
+    rl.train()
+    return rl
+
+
+@pytest.mark.parametrize("reward", list(cli.REWARDS))
+def test_every_reward_trains(smoke, tmp_path, reward):
+    rl = trained(smoke, tmp_path / reward, reward=reward, iterations=2)
+    assert [r["iteration"] for r in rl.rows] == [0, 2] and torch.isfinite(weights(rl.policy)).all()
+    assert not torch.equal(weights(rl.policy), weights(rl.ref))
+    assert rl.curve.shape == (2, 5) and (tmp_path / reward / "log.csv").exists()
+
+
+def test_alpha_0_is_outcome_reward_to_the_last_bit(smoke, tmp_path):
+    a, b = (trained(smoke, tmp_path / r, reward=r, alpha=0.0) for r in ("outcome", "pav"))
+    assert torch.equal(weights(a.policy), weights(b.policy))
+
+
+def test_micro_batches_change_nothing(smoke, tmp_path, monkeypatch):
+    """A plain gradient step: that of Adam is, at first, the sign of each gradient, and near 0 that is rounding."""
+    from minipav import rl as module
+    monkeypatch.setattr(module, "make_optimizers", lambda model, muon, lr: [torch.optim.SGD(model.parameters(), lr)])
+    whole = weights(trained(smoke, tmp_path / "whole", batch=64, iterations=1).policy)
+    for size in (1, 7, 64):
+        part = weights(trained(smoke, tmp_path / str(size), batch=64, iterations=1, micro_batch=size).policy)
+        assert (whole - part).abs().max() < 1e-6
+
+
+def test_resumed_equals_uninterrupted(smoke, tmp_path, monkeypatch):
+    """Killed at every iteration, with a verifier that is trained on."""
+    how = dict(refresh=2)
+    whole = trained(smoke, tmp_path / "whole", **how)
+    iterate = RL.iterate
+    for at in range(4):
+        def killed(self, i, at=at):
+            if i == at:
+                raise KeyboardInterrupt
+            return iterate(self, i)
+        monkeypatch.setattr(RL, "iterate", killed)
+        with pytest.raises(KeyboardInterrupt):
+            trained(smoke, tmp_path / str(at), **how)
+        monkeypatch.setattr(RL, "iterate", iterate)
+        again = trained(smoke, tmp_path / str(at), **how)
+        assert torch.equal(weights(again.policy), weights(whole.policy)) and torch.equal(again.curve, whole.curve)
+        same = [k for k in whole.rows[0] if k not in ("seconds", "tokens_per_s")]
+        assert [[r[k] for k in same] for r in again.rows] == [[r[k] for k in same] for r in whole.rows]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(smoke, tmp_path, monkeypatch):
+    from minipav import rl as module
+    calls = []
+
+    def breaks(*args):
+        calls.append(1)
+        loss, *rest = policy_loss(*args)
+        return (loss * float("nan") if len(calls) == 4 else loss, *rest)
+    monkeypatch.setattr(module, "policy_loss", breaks)
+    with pytest.raises(Fail, match="iteration 3.*bad_batch.*iteration 2") as e:
+        trained(smoke, tmp_path / "run")
+    assert "\n" not in str(e.value)
+    bad = load_file(tmp_path / "run" / "bad_batch.safetensors")
+    assert bad["tokens"].shape[0] == 8 and bad["returns"].shape == bad["tokens"].shape
+    monkeypatch.setattr(module, "policy_loss", policy_loss)
+    assert trained(smoke, tmp_path / "run").state["iteration"] == 4                            # and the last checkpoint is good
+
+
+def test_sample_efficiency():
+    """ORM-RL is best (.3) at iteration 40; PAV-RL has .3 at 15, half way between .2 and .4: 2.67 times fewer."""
+    x = np.array([0., 10, 20, 40])
+    orm, pav = np.array([[.1, .2, .2, .3]]), np.array([[.1, .2, .4, .4]])
+    assert first_reach(x, pav, np.array([.3])) == pytest.approx(15) and np.isnan(first_reach(x, orm, np.array([.5]))[0])
+    assert sample_efficiency((x, orm), (x, pav)) == pytest.approx(40 / 15) and sample_efficiency((x, pav), (x, orm)) == 0
+
+
+
+
+def rl(*args):
+    return subprocess.run([sys.executable, "rl.py", *map(str, args)], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_rl_from_the_outside(smoke_run, tmp_path):
+    """No --reward: ORM-RL and PAV-RL side by side, a table, figures, a summary; and again: nothing is trained twice."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    shutil.copytree(smoke_run[0], run)
+    done = rl("--run", run, *SMALL, "--no_rft", "--out", out)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((out / "summary.json").read_text())
+    assert {"sample_efficiency", "pav_minus_orm_points", "verdicts", "command", "seeds"} <= set(summary)
+    assert {"fig7.png", "fig7.csv", "curves.csv", "table.txt"} <= {p.name for p in out.iterdir()} and "PAV-RL" in done.stdout
+    logs = {p: p.stat().st_mtime for p in run.glob("rl/*/log.csv")}
+    again = rl("--run", run, *SMALL, "--no_rft", "--out", out)
+    assert again.returncode == 0 and logs and logs == {p: p.stat().st_mtime for p in run.glob("rl/*/log.csv")}
+    assert json.loads((out / "summary.json").read_text()) == summary
+
+
+def test_bad_calls_are_one_line_errors(smoke_run, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(smoke_run[0], run)
+    shutil.rmtree(run / "q_weak")
+    for args, words in (((tmp_path / "nothing",), "python train.py"), ((run, "--alpha", -1), "--alpha"),
+                        ((run, "--lr", 0), "--lr"), ((run, "--prover", "bo0"), "--prover bo0"),
+                        ((run, "--batch", 7), "--batch 7"), ((run, run), "--out"),
+                        ((run, "--no_rft", *SMALL, "--reward", "pav", "--prover", "weak"), "q_weak"),
+                        ((run, "--no_rft", *SMALL, "--reward", "pav-rollout", "--prover", "bo16"), "--n_mc 9"),
+                        ((run, "--no_rft", *SMALL, "--reward", "pav-oracle", "--prover", "strong"), "exact values")):
+        monkeypatch.setattr(sys, "argv", ["rl.py", "--run", *map(str, args)])
+        with pytest.raises(Fail, match=words) as e:
+            cli.main()
+        assert "\n" not in str(e.value)
