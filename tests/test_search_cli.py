@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import search as cli
+from minipav import experiments
 from minipav.advantage import theorem_terms
 from minipav.report import Curves
 from minipav.utils import Fail
@@ -69,6 +70,21 @@ def test_what_was_measured_is_not_measured_again(run):
     again = search("--run", out, *SMALL)
     assert again.returncode == 0 and again.stdout.count("measured before") == 3
     assert json.loads((measured(out) / "summary.json").read_text())["verdicts"] == json.loads(before)["verdicts"]
+
+
+def test_all_makes_every_figure(run, tmp_path, monkeypatch):
+    """But for the verifiers that are trained on other data, which take minutes; and few provers at few states."""
+    out = tmp_path / "run"
+    shutil.copytree(run[0], out)
+    monkeypatch.delitem(cli.EXPERIMENTS, "data")
+    monkeypatch.setattr(experiments, "KS", (1, 2, 4))
+    monkeypatch.setattr(experiments.logged_values, "__defaults__", (10, 4))
+    monkeypatch.setattr(sys, "argv", ["search.py", "--run", str(out), *SMALL, "--problems", "5", "--all",
+                                      "--out", str(tmp_path / "out")])
+    cli.main()
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert {"best_k", "prover_rank_correlation", "gain_by_prover_points", "compute_efficiency"} <= set(summary)
+    assert {"fig5bc.png", "theorem.csv"} <= {p.name for p in (tmp_path / "out").iterdir()} and len(summary["verdicts"]) == 8
 
 
 def test_alpha_zero_is_the_q_beam_to_the_token(run, tmp_path):
