@@ -1,7 +1,8 @@
 """Online RL with process advantages, and every control: section 5 of the paper, from what train.py left.
 
     python rl.py                          # runs/calculator-seed0: outcome reward (ORM-RL) beside Q^pi + alpha A^mu (PAV-RL)
-    python rl.py --all                    # every reward, other provers and alphas, difficulties, and what keeps it stable
+    python rl.py --all                    # every reward
+    python rl.py --sweep                  # other alphas, provers and difficulties, and what keeps it stable
     python rl.py --reward pav --alpha 1 --prover bo16 --policy weak             # one training with other flags
     python rl.py --tune                   # the learning rate of each reward over the same grid, on validation problems
     python rl.py --run runs/calculator-seed? --all --out results/rl             # several seeds, and their mean
@@ -25,40 +26,38 @@ from minipav.rl_report import rl_report
 from minipav.run import Run, commit, hardware
 from minipav.utils import Fail, main_guard, make_folder, pick_device, progress, tune_process, write_whole
 
-LRS = (1e-4, 3e-4, 1e-3)                                        # the grid of --tune, the same for every reward
-ARMS = {"main": [{"reward": "outcome"}, {"reward": "pav"}],
-        "controls": [{"reward": r} for r in REWARDS if r not in ("outcome", "pav")],
-        "alpha": [{"reward": "pav", "alpha": a} for a in (0.5, 1.0, 2.0, 10.0)],
-        "provers": [{"reward": "pav", "prover": p} for p in ("bo1", "bo16", "weak", "strong")],
-        "difficulty": [{"reward": r, "policy": p} for p in ("weak", "strong") for r in ("outcome", "pav")],
-        "stability": [*({"reward": "pav", "baseline": b} for b in ("group", "mean", "none")), {"reward": "pav", "refresh": 2},
-                      *({"reward": r, "kl": 1e-3} for r in ("outcome", "pav"))]}
+LRS = (3e-4, 1e-3, 2e-3)                                        # the grid of --tune, the same for every reward
+SWEEPS = [*({"reward": "pav", **x} for x in (
+    {"alpha": 0.3}, {"alpha": 3.0}, {"prover": "bo16"}, {"prover": "weak"}, {"prover": "strong"}, {"baseline": "group"},
+    {"baseline": "none"}, {"refresh": 2})), *({"reward": r, **x} for x in (
+        {"kl": 1e-3}, {"policy": "weak"}, {"policy": "strong"}) for r in ("outcome", "pav"))]
 
 
 def get_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--run", type=Path, nargs="+", default=[Path("runs/calculator-seed0")], help="folders that train.py wrote")
     p.add_argument("--out", type=Path, help="where figures, CSVs and summary.json go (default: RUN/rl)")
-    p.add_argument("--all", action="store_true", help="every reward, prover, alpha, difficulty and baseline")
+    p.add_argument("--all", action="store_true", help="every reward")
+    p.add_argument("--sweep", action="store_true", help="outcome and pav with other alphas, provers, policies, baselines, KL")
     p.add_argument("--tune", action="store_true", help="try each learning rate of the grid on validation problems")
     # what is rewarded
     p.add_argument("--reward", nargs="+", choices=list(REWARDS), default=["outcome", "pav"])
-    p.add_argument("--alpha", type=float, default=5.0, help="weight of A^mu in the effective reward (Eq. 5)")
+    p.add_argument("--alpha", type=float, default=1.0, help="weight of A^mu in the effective reward (Eq. 5)")
     p.add_argument("--prover", default="bo4", help="boK (best-of-K of the initial policy's Q^pi), weak or strong")
-    p.add_argument("--n_mc", type=int, default=9, help="completions a prefix, for the rewards that sample them")
+    p.add_argument("--n_mc", type=int, default=4, help="completions a prefix, for the rewards that sample them (VinePPO: 9)")
     p.add_argument("--refresh", type=int, default=0, metavar="R", help="a step of the verifier every R iterations; 0: frozen")
     # the loop
     p.add_argument("--policy", choices=("weak", "base", "strong"), default="base", help="of train.py: where RFT starts")
     p.add_argument("--no_rft", action="store_true", help="start from that policy itself")
-    p.add_argument("--iterations", type=int, default=400)
+    p.add_argument("--iterations", type=int, default=150)
     p.add_argument("--batch", type=int, default=128, help="traces an iteration")
     p.add_argument("--group", type=int, default=4, help="traces a problem")
     p.add_argument("--baseline", choices=("value", "group", "mean", "none"), default="value")
-    p.add_argument("--lr", type=float, default=3e-4, help="of the policy (AdamW): warm-up, then cosine")
+    p.add_argument("--lr", type=float, default=1e-3, help="of the policy (AdamW): warm-up, then cosine")
     p.add_argument("--warmup", type=float, default=0.1, help="share of the iterations")
     p.add_argument("--value_lr", type=float, default=1e-3, help="of the value network's embedding and head (AdamW)")
     p.add_argument("--value_lr_muon", type=float, default=0.01, help="and of its matrices (Muon)")
-    p.add_argument("--kl", type=float, default=1e-3, help="coefficient of the KL to the initial policy")
+    p.add_argument("--kl", type=float, default=0.03, help="coefficient of the KL to the initial policy")
     p.add_argument("--micro_batch", type=int, default=0, help="traces in one backward pass; 0: all. Changes no result")
     p.add_argument("--seed", type=int, default=0, help="of the sampling in RL, beside the run's own")
     # evaluation
@@ -128,7 +127,7 @@ def finished(folder, flags):
 def final(run, folder, policy, a, curve=None, **facts):
     """Evaluate a policy as it is in the end: Rex of n samples of every problem -> final.safetensors, final.json."""
     problems = run.problems(a.split, a.problems)
-    n = a.n * (1 if curve is not None else 4)                   # of SFT more: which problems does it never solve? (Fig. 8b)
+    n = a.n * (4 if folder.name[:3] == "sft" else 1)            # which problems does SFT never solve? (Fig. 8b)
     with progress(f"{folder.name}, {n} samples", a.problems * n) as bar:
         reward = outcomes(policy, run, problems, n, run.seed("rl final", a.seed), progress=bar.to)
     greedy = outcomes(policy, run, problems, 1, 0, temperature=0.0)
@@ -182,7 +181,7 @@ def main():
     make_folder(out)
     args.split = "validation" if args.tune else "test"
     rewards = [{"reward": r} for r in (REWARDS if args.all else args.reward)]
-    arms = [r | {"lr": lr} for r in rewards for lr in LRS] if args.tune else sum(ARMS.values(), []) if args.all else rewards
+    arms = [r | {"lr": lr} for r in rewards for lr in LRS] if args.tune else rewards + SWEEPS * args.sweep
     table = {}
     for run in runs:
         print(f"{run.out}: {args.problems} {args.split} problems")

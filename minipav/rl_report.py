@@ -195,7 +195,7 @@ def figures(t, runs, out):
         figure("rewards", "Every reward", [
             ("", "iteration", "accuracy", {n: t.line(f"{n}:curve") for n in t.trained if n in REWARDS})])
     panels = []
-    for what in ("alpha", "prover", "policy", "baseline", "refresh"):
+    for what in ("alpha", "prover", "policy", "baseline", "kl"):
         if any(f"-{what}" in n for n in t.trained):
             some = [n for n in t.trained if f"-{what}" in n or n in main]
             ends = [t.line(f"{n}:pass") for n in some]

@@ -279,7 +279,7 @@ def test_bad_calls_are_one_line_errors(smoke_run, tmp_path, monkeypatch):
                         ((run, "--lr", 0), "--lr"), ((run, "--prover", "bo0"), "--prover bo0"),
                         ((run, "--batch", 7), "--batch 7"), ((run, run), "--out"),
                         ((run, "--no_rft", *SMALL, "--reward", "pav", "--prover", "weak"), "q_weak"),
-                        ((run, "--no_rft", *SMALL, "--reward", "pav-rollout", "--prover", "bo16"), "--n_mc 9"),
+                        ((run, "--no_rft", *SMALL, "--reward", "pav-rollout", "--prover", "bo16"), "--n_mc 4"),
                         ((run, "--no_rft", *SMALL, "--reward", "pav-oracle", "--prover", "strong"), "exact values")):
         monkeypatch.setattr(sys, "argv", ["rl.py", "--run", *map(str, args)])
         with pytest.raises(Fail, match=words) as e:
