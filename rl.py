@@ -20,10 +20,11 @@ import torch
 from safetensors.torch import save_file
 
 from minipav.model import GPT
+from minipav.report import write_csv
 from minipav.rewards import REWARDS
 from minipav.rl import RL, outcomes, rft
 from minipav.rl_report import rl_report
-from minipav.run import Run, commit, hardware
+from minipav.run import commit, hardware, open_runs
 from minipav.utils import Fail, main_guard, make_folder, pick_device, progress, tune_process, write_whole
 
 LRS = (3e-4, 1e-3, 2e-3)                                        # the grid of --tune, the same for every reward
@@ -38,12 +39,12 @@ def get_args(argv=None):
     p.add_argument("--run", type=Path, nargs="+", default=[Path("runs/calculator-seed0")], help="folders that train.py wrote")
     p.add_argument("--out", type=Path, help="where figures, CSVs and summary.json go (default: RUN/rl)")
     p.add_argument("--all", action="store_true", help="every reward")
-    p.add_argument("--sweep", action="store_true", help="outcome and pav with other alphas, provers, policies, baselines, KL")
+    p.add_argument("--sweep", action="store_true", help="also with other alphas, provers, policies, baselines, KL")
     p.add_argument("--tune", action="store_true", help="try each learning rate of the grid on validation problems")
     # what is rewarded
     p.add_argument("--reward", nargs="+", choices=list(REWARDS), default=["outcome", "pav"])
     p.add_argument("--alpha", type=float, default=1.0, help="weight of A^mu in the effective reward (Eq. 5)")
-    p.add_argument("--prover", default="bo4", help="boK (best-of-K of the initial policy's Q^pi), weak or strong")
+    p.add_argument("--prover", default="bo4", help="boK (best-of-K of --policy, by its Q^pi), weak or strong")
     p.add_argument("--n_mc", type=int, default=4, help="completions a prefix, for the rewards that sample them (VinePPO: 9)")
     p.add_argument("--refresh", type=int, default=0, metavar="R", help="a step of the verifier every R iterations; 0: frozen")
     # the loop
@@ -53,8 +54,8 @@ def get_args(argv=None):
     p.add_argument("--batch", type=int, default=128, help="traces an iteration")
     p.add_argument("--group", type=int, default=4, help="traces a problem")
     p.add_argument("--baseline", choices=("value", "group", "mean", "none"), default="value")
-    p.add_argument("--lr", type=float, default=1e-3, help="of the policy (AdamW): warm-up, then cosine")
-    p.add_argument("--warmup", type=float, default=0.1, help="share of the iterations")
+    p.add_argument("--lr", type=float, default=1e-3, help="of the policy (AdamW)")
+    p.add_argument("--warmup", type=float, default=0.1, help="share of the iterations; the learning rate then falls as a cosine")
     p.add_argument("--value_lr", type=float, default=1e-3, help="of the value network's embedding and head (AdamW)")
     p.add_argument("--value_lr_muon", type=float, default=0.01, help="and of its matrices (Muon)")
     p.add_argument("--kl", type=float, default=0.03, help="coefficient of the KL to the initial policy")
@@ -81,15 +82,23 @@ def get_args(argv=None):
     if args.prover not in ("weak", "strong") and not (args.prover[:2] == "bo" and args.prover[2:].isdigit()
                                                       and int(args.prover[2:])):
         raise Fail(f"--prover {args.prover}: unknown; choose boK with K >= 1 (bo4), weak or strong")
-    if len(args.run) > 1 and args.out is None and not args.tune:
+    if args.warmup > 1:
+        raise Fail(f"--warmup {args.warmup}: is a share, at most 1")
+    if len(args.run) > 1 and args.out is None:
         raise Fail("several --run folders need an --out for their mean")
     args.device = pick_device(args.device)
     return args
 
 
-PROCESS = ("alpha", "prover", "n_mc", "refresh")                # no part in outcome reward
-ARM = ("reward", "policy", "no_rft", *PROCESS, "iterations", "batch", "group", "baseline", "lr", "warmup", "value_lr",
-       "value_lr_muon", "kl", "seed", "eval_every", "problems", "eval_n", "n")               # what a training depends on
+# flags that a reward does not use
+UNUSED = {"outcome": ("alpha", "prover", "n_mc", "refresh"), "vine": ("alpha", "prover", "refresh", "baseline"),
+          "pav-pi": ("prover", "refresh"), "pav-oracle": ("n_mc", "refresh"), "pav-rollout": ("refresh",)}
+# what a training depends on
+ARM = ("reward", "policy", "no_rft", "alpha", "prover", "n_mc", "refresh", "iterations", "batch", "group", "baseline", "lr",
+       "warmup", "value_lr", "value_lr_muon", "kl", "seed", "eval_every", "problems", "eval_n", "n")
+
+
+STARTS = ("policy", "seed", "problems", "n")                    # and the evaluation of SFT and RFT
 
 
 def named(a, default):
@@ -100,19 +109,18 @@ def named(a, default):
 
 def arm_flags(args, **changes):
     """(label, folder name, flags) of one training. The folder tells all flags that are not the default ones, the label only those
-    in which it differs from the others of this call."""
+    in which it differs from the others of this call; flags that its reward does not use count in neither."""
     a, default = copy.copy(args), get_args([])
     vars(a).update(changes)
-    if a.reward == "outcome":
-        vars(a).update({k: getattr(args, k) for k in PROCESS})
+    unused = UNUSED.get(a.reward, ("n_mc",))
+    vars(a).update({k: getattr(args, k) for k in unused})
     label = named(a, args)
-    if a.reward == "outcome":
-        vars(a).update({k: getattr(default, k) for k in PROCESS})
+    vars(a).update({k: getattr(default, k) for k in unused})
     return label, named(a, default), a
 
 
 def finished(folder, flags):
-    """True if this training is there and done. Raises Fail if the folder holds one with other flags."""
+    """True if what these flags make is there and done. Raises Fail if the folder holds what others made."""
     path = folder / "flags.json"
     if path.exists():
         try:
@@ -120,14 +128,15 @@ def finished(folder, flags):
         except ValueError as e:
             raise Fail(f"{path} is damaged ({e}): delete its folder") from None
         if old != flags:
-            raise Fail(f"{folder} was made by another version with other defaults: delete it")
+            raise Fail(f"{folder} was made with other defaults: delete it")
+    make_folder(folder)
+    write_whole(path, lambda p: p.write_text(json.dumps(flags, indent=1) + "\n"))
     return (folder / "final.json").exists()
 
 
-def final(run, folder, policy, a, curve=None, **facts):
+def final(run, folder, policy, a, n, curve=None, **facts):
     """Evaluate a policy as it is in the end: Rex of n samples of every problem -> final.safetensors, final.json."""
     problems = run.problems(a.split, a.problems)
-    n = a.n * (4 if folder.name[:3] == "sft" else 1)            # which problems does SFT never solve? (Fig. 8b)
     with progress(f"{folder.name}, {n} samples", a.problems * n) as bar:
         reward = outcomes(policy, run, problems, n, run.seed("rl final", a.seed), progress=bar.to)
     greedy = outcomes(policy, run, problems, 1, 0, temperature=0.0)
@@ -140,16 +149,22 @@ def final(run, folder, policy, a, curve=None, **facts):
     write_whole(folder / "final.json", lambda p: p.write_text(json.dumps(facts, indent=1) + "\n"))
 
 
+def start_name(kind, a):
+    """The folder of the evaluated SFT or RFT policy, named like a training."""
+    default = get_args([])
+    return "-".join([kind, *(f"{k}{getattr(a, k)}" for k in STARTS if getattr(a, k) != getattr(default, k))])
+
+
 def initial(run, a):
-    """The policy that RL starts from, and its name: RFT of --policy, trained once; SFT and RFT are evaluated as well."""
+    """The policy that RL starts from: RFT of --policy, or with --no_rft that policy. On the way SFT and RFT are evaluated."""
     kinds = {"sft": lambda sft: sft} | ({} if a.no_rft else {"rft": lambda sft: rft(run, a.policy, sft)})
     for kind, make in kinds.items():
-        folder = run.out / "rl" / (kind if a.policy == "base" else f"{kind}-policy{a.policy}")
-        if not (folder / "final.json").exists():
-            make_folder(folder)
+        folder = run.out / "rl" / start_name(kind, a)
+        if not finished(folder, {k: getattr(a, k) for k in STARTS}):
             model = make(run.model(a.policy))
             model.save(folder)
-            final(run, folder, model, a)
+            if a.split == "test":                               # which problems does SFT never solve? (Fig. 8b)
+                final(run, folder, model, a, a.n * (4 if kind == "sft" else 1))
     return GPT.load(folder, a.device)
 
 
@@ -157,15 +172,11 @@ def train_arm(run, args, **changes):
     """One training, unless it is done already; where it was stopped it goes on. -> its final accuracy"""
     _, name, a = arm_flags(args, **changes)
     folder = run.out / "rl" / (f"tune/{name}" if a.split == "validation" else name)
-    flags = {k: getattr(a, k) for k in ARM}
-    if not finished(folder, flags):
-        init = initial(run, a)
-        make_folder(folder)
-        write_whole(folder / "flags.json", lambda p: p.write_text(json.dumps(flags, indent=1) + "\n"))
-        rl = RL(run, init, folder, a)
+    if not finished(folder, {k: getattr(a, k) for k in ARM}):
+        rl = RL(run, initial(run, a), folder, a)
         policy = rl.train()
         policy.save(folder)
-        final(run, folder, policy, a, rl.curve, tokens=rl.state["tokens"], seconds=round(rl.state["seconds"], 1))
+        final(run, folder, policy, a, a.n, rl.curve, tokens=rl.state["tokens"], seconds=round(rl.state["seconds"], 1))
         (folder / "checkpoint.safetensors").unlink()
     facts = json.loads((folder / "final.json").read_text())
     print(f"{name:<40} accuracy {facts['accuracy']:.3f}   greedy {facts['greedy']:.3f}", flush=True)
@@ -176,27 +187,28 @@ def main():
     args = get_args()
     tune_process()
     start = time.time()
-    runs = [Run.open(folder, args.device) for folder in args.run]
+    runs = open_runs(args.run, args.device)
     out = args.out or runs[0].out / "rl"
     make_folder(out)
     args.split = "validation" if args.tune else "test"
-    rewards = [{"reward": r} for r in (REWARDS if args.all else args.reward)]
-    arms = [r | {"lr": lr} for r in rewards for lr in LRS] if args.tune else rewards + SWEEPS * args.sweep
-    table = {}
+    rewards = [r for r in (REWARDS if args.all else args.reward) if r != "pav-oracle" or hasattr(runs[0].task, "exact")]
+    if len(rewards) == 0:
+        raise Fail(f"--reward pav-oracle: task {runs[0].task.name} has no exact values")
+    arms = [{"reward": r} for r in rewards] + SWEEPS * args.sweep
+    if args.tune:
+        arms = [{"reward": r, "lr": lr} for r in rewards for lr in LRS]
+    found = {}
     for run in runs:
         print(f"{run.out}: {args.problems} {args.split} problems")
         for arm in arms:
-            if arm["reward"] == "pav-oracle" and not hasattr(run.task, "exact"):
-                print(f"pav-oracle: task {run.task.name} has no exact values")
-                continue
-            table.setdefault((arm["reward"], arm.get("lr")), []).append(train_arm(run, args, **arm))
+            found.setdefault((arm["reward"], arm.get("lr")), []).append(train_arm(run, args, **arm))
     if args.tune:
-        best = {r["reward"]: max(LRS, key=lambda lr: sum(table[r["reward"], lr])) for r in rewards}
-        print("the best learning rate of each reward: " + ", ".join(f"{r} {lr}" for r, lr in best.items()))
+        write_csv(out / "tune.csv", ["reward", "lr", "validation accuracy"], [(*k, sum(v) / len(v)) for k, v in found.items()])
+        best = {r: max(LRS, key=lambda lr: sum(found[r, lr])) for r in rewards}
+        print(f"the best learning rates: {', '.join(f'{r} {lr}' for r, lr in best.items())}; all in {out / 'tune.csv'}")
     else:
-        policy = "" if args.policy == "base" else f"-policy{args.policy}"
-        start_from = {k: k + policy for k in ("sft", "rft")[:1 if args.no_rft else 2]}
-        rl_report(runs, start_from | {label: name for label, name, _ in (arm_flags(args, **arm) for arm in arms)}, out)
+        starts = {kind: start_name(kind, args) for kind in ("sft", "rft")[:1 if args.no_rft else 2]}
+        rl_report(runs, starts | {label: name for label, name, _ in (arm_flags(args, **arm) for arm in arms)}, out)
     print(f"{(time.time() - start) / 60:.1f} minutes")
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from minipav.evaluate import save_curves
 from minipav.experiments import BEAMS, DEFAULT, EXPERIMENTS, SAMPLED, Bench
-from minipav.run import Run, commit, hardware
+from minipav.run import commit, hardware, open_runs
 from minipav.search import beam_search
 from minipav.tokenizer import decode_rows
 from minipav.utils import Fail, derive_seed, main_guard, make_folder, pick_device, tune_process, write_whole
@@ -110,11 +110,7 @@ def main():
     args = get_args()
     tune_process()
     start, facts = time.time(), []
-    runs = [Run.open(folder, args.device) for folder in args.run]
-    for run in runs[1:]:
-        same = {k: v for k, v in run.config.items() if k != "seed"} == {k: v for k, v in runs[0].config.items() if k != "seed"}
-        if not same or [r.config["seed"] for r in runs].count(run.config["seed"]) > 1:
-            raise Fail(f"--run {run.out}: the runs must differ in their seed and in nothing else")
+    runs = open_runs(args.run, args.device)
     folders = [measured_in(run, args)[0] for run in runs]
     out = args.out or folders[0]
     make_folder(out)

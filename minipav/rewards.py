@@ -6,7 +6,7 @@ Q^pi). A^mu is never summed along the trace: such a sum telescopes to the outcom
 import torch
 import torch.nn.functional as F
 
-from minipav.advantage import Traces, advantage, complete, q_best_of_k
+from minipav.advantage import Traces, advantage, complete, effective_reward, q_best_of_k
 from minipav.search import pass_at_n
 from minipav.tokenizer import decode_rows
 
@@ -24,12 +24,19 @@ REWARDS = {"outcome": ("outcome", None),                        # ORM-RL: Rex al
 # ---- from values to token weights -----------------------------------------------------------------------------------
 
 def step_returns(rule, reward, q_mu, alpha):
-    """The return (N, S) of each step, from Rex (N,) and Q^mu (N, S + 1), NaN behind the last place; 0 there."""
-    adv, rex = advantage(q_mu), reward[:, None]
-    to_go = adv.nan_to_num(0.0).flip(1).cumsum(1).flip(1)                       # sum of A^mu from this step on
-    out = {"outcome": rex + 0 * adv, "effective": rex + alpha * adv, "bonus": rex + alpha * q_mu[:, 1:],
-           "sum": rex + alpha * to_go + 0 * adv, "alone": adv}[rule]
-    return out.nan_to_num(0.0)
+    """The return (N, S) of each step, from Rex (N,) and Q^mu (N, S + 1), NaN behind the last place: 0 there."""
+    adv, rex = advantage(q_mu), reward[:, None].expand(-1, q_mu.shape[1] - 1)
+    if rule == "outcome":
+        out = rex
+    elif rule == "effective":
+        out = effective_reward(rex, adv, alpha)
+    elif rule == "bonus":
+        out = rex + alpha * q_mu[:, 1:]
+    elif rule == "sum":                                                         # of A^mu from this step on
+        out = rex + alpha * adv.nan_to_num(0.0).flip(1).cumsum(1).flip(1)
+    else:                                                                       # alone
+        out = adv
+    return out.masked_fill(q_mu[:, 1:].isnan(), 0.0)
 
 
 def close(traces):
@@ -67,25 +74,27 @@ def step_baseline(kind, returns, ends, group, running):
 
 # ---- where Q^mu comes from ------------------------------------------------------------------------------------------
 
+def unknown(traces, H):
+    """The places (N, S + 1) whose value has to be estimated: at the last one it is Rex, and after H steps 0 if it goes on."""
+    place = torch.arange(traces.ends.shape[1])
+    return (place < (traces.ends >= 0).sum(1, keepdim=True) - 1) & (place < H)
+
+
 def known_values(q, traces, H):
-    """q (N, S + 1) with what need not be estimated: Rex at the last place of each trace, 0 where it goes on after H steps; NaN
-    behind the last place."""
-    q[:, H:] = 0.0
-    final = (traces.ends >= 0).sum(1, keepdim=True) - 1
-    return q.scatter(1, final, traces.reward[:, None]).masked_fill(traces.ends < 0, float("nan"))
+    """q (N, S + 1) with what need not be estimated put in, and NaN behind the last place."""
+    last = torch.arange(traces.ends.shape[1]) == (traces.ends >= 0).sum(1, keepdim=True) - 1
+    q = torch.where(last, traces.reward[:, None], torch.where(unknown(traces, H), q, 0.0))
+    return q.masked_fill(traces.ends < 0, float("nan"))
 
 
-def q_by_rollouts(mu, K, run, problems, traces, n_mc, seed):
-    """Unbiased Q^mu (N, S + 1) of best-of-K of a policy from n_mc >= K completions of each prefix, and tokens sampled."""
-    ask = traces.ends >= 0
-    ask[torch.arange(len(traces)), ask.sum(1) - 1] = False                      # the outcome of a finished trace is known
-    rows, places = ask.nonzero(as_tuple=True)
-    done = complete(mu, run.task, run.enc, problems, traces, rows, places, n_mc, seed, max_tokens_in_flight=run.how[
-        "max_tokens_in_flight"])
+def q_by_rollouts(mu, K, run, problems, traces, n_mc, seed, **how):
+    """Unbiased Q^mu (N, S + 1) of best-of-K of a policy from n_mc >= K completions of each prefix that is not `known_values`'s,
+    and the number of tokens sampled. how: options of the sampler."""
+    rows, places = unknown(traces, run.task.max_steps).nonzero(as_tuple=True)
+    done = complete(mu, run.task, run.enc, problems, traces, rows, places, n_mc, seed, **how)
     q = torch.zeros(traces.ends.shape)
     q[rows, places] = pass_at_n(done.reward.view(-1, n_mc), K).float()
-    prefixes = (traces.ends[rows, places] + 1).sum() * n_mc
-    return q, int(done.lengths.sum() - prefixes)
+    return q, int(done.lengths.sum() - (traces.ends[rows, places] + 1).sum() * n_mc)
 
 
 def q_exact(K, run, problems, traces):

@@ -38,7 +38,8 @@ from minipav.verifier import label_weights, score, verifier_loss
 def policy_loss(policy, ref, tokens, step, weight, kl_coef):
     """REINFORCE with KL to the initial policy, summed over rows: (loss, KL, entropy, tokens). tokens, step, weight (N, T).
 
-    The KL of each token is exact, over the whole vocabulary. Padding and prompt have no part in the loss; the end token has.
+    The KL of each token is exact, over the whole vocabulary, at the states that were visited. Padding and prompt have no part
+    in the loss; the end token has.
     """
     rows, cols = (step[:, 1:] >= 0).nonzero(as_tuple=True)                      # a token is predicted one position before it
     hidden = policy.trunk(tokens[:, :-1])
@@ -46,8 +47,8 @@ def policy_loss(policy, ref, tokens, step, weight, kl_coef):
     with torch.no_grad():
         ref_logp = ref.head(ref.trunk(tokens[:, :-1])[rows, cols]).log_softmax(-1)
     chosen = logp.gather(1, tokens[rows, cols + 1][:, None])[:, 0]
-    kl = (logp.exp() * (logp - ref_logp)).sum()
-    entropy = -(logp.exp() * logp).sum().detach()
+    p = logp.exp()
+    kl, entropy = (p * (logp - ref_logp)).sum(), -(p * logp).sum().detach()
     return -(weight[rows, cols + 1] * chosen).sum() + kl_coef * kl, kl.detach(), entropy, len(rows)
 
 
@@ -78,21 +79,30 @@ class RL:
         self.value_optimizers = make_optimizers(self.value, a.value_lr_muon, a.value_lr)
         self.optimizers = [*make_optimizers(self.policy, 0.0, a.lr), *self.value_optimizers]
         self.rule, self.source = REWARDS[a.reward]
-        bo_k = a.prover[:2] == "bo"
-        self.K, self.mu_name = (int(a.prover[2:]), a.policy) if bo_k else (1, a.prover)
-        if self.source == "exact" and not bo_k:
-            raise Fail(f"--prover {a.prover}: only best-of-K has exact values; use boK")
-        if self.source == "rollouts" and a.n_mc < self.K:
-            raise Fail(f"--n_mc {a.n_mc}: best-of-{self.K} needs at least {self.K} completions a prefix")
-        if self.source == "current":
-            self.K, self.mu_name = 1, None
-        which = "q_pi" if self.mu_name == "base" else f"q_{self.mu_name}"
-        self.verifier = run.model(which) if self.source == "verifier" else None
-        if self.verifier is not None and a.refresh:
-            c = run.config
-            self.optimizers += make_optimizers(self.verifier, c["lr_muon_verifier"] / 4, c["lr_adamw_verifier"] / 4)
-            self.old = run.traces(f"{self.mu_name}_train")
-        self.mu, self.curve = None, torch.zeros(0, a.problems)
+        self.K, self.mu, self.verifier = 1, None, None
+        who = a.policy
+        if self.source in ("verifier", "rollouts", "exact"):
+            if a.prover[:2] == "bo":
+                self.K = int(a.prover[2:])
+            elif self.source == "exact" or a.refresh:
+                raise Fail(f"--prover {a.prover}: only best-of-K has exact values, or a verifier to --refresh; use boK")
+            else:
+                who = a.prover
+        if self.source == "verifier":
+            self.verifier = run.model("q_pi" if who == "base" else f"q_{who}")
+            if a.refresh:
+                c = run.config
+                self.verifier_optimizers = make_optimizers(self.verifier, c["lr_muon_verifier"] / 4, c["lr_adamw_verifier"] / 4)
+                self.optimizers += self.verifier_optimizers
+                self.old = run.traces(f"{who}_train")
+        elif self.source == "rollouts":
+            if a.n_mc < self.K:
+                raise Fail(f"--n_mc {a.n_mc}: best-of-{self.K} needs at least {self.K} completions a prefix")
+            self.mu = run.model(who)
+        elif self.source == "current":
+            self.mu = self.policy
+        self.whole = dict(max_tokens_in_flight=run.how["max_tokens_in_flight"])     # samples of the whole distribution: no top_p
+        self.curve = torch.zeros(0, a.problems)
         self.state, self.rows, self.facts = {"iteration": 0, "tokens": 0, "seconds": 0.0, "running": 0.0}, [], []
 
     def train(self):
@@ -109,7 +119,7 @@ class RL:
                     self.log(problems)
                     self.save()
                     r = self.rows[-1]
-                    bar.set_postfix_str(f", accuracy {r['accuracy']:.3f}, greedy {r['greedy']:.3f}, KL {r['kl']:.2f}", False)
+                    bar.set_postfix_str(f", accuracy {r['accuracy']:.3f}, greedy {r['greedy']:.3f}, KL {r['kl'] or 0:.2f}", False)
                 if i == a.iterations:
                     return self.policy
                 start = time.time()
@@ -121,12 +131,13 @@ class RL:
         """One iteration. -> what it saw, for the log"""
         a, run, s = self.a, self.run, self.state
         problems = run.task.problems("train", a.batch // a.group, run.seed("rl problems", a.seed, i))
-        fresh = seed_rollouts(self.policy, run.task, run.enc, problems, a.group, run.seed("rl traces", a.seed, i),
-                              max_tokens_in_flight=run.how["max_tokens_in_flight"])
+        fresh = seed_rollouts(self.policy, run.task, run.enc, problems, a.group, run.seed("rl traces", a.seed, i), **self.whole)
         traces = close(fresh)
         n, step = len(traces), step_of_token(traces.tokens, traces.ends)
         s["tokens"] += int((step >= 0).sum())
         q_mu = self.q_mu(problems, traces, run.seed("rl rollouts", a.seed, i))
+        if not torch.isfinite(q_mu[traces.ends >= 0]).all():
+            self.stop(i, traces, q_mu)
         returns = step_returns(self.rule, traces.reward, known_values(q_mu, traces, run.task.max_steps), a.alpha)
         target, baseline = to_tokens(returns, step), None
         if self.rule == "alone":                                                # A^pi needs none
@@ -147,9 +158,11 @@ class RL:
                 b = baseline[rows, :T].to(device)
             loss, kl, entropy, count = policy_loss(self.policy, self.ref, tokens, where, g - b, a.kl)
             if not torch.isfinite(loss) or not torch.isfinite(sums).all():
-                self.stop(i, traces, target)
+                self.stop(i, traces, q_mu)
             (loss / n).backward()
             sums[:3] += torch.tensor([float(kl), float(entropy), count])
+        if not all(torch.isfinite(p.grad).all() for m in (self.policy, self.value) for p in m.parameters() if p.grad is not None):
+            self.stop(i, traces, q_mu)
         if self.verifier is not None and a.refresh and i % a.refresh == 0:
             self.refresh(i, problems, fresh)
         factor = min((i + 1) / max(1, a.warmup * a.iterations), (1 + math.cos(math.pi * i / a.iterations)) / 2)
@@ -168,36 +181,34 @@ class RL:
             return q_exact(self.K, self.run, problems, traces)
         if self.source is None:
             return torch.zeros(traces.ends.shape)
-        if self.mu is None:
-            self.mu = self.policy if self.mu_name is None else self.run.model(self.mu_name)
-        q, tokens = q_by_rollouts(self.mu, self.K, self.run, problems, traces, self.a.n_mc, seed)
+        how = self.whole if self.source == "current" else self.run.how          # a fixed prover: as its verifier's data was made
+        q, tokens = q_by_rollouts(self.mu, self.K, self.run, problems, traces, self.a.n_mc, seed, **how)
         self.state["tokens"] += tokens
         return q
 
     def refresh(self, i, problems, traces):
-        """One step of the verifier on what the policy now writes: this iteration's traces, as many hotter ones and wrong steps,
-        which show it what the policy may try next, and old rollouts. best-of-K is then that of the moving policy."""
+        """One step of the verifier on what the policy now writes (this iteration's traces), on hotter samples and wrong steps,
+        which show it what the policy may try next, and on old rollouts. The prover is then best-of-K of a policy between the
+        initial and the present one."""
         a, run, task, enc = self.a, self.run, self.run.task, self.run.enc
         seed = run.seed("refresh", a.seed, i)
         rng = np.random.default_rng(seed)
-        hot = seed_rollouts(self.policy, task, enc, problems, a.group, seed, temperature=2.0,
-                            max_tokens_in_flight=run.how["max_tokens_in_flight"])
+        hot = seed_rollouts(self.policy, task, enc, problems, a.group, seed, temperature=2.0, **self.whole)
         self.state["tokens"] += int((hot.lengths - hot.ends[:, 0] - 1).sum())
         old = self.old[torch.from_numpy(rng.integers(len(self.old), size=2 * a.batch))]
-        data = Traces.cat([traces, hot, wrong_steps(task, enc, problems, traces[:a.batch // 2], rng), old], pad_token(enc))
+        wrong = wrong_steps(task, enc, problems, traces[:max(1, a.batch // 2)], rng)
+        data = Traces.cat([traces, hot, wrong, old], pad_token(enc))
         tokens, ends, q, w = (x.to(self.policy.device) for x in (data.tokens, data.ends, data.q, label_weights(data)))
-        loss = verifier_loss(self.verifier, tokens, ends, q, w)
-        loss.backward()
-        apply_step(self.verifier, self.optimizers[-2:], min(1.0, (i + 1) / 50))
+        verifier_loss(self.verifier, tokens, ends, q, w).backward()
+        apply_step(self.verifier, self.verifier_optimizers, min(1.0, (i + 1) / 50))
 
-    def stop(self, i, traces, target):
-        """The loss is not finite: keep the batch for inspection and the last checkpoint, and end with an error."""
+    def stop(self, i, traces, q_mu):
+        """A number is not finite: keep the batch for inspection and the last checkpoint, and end with an error."""
         path = self.folder / "bad_batch.safetensors"
-        state = {"tokens": traces.tokens, "ends": traces.ends, "reward": traces.reward, "returns": target}
+        state = {"tokens": traces.tokens, "ends": traces.ends, "reward": traces.reward, "q_mu": q_mu}
         write_whole(path, lambda p: save_file({k: v.contiguous() for k, v in state.items()}, p))
-        last = self.rows[-1]["iteration"] if self.rows else 0
         raise Fail(f"{self.folder.name}: the loss is not finite at iteration {i}: its batch is in {path}, the state of iteration "
-                   f"{last} in checkpoint.safetensors; lower --lr or --alpha")
+                   f"{self.rows[-1]['iteration']} in checkpoint.safetensors; lower --lr or --alpha")
 
     # ---- log and checkpoint -----------------------------------------------------------------------------------------
 
@@ -213,7 +224,7 @@ class RL:
         row = {"iteration": s["iteration"], "tokens": s["tokens"], "seconds": round(s["seconds"], 2),
                "accuracy": float(reward.mean()), "greedy": float(greedy.mean()),
                "pass_n": float(pass_at_n(reward, a.eval_n).mean()), **mean, "tokens_per_s": spent[0] / max(spent[1], 1e-9)}
-        self.rows.append({k: round(row.get(k, 0.0), 5) for k in COLUMNS})
+        self.rows.append({k: round(row[k], 5) if k in row else "" for k in COLUMNS})
         self.facts = []
         write_csv(self.folder / "log.csv", COLUMNS, [list(r.values()) for r in self.rows])
 
@@ -258,7 +269,7 @@ def outcomes(policy, run, problems, n, seed, **how):
 
 
 def rft(run, name, policy, epochs=2, batch_size=64, lr=3e-4):
-    """Rejection fine-tuning: `policy`, trained on with its own right seed rollouts (App. E)."""
+    """Rejection fine-tuning: `policy`, trained on with its own right seed rollouts (App. E; there with the settings of SFT)."""
     c, policy = run.config, copy.deepcopy(policy)
     seeds = run.traces(f"{name}_train")[:c["problems"] * c["n_cov"] if name == "base" else c["mu_rollouts"] // 2]
     right, optimizers = seeds[seeds.reward == 1], make_optimizers(policy, 0.0, lr)

@@ -36,8 +36,8 @@ class Trained:
                     self.final.setdefault(name, []).append(json.loads((folder / "final.json").read_text()))
                     log = list(csv.DictReader((folder / "log.csv").open())) if "curve" in f else []
                 except Exception as e:
-                    raise Fail(f"{folder} is damaged ({e}): delete it and run again") from None
-                self.rows.setdefault(name, []).append([{k: float(v) for k, v in row.items()} for row in log])
+                    raise Fail(f"{folder} is missing or damaged ({e}): delete it and run again") from None
+                self.rows.setdefault(name, []).append([{k: float(v or "nan") for k, v in row.items()} for row in log])
                 reward = torch.from_numpy(f["reward"]).float()
                 ns = np.array([x for x in N if x <= reward.shape[1]])
                 passed = np.stack([pass_at_n(reward, int(x)).numpy() for x in ns])
@@ -89,10 +89,19 @@ def first_reach(x, acc, level):
 
 
 def sample_efficiency(orm, pav):
-    """Iterations that ORM-RL needs for its best accuracy over those in which PAV-RL first has it (R,); 0 if it never does.
-    orm, pav: (x (k,), acc (R, k), ...)."""
-    best = orm[1].argmax(1)
-    return np.nan_to_num(orm[0][best] / first_reach(pav[0], pav[1], orm[1].max(1)))
+    """Iterations that ORM-RL needs for its best accuracy over those in which PAV-RL first has it (R,); 0 if it never does, and
+    NaN if ORM-RL is best at the start. orm, pav: (x (k,), acc (R, k), ...)."""
+    best = orm[0][orm[1].argmax(1)]
+    reached = first_reach(pav[0], pav[1], orm[1].max(1))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(best == 0, np.nan, np.where(np.isnan(reached), 0.0, best / reached))
+
+
+def control(name, names):
+    """The training with outcome reward that differs from this one in nothing else, if there is one."""
+    reward = max((r for r in REWARDS if name.startswith(r)), key=len)
+    same = "outcome" + name.removeprefix(reward)
+    return same if same in names else "outcome"
 
 
 def summarize(t):
@@ -104,13 +113,15 @@ def summarize(t):
     pairs = {"pav_minus_orm_points": ("pav", "outcome", 1), "pass64_pav_minus_orm_points": ("pav", "outcome", 64),
              "pass64_pav_minus_sft_points": ("pav", "sft", 64), "pass64_orm_minus_sft_points": ("outcome", "sft", 64),
              "orm_minus_rft_points": ("outcome", "rft", 1), "pav_minus_rft_points": ("pav", "rft", 1)}
-    pairs |= {f"{r.replace('-', '_')}_minus_outcome_points": (r, "outcome", 1) for r in t.names if r not in LABELS}
+    pairs |= {f"{n.replace('-', '_')}_minus_outcome_points": (n, control(n, t.names), 1) for n in t.trained
+              if n not in LABELS and n != control(n, t.names)}
     for claim, (a, b, n) in pairs.items():
         if {a, b} <= set(t.names) and all(n in t.exact[end.format(x)][0] for x in (a, b)):
             s[claim] = t.difference(acc(a, n), acc(b, n))
     for name in t.trained:
-        if name != "outcome" and "outcome" in t.trained:
-            point, draws = (sample_efficiency(x["outcome:curve"], x[f"{name}:curve"]) for x in (t.exact, t.drawn))
+        orm = control(name, t.names)
+        if name != orm and orm in t.trained:
+            point, draws = (sample_efficiency(x[f"{orm}:curve"], x[f"{name}:curve"]) for x in (t.exact, t.drawn))
             s.setdefault("efficiency_by_training", {})[name] = interval(point[0], draws)
     if "pav" in s.get("efficiency_by_training", {}):
         s["sample_efficiency"] = s["efficiency_by_training"]["pav"]
@@ -120,7 +131,7 @@ def summarize(t):
 def verdicts(t, s):
     """One sentence for each claim whose trainings are there."""
     def told(x, form="+.1f", unit="points"):
-        mean, lo, hi = (format(x[k], form) for k in ("mean", "lo", "hi"))
+        mean, lo, hi = ("-" if x[k] is None else format(x[k], form) for k in ("mean", "lo", "hi"))
         return f"{mean} [{lo}, {hi}] {unit}"
 
     def above(x, aim=0.0):
@@ -132,8 +143,8 @@ def verdicts(t, s):
     if "pav_minus_orm_points" in s:
         x = s["pav_minus_orm_points"]
         out["PAV-RL ends above ORM-RL (paper: 7 points)"] = f"{word(above(x, 7))}: {told(x)}"
-        e = s["sample_efficiency"]
-        ok = e["lo"] > 1 and (e["mean"] >= 5 or "partly")
+        e = s["sample_efficiency"] or dict.fromkeys(("mean", "lo", "hi"))       # None: ORM-RL is best at the start
+        ok = (e["lo"] or 0) > 1 and (e["mean"] >= 5 or "partly")
         out["PAV-RL needs 5 to 6 times fewer iterations for ORM-RL's best accuracy"] = f"{word(ok)}: {told(e, '.1f', 'times')}"
     if "pass64_pav_minus_orm_points" in s:
         x, y, z = (s.get(f"pass64_{k}_points") for k in ("pav_minus_orm", "pav_minus_sft", "orm_minus_sft"))
@@ -144,7 +155,7 @@ def verdicts(t, s):
                        ("pav_pi", "with mu = pi, A^mu gives no more than outcome reward")):
         x = s.get(f"{key}_minus_outcome_points")
         if x:
-            out[claim] = f"{word(not above(x))}: {told(x)}"
+            out[claim] = f"{word(not above(x))}: {told(x)}" + ("" if x["hi"] >= 0 else ", less")
     x = s.get("q_bonus_minus_outcome_points")
     if x:
         out["Q^mu as a bonus makes RL fail (App. G)"] = f"{word(x['hi'] < 0)}: {told(x)} against outcome reward"
@@ -195,7 +206,7 @@ def figures(t, runs, out):
         figure("rewards", "Every reward", [
             ("", "iteration", "accuracy", {n: t.line(f"{n}:curve") for n in t.trained if n in REWARDS})])
     panels = []
-    for what in ("alpha", "prover", "policy", "baseline", "kl"):
+    for what in ("alpha", "prover", "policy", "baseline", "kl", "refresh"):
         if any(f"-{what}" in n for n in t.trained):
             some = [n for n in t.trained if f"-{what}" in n or n in main]
             ends = [t.line(f"{n}:pass") for n in some]
@@ -207,8 +218,9 @@ def figures(t, runs, out):
 
 
 def verifier_tokens(run):
-    """Tokens that pi sampled for its verifier's data: of every trace what follows its first labelled place, and for each
-    place with several completions as many times the rest of the trace."""
+    """About how many tokens pi sampled for its verifier's data: of every trace what follows its first labelled place, and for
+    each place with several completions as many times the rest of the trace. The probes for first pits are not in it, while
+    traces with a wrong step, which nobody sampled, are: a few per cent each."""
     t = run.traces("base_train")
     last = t.lengths - 1
     known = t.ends.masked_fill((t.n == 0) | (t.ends < 0), 1 << 30).min(1).values
@@ -218,7 +230,7 @@ def verifier_tokens(run):
 
 
 def table(t):
-    """Rows (training, minutes, iterations to its best, accuracy, lo, hi, greedy, pass@16, pass@64) of the policies in the end."""
+    """Rows (training, seeds, iterations, minutes, accuracy, lo, hi, greedy, pass@16, pass@64) of the policies in the end."""
     for name in t.names:
         ns, mean, lo, hi = t.line(f"{name}:pass")
         log = t.rows[name][0]

@@ -138,6 +138,16 @@ class Run:
                 "peak_memory_gb": max(s["peak_memory_gb"] for s in stages)}
 
 
+def open_runs(folders, device):
+    """Finished runs that differ in their seed and in nothing else. Raises Fail otherwise."""
+    runs = [Run.open(folder, device) for folder in folders]
+    for run in runs[1:]:
+        same = {k: v for k, v in run.config.items() if k != "seed"} == {k: v for k, v in runs[0].config.items() if k != "seed"}
+        if not same or [r.config["seed"] for r in runs].count(run.config["seed"]) > 1:
+            raise Fail(f"--run {run.out}: the runs must differ in their seed and in nothing else")
+    return runs
+
+
 def commit():
     """The commit of the code, "-dirty" if files differ from it, or "unknown" outside of a checkout."""
     try:

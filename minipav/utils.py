@@ -21,7 +21,7 @@ def main_guard(main):
     except Fail as e:
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:
-        sys.exit("\nstopped: what was finished is on disk; train.py goes on from there with --resume, search.py by itself")
+        sys.exit("\nstopped: what was finished is on disk; train.py goes on from there with --resume, the others by themselves")
 
 
 def write_whole(path, write):

@@ -25,7 +25,7 @@ from minipav.rewards import (
     to_tokens,
 )
 from minipav.rl import RL, policy_loss, value_loss
-from minipav.rl_report import first_reach, sample_efficiency
+from minipav.rl_report import control, first_reach, sample_efficiency
 from minipav.run import Run
 from minipav.utils import Fail
 
@@ -118,16 +118,25 @@ def test_each_token_gets_its_own_step(batch):
 
 
 def test_only_the_response_and_its_end_token_are_in_the_loss(batch):
-    """The loss is -sum of weight x log-probability over those tokens, and it changes with the weight of each of them alone."""
-    t, model = close(batch), tiny()
-    step, weight = step_of_token(t.tokens, t.ends), torch.rand(3, 8, requires_grad=True)
-    loss, kl, entropy, n = policy_loss(model, model, t.tokens, step, weight, 1.0)
-    logp = model(t.tokens).log_softmax(-1)[:, :-1].gather(2, t.tokens[:, 1:, None])[..., 0]
-    inside = step[:, 1:] >= 0
-    assert torch.isclose(loss, -(weight[:, 1:] * logp)[inside].sum(), atol=1e-4) and n == inside.sum() and kl.abs() < 1e-4
+    """Loss, KL and entropy against a sum over those tokens; the gradient of the logits is 0 everywhere else."""
+    t, model, ref = close(batch), tiny(), tiny(seed=1)
+    step, weight, seen = step_of_token(t.tokens, t.ends), torch.rand(3, 8), []
+    head = model.head.forward
+    model.head.forward = lambda hidden: seen.append(head(hidden)) or seen[-1]
+    loss, kl, entropy, n = policy_loss(model, ref, t.tokens, step, weight, 0.3)
+    seen[0].retain_grad()
     loss.backward()
-    assert torch.equal(weight.grad != 0, step >= 0) and entropy > 0
-    assert weight.grad[0, 6] != 0 and weight.grad[1, 4] != 0                                   # the end tokens
+    inside = step[:, 1:] >= 0
+    assert n == inside.sum() == len(seen[0]) and (seen[0].grad.abs().sum(1) > 1e-4).all()  # END too
+    model.head.forward = head
+    with torch.no_grad():
+        a, b = (m(t.tokens).log_softmax(-1)[:, :-1] for m in (model, ref))
+    chosen = a.gather(2, t.tokens[:, 1:, None])[..., 0]
+    want_kl = (a.exp() * (a - b)).sum(-1)[inside].sum()
+    assert torch.isclose(kl, want_kl, rtol=1e-4) and torch.isclose(entropy, -(a.exp() * a).sum(-1)[inside].sum(), rtol=1e-4)
+    assert torch.isclose(loss, -(weight[:, 1:] * chosen)[inside].sum() + 0.3 * want_kl, rtol=1e-4)
+    t.tokens[t.tokens == 0] = 13                                                               # other padding
+    assert torch.equal(policy_loss(model, ref, t.tokens, step, weight, 0.3)[0], loss)
 
 
 def test_the_value_network_does_not_see_the_token_it_is_a_baseline_for(batch):
@@ -194,19 +203,24 @@ def test_alpha_0_is_outcome_reward_to_the_last_bit(smoke, tmp_path):
     assert torch.equal(weights(a.policy), weights(b.policy))
 
 
-def test_micro_batches_change_nothing(smoke, tmp_path, monkeypatch):
-    """A plain gradient step: that of Adam is, at first, the sign of each gradient, and near 0 that is rounding."""
+@pytest.mark.parametrize("baseline", ["value", "group"])
+def test_micro_batches_change_nothing(smoke, tmp_path, monkeypatch, baseline):
+    """The gradients before they are clipped, of the policy and of the value network."""
     from minipav import rl as module
-    monkeypatch.setattr(module, "make_optimizers", lambda model, muon, lr: [torch.optim.SGD(model.parameters(), lr)])
-    whole = weights(trained(smoke, tmp_path / "whole", batch=64, iterations=1).policy)
+    grads = {}
+    monkeypatch.setattr(module, "apply_step", lambda model, *_: grads.setdefault(size, []).append(
+        torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+    for size in (0, 1, 7, 64):
+        trained(smoke, tmp_path / str(size), batch=64, iterations=1, micro_batch=size, baseline=baseline)
     for size in (1, 7, 64):
-        part = weights(trained(smoke, tmp_path / str(size), batch=64, iterations=1, micro_batch=size).policy)
-        assert (whole - part).abs().max() < 1e-6
+        assert len(grads[size]) == (2 if baseline == "value" else 1)
+        for part, whole in zip(grads[size], grads[0]):
+            assert whole.norm() > 1e-3 and (part - whole).norm() < 1e-5 * whole.norm()
 
 
-def test_resumed_equals_uninterrupted(smoke, tmp_path, monkeypatch):
-    """Killed at every iteration, with a verifier that is trained on."""
-    how = dict(refresh=2)
+@pytest.mark.parametrize("how", [dict(refresh=2), dict(reward="outcome", baseline="mean")])
+def test_resumed_equals_uninterrupted(smoke, tmp_path, monkeypatch, how):
+    """Killed at every iteration, with a verifier that is trained on and, in the other reward, a running mean."""
     whole = trained(smoke, tmp_path / "whole", **how)
     iterate = RL.iterate
     for at in range(4):
@@ -224,21 +238,31 @@ def test_resumed_equals_uninterrupted(smoke, tmp_path, monkeypatch):
         assert [[r[k] for k in same] for r in again.rows] == [[r[k] for k in same] for r in whole.rows]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(smoke, tmp_path, monkeypatch):
+@pytest.mark.parametrize("what", ["loss", "gradient", "verifier"])
+def test_a_number_that_is_not_finite_stops_the_run(smoke, tmp_path, monkeypatch, what):
     from minipav import rl as module
     calls = []
 
     def breaks(*args):
         calls.append(1)
-        loss, *rest = policy_loss(*args)
-        return (loss * float("nan") if len(calls) == 4 else loss, *rest)
-    monkeypatch.setattr(module, "policy_loss", breaks)
+        out = original(*args)
+        if len(calls) != 4:
+            return out
+        if what == "loss":
+            return (out[0] * float("nan"), *out[1:])
+        if what == "gradient":
+            out[0].register_hook(lambda g: g * float("inf"))
+            return out
+        return out * float("nan")
+    name = "score" if what == "verifier" else "policy_loss"
+    original = getattr(module, name)
+    monkeypatch.setattr(module, name, breaks)
     with pytest.raises(Fail, match="iteration 3.*bad_batch.*iteration 2") as e:
         trained(smoke, tmp_path / "run")
     assert "\n" not in str(e.value)
     bad = load_file(tmp_path / "run" / "bad_batch.safetensors")
-    assert bad["tokens"].shape[0] == 8 and bad["returns"].shape == bad["tokens"].shape
-    monkeypatch.setattr(module, "policy_loss", policy_loss)
+    assert bad["tokens"].shape[0] == 8 and bad["q_mu"].shape == bad["ends"].shape
+    monkeypatch.setattr(module, name, original)
     assert trained(smoke, tmp_path / "run").state["iteration"] == 4                            # and the last checkpoint is good
 
 
@@ -248,7 +272,9 @@ def test_sample_efficiency():
     orm, pav = np.array([[.1, .2, .2, .3]]), np.array([[.1, .2, .4, .4]])
     assert first_reach(x, pav, np.array([.3])) == pytest.approx(15) and np.isnan(first_reach(x, orm, np.array([.5]))[0])
     assert sample_efficiency((x, orm), (x, pav)) == pytest.approx(40 / 15) and sample_efficiency((x, pav), (x, orm)) == 0
-
+    assert np.isnan(sample_efficiency((x, orm[:, ::-1]), (x, pav)))                            # best at the start
+    assert control("pav-kl0.001", ["pav", "outcome", "outcome-kl0.001"]) == "outcome-kl0.001"
+    assert control("pav-sum", ["outcome"]) == control("pav-alpha3.0", ["outcome"]) == "outcome"
 
 
 
@@ -256,19 +282,42 @@ def rl(*args):
     return subprocess.run([sys.executable, "rl.py", *map(str, args)], cwd=ROOT, capture_output=True, text=True)
 
 
-def test_rl_from_the_outside(smoke_run, tmp_path):
+@pytest.fixture(scope="module")
+def searched(smoke_run, tmp_path_factory):
+    """A smoke run of train.py whose base policy was right at times."""
+    out = tmp_path_factory.mktemp("rl") / "run"
+    shutil.copytree(smoke_run[0], out)
+    run = Run.open(out, "cpu")
+    traces = run.traces("base_train")
+    traces.reward[:40] = 1
+    run.save_traces("base_train", traces)
+    return out
+
+
+def test_rl_from_the_outside(searched, tmp_path):
     """No --reward: ORM-RL and PAV-RL side by side, a table, figures, a summary; and again: nothing is trained twice."""
-    run, out = tmp_path / "run", tmp_path / "out"
-    shutil.copytree(smoke_run[0], run)
-    done = rl("--run", run, *SMALL, "--no_rft", "--out", out)
+    out = tmp_path / "out"
+    done = rl("--run", searched, *SMALL, "--out", out)
     assert done.returncode == 0, done.stderr
     summary = json.loads((out / "summary.json").read_text())
-    assert {"sample_efficiency", "pav_minus_orm_points", "verdicts", "command", "seeds"} <= set(summary)
-    assert {"fig7.png", "fig7.csv", "curves.csv", "table.txt"} <= {p.name for p in out.iterdir()} and "PAV-RL" in done.stdout
-    logs = {p: p.stat().st_mtime for p in run.glob("rl/*/log.csv")}
-    again = rl("--run", run, *SMALL, "--no_rft", "--out", out)
-    assert again.returncode == 0 and logs and logs == {p: p.stat().st_mtime for p in run.glob("rl/*/log.csv")}
+    assert {"sample_efficiency", "pav_minus_orm_points", "orm_minus_rft_points", "verdicts", "command", "seeds"} <= set(summary)
+    assert {"fig7.png", "fig8.csv", "curves.csv", "table.txt"} <= {p.name for p in out.iterdir()} and "PAV-RL" in done.stdout
+    logs = {p: p.stat().st_mtime for p in searched.glob("rl/*/log.csv")}
+    again = rl("--run", searched, *SMALL, "--out", out)
+    assert again.returncode == 0 and logs and logs == {p: p.stat().st_mtime for p in searched.glob("rl/*/log.csv")}
     assert json.loads((out / "summary.json").read_text()) == summary
+    sft = [load_file(p / "final.safetensors")["reward"] for p in searched.glob("rl/sft*")]
+    assert sft[0].shape == (5, 16)
+
+
+def test_tuning_is_on_validation_problems(searched, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "LRS", (1e-3, 2e-3))
+    monkeypatch.setattr(sys, "argv", ["rl.py", "--run", str(searched), *SMALL, "--n", "3", "--tune", "--reward", "outcome",
+                                      "--out", str(tmp_path / "out")])
+    cli.main()
+    assert len((tmp_path / "out" / "tune.csv").read_text().splitlines()) == 3
+    assert not list(searched.glob("rl/sft*n3/final.json")), "SFT is judged on test problems, and not while tuning"
+    assert len(list(searched.glob("rl/tune/outcome*"))) == 2
 
 
 def test_bad_calls_are_one_line_errors(smoke_run, tmp_path, monkeypatch):
