@@ -186,7 +186,7 @@ def figures(t, runs, out):
             return {LABELS[n]: ((t.spent(n, column) + cost * (n == "pav")) / unit, *t.line(f"{n}:curve")[1:]) for n in main}
         figure("fig7", "Fig. 7: RL with outcome reward and with process advantages", [
             ("ours", "iteration", "accuracy", lines),
-            ("with the PAV's data", "million sampled", "accuracy", against("tokens", verifier_tokens, 1e6)),
+            ("with the PAV's data", "token samples, millions", "accuracy", against("tokens", verifier_tokens, 1e6)),
             ("with the PAV's data and training", "minutes", "accuracy", against(
                 "seconds", lambda run: sum(run.stages[x]["seconds"] for x in ("rollouts", "q_pi")), 60)),
             ("the paper, 2B", "iteration", "accuracy", paper([i * p["every"] for i in range(len(p["ORM_RL"]))], p))])

@@ -208,4 +208,5 @@ def search_report(runs, folders, facts, out):
         print("compute efficiency of the PAV beam against best-of-N by the ORM (None: the beam never gets there)")
         for reading, e in summary["compute_efficiency"].items():
             print(f"    {reading} (N = {e['best_of']}): {e['tokens']} in policy tokens, {e['N']} as N / (3 width)")
-    print(f"\nin {out}: table.txt, curves.csv, by_seed.csv, summary.json, and as PNG with its CSV: {', '.join(made)}")
+    print(f"\nin {out}: table.txt, curves.csv, by_seed.csv, summary.json, and as PNG with its CSV: {', '.join(made)}\n"
+          f"next: python rl.py --run {runs[0].out}; or --all; or other seeds, then --run RUN RUN ... --out DIR for their mean")
