@@ -195,6 +195,8 @@ def main():
     if len(rewards) == 0:
         raise Fail(f"--reward pav-oracle: task {runs[0].task.name} has no exact values")
     arms = [{"reward": r} for r in rewards] + SWEEPS * args.sweep
+    if {"pav-sum", "pav-pi"} & set(rewards) and args.alpha:     # 1 + alpha times the gradient, one KL: their control
+        arms.append({"reward": "outcome", "kl": args.kl / (1 + args.alpha)})
     if args.tune:
         arms = [{"reward": r, "lr": lr} for r in rewards for lr in LRS]
     found = {}

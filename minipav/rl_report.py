@@ -25,7 +25,7 @@ class Trained:
     (x (k,), accuracy (1, k), ...) in `exact` and (x, (R, k), ...) in `drawn`, as `report.bootstrap` makes them."""
 
     def __init__(self, runs, folders):
-        self.names, self.rows, self.final, self.hard, by_run = list(folders), {}, {}, [], []
+        self.names, self.flags, self.rows, self.final, self.hard, by_run = list(folders), {}, {}, {}, [], []
         for run in runs:
             c = object.__new__(Curves)
             c.by = {}
@@ -34,6 +34,7 @@ class Trained:
                 try:
                     f = load_file(folder / "final.safetensors")
                     self.final.setdefault(name, []).append(json.loads((folder / "final.json").read_text()))
+                    self.flags[name] = json.loads((folder / "flags.json").read_text())
                     log = list(csv.DictReader((folder / "log.csv").open())) if "curve" in f else []
                 except Exception as e:
                     raise Fail(f"{folder} is missing or damaged ({e}): delete it and run again") from None
@@ -97,11 +98,14 @@ def sample_efficiency(orm, pav):
         return np.where(best == 0, np.nan, np.where(np.isnan(reached), 0.0, best / reached))
 
 
-def control(name, names):
-    """The training with outcome reward that differs from this one in nothing else, if there is one."""
-    reward = max((r for r in REWARDS if name.startswith(r)), key=len)
-    same = "outcome" + name.removeprefix(reward)
-    return same if same in names else "outcome"
+def control(name, flags):
+    """The training with outcome reward to hold this one against: one that differs in nothing else, or else `outcome`. pav-sum and
+    pav-pi have 1 + alpha times the gradient of outcome reward, so there the KL must count so much less."""
+    f, common = flags[name], [k for k in flags[name] if k not in ("reward", "kl", "alpha", "prover", "n_mc", "refresh")]
+    kl = f["kl"] / (1 + f["alpha"] * (f["reward"] in ("pav-sum", "pav-pi")))
+    same = [n for n, g in flags.items() if g.get("reward") == "outcome" and all(g[k] == f[k] for k in common)
+            and abs(g["kl"] - kl) < 1e-9]
+    return same[0] if same else "outcome"
 
 
 def summarize(t):
@@ -113,13 +117,13 @@ def summarize(t):
     pairs = {"pav_minus_orm_points": ("pav", "outcome", 1), "pass64_pav_minus_orm_points": ("pav", "outcome", 64),
              "pass64_pav_minus_sft_points": ("pav", "sft", 64), "pass64_orm_minus_sft_points": ("outcome", "sft", 64),
              "orm_minus_rft_points": ("outcome", "rft", 1), "pav_minus_rft_points": ("pav", "rft", 1)}
-    pairs |= {f"{n.replace('-', '_')}_minus_outcome_points": (n, control(n, t.names), 1) for n in t.trained
-              if n not in LABELS and n != control(n, t.names)}
+    pairs |= {f"{n.replace('-', '_')}_minus_outcome_points": (n, control(n, t.flags), 1) for n in t.trained
+              if n not in LABELS and n != control(n, t.flags)}
     for claim, (a, b, n) in pairs.items():
         if {a, b} <= set(t.names) and all(n in t.exact[end.format(x)][0] for x in (a, b)):
             s[claim] = t.difference(acc(a, n), acc(b, n))
     for name in t.trained:
-        orm = control(name, t.names)
+        orm = control(name, t.flags)
         if name != orm and orm in t.trained:
             point, draws = (sample_efficiency(x[f"{orm}:curve"], x[f"{name}:curve"]) for x in (t.exact, t.drawn))
             s.setdefault("efficiency_by_training", {})[name] = interval(point[0], draws)
@@ -151,7 +155,7 @@ def verdicts(t, s):
         ok = above(x) and above(y) and (z["hi"] < 0 or "partly")
         out["PAV-RL has the higher pass@64, above SFT's, and ORM-RL's is below SFT's"] = (
             f"{word(ok)}: PAV-RL over ORM-RL {told(x)}; over SFT {told(y)}; ORM-RL over SFT {told(z)}")
-    for key, claim in (("pav_sum", "summed along the trace, A^mu gives no more than outcome reward"),
+    for key, claim in (("pav_sum", "summed along the trace, A^mu gives no more than outcome reward (derived, not in the paper)"),
                        ("pav_pi", "with mu = pi, A^mu gives no more than outcome reward")):
         x = s.get(f"{key}_minus_outcome_points")
         if x:

@@ -273,8 +273,16 @@ def test_sample_efficiency():
     assert first_reach(x, pav, np.array([.3])) == pytest.approx(15) and np.isnan(first_reach(x, orm, np.array([.5]))[0])
     assert sample_efficiency((x, orm), (x, pav)) == pytest.approx(40 / 15) and sample_efficiency((x, pav), (x, orm)) == 0
     assert np.isnan(sample_efficiency((x, orm[:, ::-1]), (x, pav)))                            # best at the start
-    assert control("pav-kl0.001", ["pav", "outcome", "outcome-kl0.001"]) == "outcome-kl0.001"
-    assert control("pav-sum", ["outcome"]) == control("pav-alpha3.0", ["outcome"]) == "outcome"
+
+
+def test_each_training_is_held_against_its_own_control():
+    flags = {"outcome": dict(reward="outcome", kl=0.03, alpha=1.0, policy="base"), "pav": dict(reward="pav", kl=0.03, alpha=1.0,
+             policy="base"), "sft": dict(policy="base")}
+    flags |= {"outcome-kl0.015": flags["outcome"] | {"kl": 0.015}, "pav-sum": flags["pav"] | {"reward": "pav-sum"},
+              "pav-alpha3.0": flags["pav"] | {"alpha": 3.0}, "outcome-policyweak": flags["outcome"] | {"policy": "weak"},
+              "pav-policyweak": flags["pav"] | {"policy": "weak"}, "pav-kl0.001": flags["pav"] | {"kl": 0.001}}
+    assert [control(n, flags) for n in ("pav", "pav-alpha3.0", "pav-kl0.001")] == ["outcome"] * 3
+    assert control("pav-sum", flags) == "outcome-kl0.015" and control("pav-policyweak", flags) == "outcome-policyweak"
 
 
 
