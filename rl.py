@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from minipav.model import GPT
 from minipav.report import write_csv
-from minipav.rewards import REWARDS
+from minipav.rewards import REWARDS, prover_of
 from minipav.rl import RL, outcomes, rft
 from minipav.rl_report import rl_report
 from minipav.run import commit, hardware, open_runs
@@ -96,8 +96,6 @@ UNUSED = {"outcome": ("alpha", "prover", "n_mc", "refresh"), "vine": ("alpha", "
 # what a training depends on
 ARM = ("reward", "policy", "no_rft", "alpha", "prover", "n_mc", "refresh", "iterations", "batch", "group", "baseline", "lr",
        "warmup", "value_lr", "value_lr_muon", "kl", "seed", "eval_every", "problems", "eval_n", "n")
-
-
 STARTS = ("policy", "seed", "problems", "n")                    # and the evaluation of SFT and RFT
 
 
@@ -199,6 +197,8 @@ def main():
         arms.append({"reward": "outcome", "kl": args.kl / (1 + args.alpha)})
     if args.tune:
         arms = [{"reward": r, "lr": lr} for r in rewards for lr in LRS]
+    for arm in arms:
+        prover_of(arm_flags(args, **arm)[2])                    # fail now, not after the first trainings
     found = {}
     for run in runs:
         print(f"{run.out}: {args.problems} {args.split} problems")

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from minipav.advantage import Traces, advantage, complete, effective_reward, q_best_of_k
 from minipav.search import pass_at_n
 from minipav.tokenizer import decode_rows
+from minipav.utils import Fail
 
 # reward: (the return of a step, where Q^mu comes from)
 REWARDS = {"outcome": ("outcome", None),                        # ORM-RL: Rex alone
@@ -19,6 +20,22 @@ REWARDS = {"outcome": ("outcome", None),                        # ORM-RL: Rex al
            "q-bonus": ("bonus", "verifier"),                    # App. G's failing control
            "pav-sum": ("sum", "verifier"),                      # trap: equals outcome reward
            "pav-pi": ("effective", "current")}                  # mu = pi: in expectation equals outcome reward
+
+
+def prover_of(a):
+    """(K, name of the policy) of the prover that the flags `a` ask for: best-of-K of --policy, or another policy by itself.
+    Raises Fail if --reward cannot be had with it."""
+    source = REWARDS[a.reward][1]
+    if source in (None, "current"):
+        return 1, a.policy
+    if a.prover[:2] != "bo":
+        if source == "exact" or a.refresh:
+            raise Fail(f"--prover {a.prover}: only best-of-K has exact values, or a verifier to --refresh; use boK")
+        return 1, a.prover
+    K = int(a.prover[2:])
+    if source == "rollouts" and a.n_mc < K:
+        raise Fail(f"--n_mc {a.n_mc}: best-of-{K} needs at least {K} completions a prefix")
+    return K, a.policy
 
 
 # ---- from values to token weights -----------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from minipav.rewards import (
     REWARDS,
     close,
     known_values,
+    prover_of,
     q_by_rollouts,
     q_exact,
     step_baseline,
@@ -79,15 +80,7 @@ class RL:
         self.value_optimizers = make_optimizers(self.value, a.value_lr_muon, a.value_lr)
         self.optimizers = [*make_optimizers(self.policy, 0.0, a.lr), *self.value_optimizers]
         self.rule, self.source = REWARDS[a.reward]
-        self.K, self.mu, self.verifier = 1, None, None
-        who = a.policy
-        if self.source in ("verifier", "rollouts", "exact"):
-            if a.prover[:2] == "bo":
-                self.K = int(a.prover[2:])
-            elif self.source == "exact" or a.refresh:
-                raise Fail(f"--prover {a.prover}: only best-of-K has exact values, or a verifier to --refresh; use boK")
-            else:
-                who = a.prover
+        (self.K, who), self.mu, self.verifier = prover_of(a), None, None
         if self.source == "verifier":
             self.verifier = run.model("q_pi" if who == "base" else f"q_{who}")
             if a.refresh:
@@ -95,12 +88,8 @@ class RL:
                 self.verifier_optimizers = make_optimizers(self.verifier, c["lr_muon_verifier"] / 4, c["lr_adamw_verifier"] / 4)
                 self.optimizers += self.verifier_optimizers
                 self.old = run.traces(f"{who}_train")
-        elif self.source == "rollouts":
-            if a.n_mc < self.K:
-                raise Fail(f"--n_mc {a.n_mc}: best-of-{self.K} needs at least {self.K} completions a prefix")
-            self.mu = run.model(who)
-        elif self.source == "current":
-            self.mu = self.policy
+        elif self.source in ("rollouts", "current"):
+            self.mu = run.model(who) if self.source == "rollouts" else self.policy
         self.whole = dict(max_tokens_in_flight=run.how["max_tokens_in_flight"])     # samples of the whole distribution: no top_p
         self.curve = torch.zeros(0, a.problems)
         self.state, self.rows, self.facts = {"iteration": 0, "tokens": 0, "seconds": 0.0, "running": 0.0}, [], []
