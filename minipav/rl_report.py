@@ -215,7 +215,7 @@ def figures(t, runs, out):
             some = [n for n in t.trained if f"-{what}" in n or n in main]
             ends = [t.line(f"{n}:pass") for n in some]
             names = [LABELS.get(n, n.replace(f"-{what}", " ").replace("pav ", "")) for n in some]
-            panels.append((what, what, "accuracy in the end", {"": (names, *([e[i][0] for e in ends] for i in (1, 2, 3)))}))
+            panels.append((what, what, "accuracy", {"in the end": (names, *([e[i][0] for e in ends] for i in (1, 2, 3)))}))
     if panels:
         figure("sweeps", "What the result depends on", panels)
     return made
