@@ -17,8 +17,8 @@ REWARDS = {"outcome": ("outcome", None),                        # ORM-RL: Rex al
            "pav-rollout": ("effective", "rollouts"),            # Q^mu from fresh rollouts of the prover: no verifier
            "pav-oracle": ("effective", "exact"),                # exact Q^mu of the task's tabular policy: no error at all
            "vine": ("alone", "current"),                        # VinePPO: A^pi of the current policy, from fresh rollouts
-           "q-bonus": ("bonus", "verifier"),                    # App. G's failing control
-           "pav-sum": ("sum", "verifier"),                      # trap: equals outcome reward
+           "q-bonus": ("bonus", "verifier"),                    # Q^mu itself: App. G's control
+           "pav-sum": ("sum", "verifier"),                      # summed: outcome reward again
            "pav-pi": ("effective", "current")}                  # mu = pi: in expectation equals outcome reward
 
 
