@@ -29,9 +29,10 @@ from minipav.utils import Fail, main_guard, make_folder, pick_device, progress, 
 
 LRS = (3e-4, 1e-3, 2e-3)                                        # the grid of --tune, the same for every reward
 SWEEPS = [*({"reward": "pav", **x} for x in (
-    {"alpha": 0.3}, {"alpha": 3.0}, {"prover": "bo16"}, {"prover": "weak"}, {"prover": "strong"}, {"baseline": "group"},
-    {"baseline": "none"}, {"refresh": 2})), *({"reward": r, **x} for x in (
-        {"kl": 1e-3}, {"policy": "weak"}, {"policy": "strong"}) for r in ("outcome", "pav"))]
+    {"alpha": 0.3}, {"alpha": 3.0}, {"prover": "bo16"}, {"prover": "weak"}, {"prover": "strong"}, {"refresh": 2},
+    {"no_known": True})), *({"reward": r, **x} for x in (
+        {"policy": "weak"}, {"policy": "strong"}, {"no_rft": True}, {"kl": 1e-3}, {"baseline": "group"}, {"baseline": "none"})
+        for r in ("outcome", "pav"))]
 
 
 def get_args(argv=None):
@@ -39,7 +40,7 @@ def get_args(argv=None):
     p.add_argument("--run", type=Path, nargs="+", default=[Path("runs/calculator-seed0")], help="folders that train.py wrote")
     p.add_argument("--out", type=Path, help="where figures, CSVs and summary.json go (default: RUN/rl)")
     p.add_argument("--all", action="store_true", help="every reward")
-    p.add_argument("--sweep", action="store_true", help="also with other alphas, provers, policies, baselines, KL")
+    p.add_argument("--sweep", action="store_true", help="also other alphas, provers, policies; without what keeps it stable")
     p.add_argument("--tune", action="store_true", help="try each learning rate of the grid on validation problems")
     # what is rewarded
     p.add_argument("--reward", nargs="+", choices=list(REWARDS), default=["outcome", "pav"])
@@ -50,6 +51,7 @@ def get_args(argv=None):
     # the loop
     p.add_argument("--policy", choices=("weak", "base", "strong"), default="base", help="of train.py: where RFT starts")
     p.add_argument("--no_rft", action="store_true", help="start from that policy itself")
+    p.add_argument("--no_known", action="store_true", help="believe the verifier at a trace's end and after H steps too")
     p.add_argument("--iterations", type=int, default=150)
     p.add_argument("--batch", type=int, default=128, help="traces an iteration")
     p.add_argument("--group", type=int, default=4, help="traces a problem")
@@ -91,17 +93,18 @@ def get_args(argv=None):
 
 
 # flags that a reward does not use
-UNUSED = {"outcome": ("alpha", "prover", "n_mc", "refresh"), "vine": ("alpha", "prover", "refresh", "baseline"),
-          "pav-pi": ("prover", "refresh"), "pav-oracle": ("n_mc", "refresh"), "pav-rollout": ("refresh",)}
+UNUSED = {"outcome": ("alpha", "prover", "n_mc", "refresh", "no_known"),
+          "vine": ("alpha", "prover", "refresh", "baseline", "no_known"), "pav-pi": ("prover", "refresh", "no_known"),
+          "pav-oracle": ("n_mc", "refresh", "no_known"), "pav-rollout": ("refresh", "no_known")}
 # what a training depends on
-ARM = ("reward", "policy", "no_rft", "alpha", "prover", "n_mc", "refresh", "iterations", "batch", "group", "baseline", "lr",
-       "warmup", "value_lr", "value_lr_muon", "kl", "seed", "eval_every", "problems", "eval_n", "n")
+ARM = ("reward", "policy", "no_rft", "no_known", "alpha", "prover", "n_mc", "refresh", "iterations", "batch", "group", "baseline",
+       "lr", "warmup", "value_lr", "value_lr_muon", "kl", "seed", "eval_every", "problems", "eval_n", "n")
 STARTS = ("policy", "seed", "problems", "n")                    # and the evaluation of SFT and RFT
 
 
 def named(a, default):
     """The name of a training: its reward and the flags that differ from `default`."""
-    changed = [f"{k}{getattr(a, k)}".replace("no_rftTrue", "no_rft") for k in ARM[1:] if getattr(a, k) != getattr(default, k)]
+    changed = [f"{k}{getattr(a, k)}".removesuffix("True") for k in ARM[1:] if getattr(a, k) != getattr(default, k)]
     return "-".join([a.reward, *changed])
 
 

@@ -127,7 +127,8 @@ class RL:
         q_mu = self.q_mu(problems, traces, run.seed("rl rollouts", a.seed, i))
         if not torch.isfinite(q_mu[traces.ends >= 0]).all():
             self.stop(i, traces, q_mu)
-        returns = step_returns(self.rule, traces.reward, known_values(q_mu, traces, run.task.max_steps), a.alpha)
+        q_mu = q_mu.masked_fill(traces.ends < 0, float("nan")) if a.no_known else known_values(q_mu, traces, run.task.max_steps)
+        returns = step_returns(self.rule, traces.reward, q_mu, a.alpha)
         target, baseline = to_tokens(returns, step), None
         if self.rule == "alone":                                                # A^pi needs none
             baseline = torch.zeros_like(target)

@@ -101,7 +101,8 @@ def sample_efficiency(orm, pav):
 def control(name, flags):
     """The training with outcome reward to hold this one against: one that differs in nothing else, or else `outcome`. pav-sum and
     pav-pi have 1 + alpha times the gradient of outcome reward, so there the KL must count so much less."""
-    f, common = flags[name], [k for k in flags[name] if k not in ("reward", "kl", "alpha", "prover", "n_mc", "refresh")]
+    f, other = flags[name], ("reward", "kl", "alpha", "prover", "n_mc", "refresh", "no_known")
+    common = [k for k in f if k not in other]
     kl = f["kl"] / (1 + f["alpha"] * (f["reward"] in ("pav-sum", "pav-pi")))
     same = [n for n, g in flags.items() if g.get("reward") == "outcome" and all(g[k] == f[k] for k in common)
             and abs(g["kl"] - kl) < 1e-9]
@@ -209,13 +210,25 @@ def figures(t, runs, out):
     if len(t.trained) > 2:
         figure("rewards", "Every reward", [
             ("", "iteration", "accuracy", {n: t.line(f"{n}:curve") for n in t.trained if n in REWARDS})])
+    def varied(*keys):
+        """{setting: {reward: its training}} of the trainings that differ from `outcome` or `pav` in one of these flags."""
+        found = {"default": {r: r for r in main}}
+        for n in t.trained:
+            r = t.flags[n]["reward"]
+            changed = [k for k in t.flags[n] if r in main and t.flags[n][k] != t.flags[r][k]]
+            if len(changed) == 1 and changed[0] in keys:
+                value = t.flags[n][changed[0]]
+                found.setdefault(changed[0] if value is True else f"{changed[0]} {value}", {})[r] = n
+        return found if len(found) > 1 else {}
     panels = []
-    for what in ("alpha", "prover", "policy", "baseline", "kl", "refresh"):
-        if any(f"-{what}" in n for n in t.trained):
-            some = [n for n in t.trained if f"-{what}" in n or n in main]
-            ends = [t.line(f"{n}:pass") for n in some]
-            names = [LABELS.get(n, n.replace(f"-{what}", " ").replace("pav ", "")) for n in some]
-            panels.append((what, what, "accuracy", {"in the end": (names, *([e[i][0] for e in ends] for i in (1, 2, 3)))}))
+    for title, *keys in (("difficulty", "policy"), ("alpha", "alpha"), ("prover", "prover"),
+                         ("what keeps it stable", "no_rft", "kl", "baseline", "no_known", "refresh")):
+        if settings := varied(*keys):
+            ends = {r: [[x[0] for x in t.line(f"{n[r]}:pass")[1:]] if r in n else [np.nan] * 3 for n in settings.values()]
+                    for r in main}
+            names = [k.removeprefix(f"{title} ").replace(" ", "\n") for k in settings]
+            panels.append((title, keys[0] if len(keys) == 1 else "change", "accuracy in the end",
+                           {LABELS[r]: (names, *zip(*e)) for r, e in ends.items()}))
     if panels:
         figure("sweeps", "What the result depends on", panels)
     return made

@@ -203,6 +203,26 @@ def test_alpha_0_is_outcome_reward_to_the_last_bit(smoke, tmp_path):
     assert torch.equal(weights(a.policy), weights(b.policy))
 
 
+def test_no_known_believes_the_verifier_to_the_end(smoke, tmp_path, monkeypatch):
+    """With a verifier that says 0.5 everywhere, no step has progress but for what is known: the last one, of every trace."""
+    from minipav import rl as module
+    monkeypatch.setattr(module, "score", lambda model, tokens, ends: torch.full(ends.shape, 0.5))
+    seen = []
+    monkeypatch.setattr(module, "step_returns", lambda *args: seen.append(step_returns(*args)) or seen[-1])
+    for no_known in (False, True):
+        trained(smoke, tmp_path / str(no_known), iterations=1, no_known=no_known, prover="bo1", alpha=2.0)
+    known, believed = seen
+    assert believed.unique().tolist() == [0] and known.sum(1).tolist() == [-1] * 8            # no trace of these is right
+
+
+def test_a_training_is_named_by_the_flags_that_its_reward_uses():
+    args = flags(no_known=True, alpha=3.0)
+    assert [cli.arm_flags(args, reward=r)[0] for r in ("pav", "outcome")] == ["pav", "outcome"]
+    plain = cli.get_args([])
+    assert [cli.arm_flags(plain, reward=r, no_known=True, alpha=3.0)[1] for r in ("pav", "outcome", "pav-pi")] == [
+        "pav-no_known-alpha3.0", "outcome", "pav-pi-alpha3.0"]
+
+
 @pytest.mark.parametrize("baseline", ["value", "group"])
 def test_micro_batches_change_nothing(smoke, tmp_path, monkeypatch, baseline):
     """The gradients before they are clipped, of the policy and of the value network."""
