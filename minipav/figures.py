@@ -35,7 +35,7 @@ def draw(path, title, panels):
             elif lo is not None:
                 ax.fill_between(at, lo, hi, alpha=0.15, lw=0, color=f"C{i}")
             if bars:
-                ax.set_xticks(range(len(x)), x)
+                ax.set_xticks(range(len(x)), [name.replace(" ", "\n") for name in x])
             empty = [""] * len(x)
             body += [(name, line, *(v if isinstance(v, str) else round(float(v), 4) if v != "" else "" for v in row))
                      for row in zip(x, y, empty if lo is None else lo, empty if hi is None else hi)]

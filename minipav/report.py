@@ -23,17 +23,22 @@ BUDGETS = (4, 8, 16, 32, 64, 128)                                   # in rollout
 
 
 class Curves:
-    """One run's evaluation: for each method the points n (k,), and acc and tokens (k, P), one column a problem."""
+    """One run's evaluation. by: for each method the points n (k,), and acc and tokens (k, P), one column a problem; also: what
+    else was measured at each point (k, P)."""
 
-    def __init__(self, path):
+    def __init__(self, by, also=None):
+        self.by, self.also = by, also or {}
+        self.P = next(iter(by.values()))[1].shape[1]
+
+    @classmethod
+    def load(cls, path):
         try:
             flat = load_file(path)
         except Exception as e:
             raise Fail(f"{path} is missing or damaged ({e}): has train.py finished in that folder?") from None
         methods = sorted({key.rpartition("/")[0] for key in flat})
-        self.by = {m: tuple(flat[f"{m}/{x}"] for x in ("n", "acc", "tokens")) for m in methods}
-        self.also = {m: {x: flat[f"{m}/{x}"] for x in ("passed", "scored", "seconds")} for m in methods}
-        self.P = self.by[methods[0]][1].shape[1]
+        return cls({m: tuple(flat[f"{m}/{x}"] for x in ("n", "acc", "tokens")) for m in methods},
+                   {m: {x: flat[f"{m}/{x}"] for x in ("passed", "scored", "seconds")} for m in methods})
 
     def resampled(self, weights):
         """{method: (n (k,), acc (R, k), tokens (R, k))} under R weightings (R, P) of the problems."""
@@ -184,7 +189,7 @@ def write_report(runs, out, title, facts):
 def finish(run, title):
     """The report of one finished run, on disk and on the screen."""
     facts = {**run.facts(), **run.read("facts.json")}
-    text, s = write_report([Curves(run.out / "eval.safetensors")], run.out, title, facts)
+    text, s = write_report([Curves.load(run.out / "eval.safetensors")], run.out, title, facts)
     logs = "".join((run.out / f"{stage}.log.csv").read_text() for stage in run.stages)
     write_whole(run.out / "log.csv", lambda p: p.write_text("model,step,loss,held_out_loss\n" + logs))
     print(f"\n{text}\n\n{(run.out / 'example.txt').read_text()}\n"
@@ -221,7 +226,7 @@ def main():
         each = [json.loads((r / "summary.json").read_text()) for r in args.runs]
     except (OSError, ValueError) as e:
         raise Fail(f"no summary of a finished run: {e}") from None
-    curves = [Curves(r / "eval.safetensors") for r in args.runs]
+    curves = [Curves.load(r / "eval.safetensors") for r in args.runs]
     if len({s["config"]["seed"] for s in each}) < len(each):
         raise Fail("two of these runs have the same seed: each counts once")
     same = {json.dumps({k: v for k, v in s["config"].items() if k != "seed"}) for s in each}

@@ -27,8 +27,7 @@ class Trained:
     def __init__(self, runs, folders):
         self.names, self.flags, self.rows, self.final, self.hard, by_run = list(folders), {}, {}, {}, [], []
         for run in runs:
-            c = object.__new__(Curves)
-            c.by = {}
+            by = {}
             for name, where in folders.items():
                 folder = run.out / "rl" / where
                 try:
@@ -42,14 +41,13 @@ class Trained:
                 reward = torch.from_numpy(f["reward"]).float()
                 ns = np.array([x for x in N if x <= reward.shape[1]])
                 passed = np.stack([pass_at_n(reward, int(x)).numpy() for x in ns])
-                c.P = len(reward)
-                c.by[f"{name}:pass"] = ns, passed, np.ones_like(passed)
-                c.by[f"{name}:greedy"] = np.array([1]), f["greedy"][None].astype(float), np.ones((1, c.P))
+                by[f"{name}:pass"] = ns, passed, np.ones_like(passed)
+                by[f"{name}:greedy"] = np.array([1]), f["greedy"][None].astype(float), np.ones((1, len(reward)))
                 if log:
-                    c.by[f"{name}:curve"] = np.array([int(r["iteration"]) for r in log]), f["curve"], np.ones_like(f["curve"])
-            if "sft:pass" in c.by:                                              # problems that no sample of SFT solves (Fig. 8b)
-                self.hard.append(c.by["sft:pass"][1][-1] == 0)
-            by_run.append(c)
+                    by[f"{name}:curve"] = np.array([int(r["iteration"]) for r in log]), f["curve"], np.ones_like(f["curve"])
+            if "sft:pass" in by:                                                # problems that no sample of SFT solves (Fig. 8b)
+                self.hard.append(by["sft:pass"][1][-1] == 0)
+            by_run.append(Curves(by))
         self.exact, self.drawn = bootstrap(by_run)
         self.each = by_run
         self.trained = [n for n in folders if f"{n}:curve" in self.exact]
@@ -211,7 +209,8 @@ def figures(t, runs, out):
         figure("rewards", "Every reward", [
             ("", "iteration", "accuracy", {n: t.line(f"{n}:curve") for n in t.trained if n in REWARDS})])
     def varied(*keys):
-        """{setting: {reward: its training}} of the trainings that differ from `outcome` or `pav` in one of these flags."""
+        """{setting: {reward: its training}} of the trainings that differ from `pav` (or, beside it, `outcome`) in one of these
+        flags."""
         found = {"default": {r: r for r in main}}
         for n in t.trained:
             r = t.flags[n]["reward"]
@@ -219,6 +218,7 @@ def figures(t, runs, out):
             if len(changed) == 1 and changed[0] in keys:
                 value = t.flags[n][changed[0]]
                 found.setdefault(changed[0] if value is True else f"{changed[0]} {value}", {})[r] = n
+        found = {k: v for k, v in found.items() if "pav" in v}
         return found if len(found) > 1 else {}
     panels = []
     for title, *keys in (("difficulty", "policy"), ("alpha", "alpha"), ("prover", "prover"),
@@ -226,7 +226,7 @@ def figures(t, runs, out):
         if settings := varied(*keys):
             ends = {r: [[x[0] for x in t.line(f"{n[r]}:pass")[1:]] if r in n else [np.nan] * 3 for n in settings.values()]
                     for r in main}
-            names = [k.removeprefix(f"{title} ").replace(" ", "\n") for k in settings]
+            names = [k.removeprefix(f"{title} ") for k in settings]
             panels.append((title, keys[0] if len(keys) == 1 else "change", "accuracy in the end",
                            {LABELS[r]: (names, *zip(*e)) for r, e in ends.items()}))
     if panels:

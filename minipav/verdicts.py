@@ -15,7 +15,7 @@ class Search:
     def __init__(self, folders, facts):
         self.facts, self.runs = facts, []
         for folder, here in zip(folders, facts):
-            parts = [Curves(folder / f"{name}.safetensors") for name, f in here.items() if f["curves"]]
+            parts = [Curves.load(folder / f"{name}.safetensors") for name, f in here.items() if f["curves"]]
             whole = parts[0]
             for part in parts[1:]:
                 whole.by, whole.also = whole.by | part.by, whole.also | part.also

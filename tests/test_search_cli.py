@@ -55,7 +55,7 @@ def test_it_leaves_tables_figures_and_a_summary(run):
 
 def test_budgets_hold_for_every_method(run):
     """N samples cost N times one; a re-ranker is never above pass@N; a beam's answer is among its candidates."""
-    curves = Curves(measured(run[0]) / "main.safetensors")
+    curves = Curves.load(measured(run[0]) / "main.safetensors")
     n, best, tokens = curves.by["base:pass"]
     assert np.allclose(tokens, n[:, None] * tokens[:1], rtol=1e-5) and (np.diff(best.mean(1)) >= -1e-6).all()
     for m, (_, acc, _) in curves.by.items():
@@ -93,7 +93,7 @@ def test_alpha_zero_is_the_q_beam_to_the_token(run, tmp_path):
     shutil.copytree(run[0], out, ignore=shutil.ignore_patterns("search*"))
     done = search("--run", out, *SMALL, "--alpha", 0, "--prover", "strong", "--method", "q_beam", "pav_beam")
     assert done.returncode == 0, done.stderr
-    curves = Curves(measured(out) / "main.safetensors")
+    curves = Curves.load(measured(out) / "main.safetensors")
     for a, b in zip(curves.by["base:q_beam"], curves.by["base:pav_beam"]):
         assert np.array_equal(a, b)
 
