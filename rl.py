@@ -4,7 +4,7 @@
     python rl.py --all                    # every reward
     python rl.py --sweep                  # other alphas, provers and difficulties, and what keeps it stable
     python rl.py --reward pav --alpha 1 --prover bo16 --policy weak             # one training with other flags
-    python rl.py --tune                   # the learning rate of each reward over the same grid, on validation problems
+    python rl.py --tune                   # learning rate and KL of each reward over the same grid, on validation problems
     python rl.py --run runs/calculator-seed? --all --out results/rl             # several seeds, and their mean
 
 Each training has a folder RUN/rl/NAME with log.csv and a checkpoint; it goes on where it was stopped, and what is finished
@@ -27,9 +27,9 @@ from minipav.rl_report import rl_report
 from minipav.run import commit, hardware, open_runs
 from minipav.utils import Fail, main_guard, make_folder, pick_device, progress, tune_process, write_whole
 
-LRS = (3e-4, 1e-3, 2e-3)                                        # the grid of --tune, the same for every reward
+GRID = ({"lr": 3e-4}, {"lr": 1e-3}, {"lr": 2e-3}, {"kl": 0.01}, {"kl": 0.1})                # of --tune, the same for every reward
 SWEEPS = [*({"reward": "pav", **x} for x in (
-    {"alpha": 0.3}, {"alpha": 3.0}, {"prover": "bo16"}, {"prover": "weak"}, {"prover": "strong"}, {"refresh": 2},
+    {"alpha": 0.5}, {"alpha": 3.0}, {"alpha": 6.0}, {"prover": "bo16"}, {"prover": "weak"}, {"prover": "strong"}, {"refresh": 2},
     {"no_known": True})), *({"reward": r, **x} for x in (
         {"policy": "weak"}, {"policy": "strong"}, {"no_rft": True}, {"kl": 1e-3}, {"baseline": "group"}, {"baseline": "none"})
         for r in ("outcome", "pav"))]
@@ -41,7 +41,7 @@ def get_args(argv=None):
     p.add_argument("--out", type=Path, help="where figures, CSVs and summary.json go (default: RUN/rl)")
     p.add_argument("--all", action="store_true", help="every reward")
     p.add_argument("--sweep", action="store_true", help="also other alphas, provers, policies; without what keeps it stable")
-    p.add_argument("--tune", action="store_true", help="try each learning rate of the grid on validation problems")
+    p.add_argument("--tune", action="store_true", help="learning rate and KL over a grid, on validation problems")
     # what is rewarded
     p.add_argument("--reward", nargs="+", choices=list(REWARDS), default=["outcome", "pav"])
     p.add_argument("--alpha", type=float, default=1.0, help="weight of A^mu in the effective reward (Eq. 5)")
@@ -79,6 +79,8 @@ def get_args(argv=None):
     for name in ("lr", "value_lr"):
         if not getattr(args, name) > 0:
             raise Fail(f"--{name} {getattr(args, name)}: must be above 0")
+    if args.group == 1 and args.baseline == "group":
+        raise Fail("--group 1: --baseline group needs the problem's other traces; use --group 2 or more")
     if args.batch % args.group:
         raise Fail(f"--batch {args.batch}: must be a multiple of --group {args.group}")
     if args.prover not in ("weak", "strong") and not (args.prover[:2] == "bo" and args.prover[2:].isdigit()
@@ -102,10 +104,10 @@ ARM = ("reward", "policy", "no_rft", "no_known", "alpha", "prover", "n_mc", "ref
 STARTS = ("policy", "seed", "problems", "n")                    # and the evaluation of SFT and RFT
 
 
-def named(a, default):
-    """The name of a training: its reward and the flags that differ from `default`."""
-    changed = [f"{k}{getattr(a, k)}".removesuffix("True") for k in ARM[1:] if getattr(a, k) != getattr(default, k)]
-    return "-".join([a.reward, *changed])
+def named(kind, a, keys, default):
+    """The name of a training or of a start: its kind and those of its flags that differ from `default`."""
+    changed = [f"{k}{getattr(a, k)}".removesuffix("True") for k in keys if getattr(a, k) != getattr(default, k)]
+    return "-".join([kind, *changed])
 
 
 def arm_flags(args, **changes):
@@ -115,9 +117,9 @@ def arm_flags(args, **changes):
     vars(a).update(changes)
     unused = UNUSED.get(a.reward, ("n_mc",))
     vars(a).update({k: getattr(args, k) for k in unused})
-    label = named(a, args)
+    label = named(a.reward, a, ARM[1:], args)
     vars(a).update({k: getattr(default, k) for k in unused})
-    return label, named(a, default), a
+    return label, named(a.reward, a, ARM[1:], default), a
 
 
 def finished(folder, flags):
@@ -150,17 +152,11 @@ def final(run, folder, policy, a, n, curve=None, **facts):
     write_whole(folder / "final.json", lambda p: p.write_text(json.dumps(facts, indent=1) + "\n"))
 
 
-def start_name(kind, a):
-    """The folder of the evaluated SFT or RFT policy, named like a training."""
-    default = get_args([])
-    return "-".join([kind, *(f"{k}{getattr(a, k)}" for k in STARTS if getattr(a, k) != getattr(default, k))])
-
-
 def initial(run, a):
     """The policy that RL starts from: RFT of --policy, or with --no_rft that policy. On the way SFT and RFT are evaluated."""
     kinds = {"sft": lambda sft: sft} | ({} if a.no_rft else {"rft": lambda sft: rft(run, a.policy, sft)})
     for kind, make in kinds.items():
-        folder = run.out / "rl" / start_name(kind, a)
+        folder = run.out / "rl" / named(kind, a, STARTS, get_args([]))
         if not finished(folder, {k: getattr(a, k) for k in STARTS}):
             model = make(run.model(a.policy))
             model.save(folder)
@@ -199,20 +195,23 @@ def main():
     if {"pav-sum", "pav-pi"} & set(rewards) and args.alpha:     # 1 + alpha times the gradient, one KL: their control
         arms.append({"reward": "outcome", "kl": args.kl / (1 + args.alpha)})
     if args.tune:
-        arms = [{"reward": r, "lr": lr} for r in rewards for lr in LRS]
+        arms = [{"reward": r, **x} for r in rewards for x in GRID]
     for arm in arms:
         prover_of(arm_flags(args, **arm)[2])                    # fail now, not after the first trainings
-    found = {}
+    found = [[] for _ in arms]
     for run in runs:
         print(f"{run.out}: {args.problems} {args.split} problems")
-        for arm in arms:
-            found.setdefault((arm["reward"], arm.get("lr")), []).append(train_arm(run, args, **arm))
+        for arm, accuracies in zip(arms, found):
+            accuracies.append(train_arm(run, args, **arm))
     if args.tune:
-        write_csv(out / "tune.csv", ["reward", "lr", "validation accuracy"], [(*k, sum(v) / len(v)) for k, v in found.items()])
-        best = {r: max(LRS, key=lambda lr: sum(found[r, lr])) for r in rewards}
-        print(f"the best learning rates: {', '.join(f'{r} {lr}' for r, lr in best.items())}; all in {out / 'tune.csv'}")
+        rows = [(f["reward"], f["lr"], f["kl"], round(sum(acc) / len(acc), 4))
+                for f, acc in zip(({**vars(args), **arm} for arm in arms), found)]
+        write_csv(out / "tune.csv", ["reward", "lr", "kl", "validation accuracy"], rows)
+        for r in rewards:
+            print("the best of {}: lr {}, kl {} ({})".format(*max((x for x in rows if x[0] == r), key=lambda x: x[3])))
+        print(f"all in {out / 'tune.csv'}")
     else:
-        starts = {kind: start_name(kind, args) for kind in ("sft", "rft")[:1 if args.no_rft else 2]}
+        starts = {kind: named(kind, args, STARTS, get_args([])) for kind in ("sft", "rft")[:1 if args.no_rft else 2]}
         rl_report(runs, starts | {label: name for label, name, _ in (arm_flags(args, **arm) for arm in arms)}, out)
     print(f"{(time.time() - start) / 60:.1f} minutes")
 

@@ -70,7 +70,8 @@ def close(traces):
 def step_of_token(tokens, ends):
     """The step (N, T) that each token of a response belongs to, its delimiter included; -1 in prompt and padding."""
     t, last = torch.arange(tokens.shape[1]), ends.max(1, keepdim=True).values
-    before = (t[:, None] > torch.where(ends < 0, tokens.shape[1], ends)[:, None]).sum(-1)
+    places = ends.masked_fill(ends < 0, tokens.shape[1])
+    before = torch.searchsorted(places, t.expand(len(ends), -1).contiguous())               # how many places lie before it
     return torch.where((t > ends[:, :1]) & (t <= last), before - 1, -1)
 
 

@@ -7,6 +7,7 @@ What a step is worth is in minipav/rewards.py.
 import copy
 import json
 import math
+import sys
 import time
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from minipav.advantage import Traces, q_best_of_k, seed_rollouts, wrong_steps
+from minipav.advantage import Traces, complete, q_best_of_k, seed_rollouts, wrong_steps
 from minipav.report import write_csv
 from minipav.rewards import (
     REWARDS,
@@ -105,10 +106,11 @@ class RL:
             while True:
                 i = s["iteration"]
                 if (i % a.eval_every == 0 or i == a.iterations) and (not self.rows or self.rows[-1]["iteration"] < i):
-                    self.log(problems)
+                    r = self.log(problems)
                     self.save()
-                    r = self.rows[-1]
-                    bar.set_postfix_str(f", accuracy {r['accuracy']:.3f}, greedy {r['greedy']:.3f}, KL {r['kl'] or 0:.2f}", False)
+                    bar.write(f"  {self.folder.name:<24} iteration {i:>4}   accuracy {r['accuracy']:.3f}   greedy "
+                              f"{r['greedy']:.3f}   pass@{a.eval_n} {r['pass_n']:.3f}   KL {r['kl'] or 0:5.2f}   "
+                              f"{r['tokens_per_s']:>7.0f} tokens/s", file=sys.stderr)
                 if i == a.iterations:
                     return self.policy
                 start = time.time()
@@ -153,8 +155,8 @@ class RL:
             sums[:3] += torch.tensor([float(kl), float(entropy), count])
         if not all(torch.isfinite(p.grad).all() for m in (self.policy, self.value) for p in m.parameters() if p.grad is not None):
             self.stop(i, traces, q_mu)
-        if self.verifier is not None and a.refresh and i % a.refresh == 0:
-            self.refresh(i, problems, fresh)
+        if self.verifier is not None and a.refresh and i % a.refresh == 0 and not self.refresh(i, problems, fresh):
+            self.stop(i, traces, q_mu)
         factor = min((i + 1) / max(1, a.warmup * a.iterations), (1 + math.cos(math.pi * i / a.iterations)) / 2)
         apply_step(self.policy, self.optimizers[:1], factor)
         if baseline is None:
@@ -177,20 +179,25 @@ class RL:
         return q
 
     def refresh(self, i, problems, traces):
-        """One step of the verifier on what the policy now writes (this iteration's traces), on hotter samples and wrong steps,
-        which show it what the policy may try next, and on old rollouts. The prover is then best-of-K of a policy between the
-        initial and the present one."""
+        """One step of the verifier, on rollouts of the policy as it now is: this iteration's traces, and completions of prefixes
+        that are hotter, which show it what the policy may try next; and on wrong steps and old rollouts. The prover is then
+        best-of-K of a policy between the initial and the present one. -> True if the loss is finite"""
         a, run, task, enc = self.a, self.run, self.run.task, self.run.enc
         seed = run.seed("refresh", a.seed, i)
         rng = np.random.default_rng(seed)
         hot = seed_rollouts(self.policy, task, enc, problems, a.group, seed, temperature=2.0, **self.whole)
-        self.state["tokens"] += int((hot.lengths - hot.ends[:, 0] - 1).sum())
+        places = (torch.from_numpy(rng.random(len(hot))) * ((hot.ends >= 0).sum(1) - 1)).long()
+        branches = complete(self.policy, task, enc, problems, hot, torch.arange(len(hot)), places, 1, seed + 1, **self.whole)
+        starts = hot.ends[:, 0].sum() + hot.ends.gather(1, places[:, None]).sum() + 2 * len(hot)
+        self.state["tokens"] += int(hot.lengths.sum() + branches.lengths.sum() - starts)
         old = self.old[torch.from_numpy(rng.integers(len(self.old), size=2 * a.batch))]
         wrong = wrong_steps(task, enc, problems, traces[:max(1, a.batch // 2)], rng)
-        data = Traces.cat([traces, hot, wrong, old], pad_token(enc))
+        data = Traces.cat([traces, branches, wrong, old], pad_token(enc))
         tokens, ends, q, w = (x.to(self.policy.device) for x in (data.tokens, data.ends, data.q, label_weights(data)))
-        verifier_loss(self.verifier, tokens, ends, q, w).backward()
+        loss = verifier_loss(self.verifier, tokens, ends, q, w)
+        loss.backward()
         apply_step(self.verifier, self.verifier_optimizers, min(1.0, (i + 1) / 50))
+        return bool(torch.isfinite(loss))
 
     def stop(self, i, traces, q_mu):
         """A number is not finite: keep the batch for inspection and the last checkpoint, and end with an error."""
@@ -203,7 +210,7 @@ class RL:
     # ---- log and checkpoint -----------------------------------------------------------------------------------------
 
     def log(self, problems):
-        """Evaluate on held-out problems, and write one row."""
+        """Evaluate on held-out problems, and write one row. -> the row"""
         a, s = self.a, self.state
         reward = outcomes(self.policy, self.run, problems, a.eval_n, self.run.seed("rl evaluation", a.seed))
         greedy = outcomes(self.policy, self.run, problems, 1, 0, temperature=0.0)
@@ -217,6 +224,7 @@ class RL:
         self.rows.append({k: round(row[k], 5) if k in row else "" for k in COLUMNS})
         self.facts = []
         write_csv(self.folder / "log.csv", COLUMNS, [list(r.values()) for r in self.rows])
+        return self.rows[-1]
 
     def save(self):
         """All of the state in one file, written whole."""
@@ -258,10 +266,15 @@ def outcomes(policy, run, problems, n, seed, **how):
     return t.reward.view(len(problems), n)
 
 
+def own_rollouts(run, name):
+    """The seed rollouts of a policy of train.py: the first of its verifier's data. -> Traces"""
+    c = run.config
+    return run.traces(f"{name}_train")[:c["problems"] * c["n_cov"] if name == "base" else c["mu_rollouts"] // 2]
+
+
 def rft(run, name, policy, epochs=2, batch_size=64, lr=3e-4):
     """Rejection fine-tuning: `policy`, trained on with its own right seed rollouts (App. E; there with the settings of SFT)."""
-    c, policy = run.config, copy.deepcopy(policy)
-    seeds = run.traces(f"{name}_train")[:c["problems"] * c["n_cov"] if name == "base" else c["mu_rollouts"] // 2]
+    policy, seeds = copy.deepcopy(policy), own_rollouts(run, name)
     right, optimizers = seeds[seeds.reward == 1], make_optimizers(policy, 0.0, lr)
     if len(right) == 0:
         raise Fail(f"the policy {name} of {run.out} never came out right: there is nothing to fine-tune on; use --no_rft")

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from minipav.figures import PAPER, draw
 from minipav.report import Curves, bootstrap, interval, mean_of, write_csv
 from minipav.rewards import REWARDS
+from minipav.rl import own_rollouts
 from minipav.search import pass_at_n
 from minipav.utils import Fail, write_whole
 
@@ -51,6 +52,7 @@ class Trained:
         self.exact, self.drawn = bootstrap(by_run)
         self.each = by_run
         self.trained = [n for n in folders if f"{n}:curve" in self.exact]
+        self.before = {n: np.mean([cost_before(run, self.flags[n]) for run in runs], 0) for n in self.trained}
 
     def line(self, key):
         """(x, mean, lo, hi) of a curve, for a figure."""
@@ -72,7 +74,7 @@ class Trained:
         """a - b in points with its interval, a and b functions of "exact" or "drawn"."""
         return interval(100 * (a("exact") - b("exact"))[0], 100 * (a("drawn") - b("drawn")))
 
-    def spent(self, name, column):
+    def mean(self, name, column):
         """Mean over the runs of a column of the log, at each evaluation."""
         return np.mean([[r[column] for r in rows] for rows in self.rows[name]], 0)
 
@@ -180,18 +182,16 @@ def figures(t, runs, out):
     def paper(x, of):
         return {k: (x, of[k.replace("-", "_")], None, None) for k in LABELS.values() if k.replace("-", "_") in of}
     main, p = [n for n in ("outcome", "pav") if n in t.trained], PAPER["fig7b_2B"]
-    if main:
-        lines = {LABELS[n]: t.line(f"{n}:curve") for n in main}
 
-        def against(column, of_pav, unit):
-            """The curves over what was spent, with what the PAV's data and its verifier had cost before."""
-            cost = np.mean([of_pav(run) for run in runs])
-            return {LABELS[n]: ((t.spent(n, column) + cost * (n == "pav")) / unit, *t.line(f"{n}:curve")[1:]) for n in main}
+    def curves(names):
+        """Accuracy against iterations, and against all that was spent, the verifier's data and training included."""
+        over = (("iteration", lambda n: t.mean(n, "iteration")), ("token samples, millions", lambda n: (
+            t.before[n][0] + t.mean(n, "tokens")) / 1e6), ("minutes", lambda n: (t.before[n][1] + t.mean(n, "seconds")) / 60))
+        return [("ours" if x == "iteration" else "with the data for RFT and PAV", x, "accuracy", {
+            LABELS.get(n, n): (at(n), *t.line(f"{n}:curve")[1:]) for n in names}) for x, at in over]
+    if main:
         figure("fig7", "Fig. 7: RL with outcome reward and with process advantages", [
-            ("ours", "iteration", "accuracy", lines),
-            ("with the PAV's data", "token samples, millions", "accuracy", against("tokens", verifier_tokens, 1e6)),
-            ("with the PAV's data and training", "minutes", "accuracy", against(
-                "seconds", lambda run: sum(run.stages[x]["seconds"] for x in ("rollouts", "q_pi")), 60)),
+            *curves(main),
             ("the paper, 2B", "iteration", "accuracy", paper([i * p["every"] for i in range(len(p["ORM_RL"]))], p))])
     four = [n for n in LABELS if n in t.names]
     if len(four) == 4:
@@ -206,8 +206,12 @@ def figures(t, runs, out):
             (f"8b: {unsolved} problems that SFT never solves", "N", "pass@N", {LABELS[n]: t.on_hard(n) for n in main}),
             ("8b: the paper, 9B", "N", "pass@N", paper(PAPER["fig8b"]["N"], PAPER["fig8b"]))])
     if len(t.trained) > 2:
-        figure("rewards", "Every reward", [
-            ("", "iteration", "accuracy", {n: t.line(f"{n}:curve") for n in t.trained if n in REWARDS})])
+        figure("rewards", "Every reward", curves([n for n in t.trained if n in REWARDS]))
+    if len(t.trained) > 1:
+        far = {n: [t.mean(n, "kl")[-1]] for n in t.trained}
+        figure("kl", "How far from the initial policy", [("in the end", "KL", y, {
+            LABELS.get(n, n): (x, *([v[k]] for v in t.line(f"{n}:pass")[1:])) for n, x in far.items()})
+            for y, k in (("accuracy", 0), (f"pass@{t.exact[f'{t.trained[0]}:pass'][0][-1]}", -1))])
     def varied(*keys):
         """{setting: {reward: its training}} of the trainings that differ from `pav` (or, beside it, `outcome`) in one of these
         flags."""
@@ -234,11 +238,10 @@ def figures(t, runs, out):
     return made
 
 
-def verifier_tokens(run):
-    """About how many tokens pi sampled for its verifier's data: of every trace what follows its first labelled place, and for
-    each place with several completions as many times the rest of the trace. The probes for first pits are not in it, while
+def sampled(t):
+    """About how many tokens were sampled for these labelled traces: of every trace what follows its first labelled place, and
+    for each place with several completions as many times the rest of the trace. The probes for first pits are not in it, while
     traces with a wrong step, which nobody sampled, are: a few per cent each."""
-    t = run.traces("base_train")
     last = t.lengths - 1
     known = t.ends.masked_fill((t.n == 0) | (t.ends < 0), 1 << 30).min(1).values
     once = (last - known).clamp(min=0)
@@ -246,14 +249,31 @@ def verifier_tokens(run):
     return float(torch.where(many.sum(1) > 0, many.sum(1), once).sum())
 
 
+def cost_before(run, f):
+    """(tokens, seconds) that a training with the flags f had cost before its first iteration: the rollouts that RFT is trained
+    on, and for a verifier all of its data and its training. What every training starts from (SFT, the stronger policy) and RFT's
+    own few steps are not in it; of the time of all rollouts the share is that of the tokens."""
+    files = {(who, split): sampled(run.traces(f"{who}_{split}")) for who in ("base", "weak", "strong")
+             for split in ("train", "validation")}
+    tokens = 0.0 if f["no_rft"] else sampled(own_rollouts(run, f["policy"]))
+    training = 0.0
+    if REWARDS[f["reward"]][1] == "verifier":
+        names = {"base", f["policy"] if f["prover"][:2] == "bo" else f["prover"]}               # every verifier starts from Q^pi
+        tokens = sum(n for (who, _), n in files.items() if who in names) + tokens * (f["policy"] not in names)
+        training = sum(run.stages["q_pi" if who == "base" else f"q_{who}"]["seconds"] for who in names)
+    return tokens, training + run.stages["rollouts"]["seconds"] * tokens / sum(files.values())
+
+
 def table(t):
-    """Rows (training, seeds, iterations, minutes, accuracy, lo, hi, greedy, pass@16, pass@64) of the policies in the end."""
+    """Rows (training, seeds, iterations, minutes, KL to where RL started, accuracy, lo, hi, greedy, pass@16, pass@64) of the
+    policies in the end."""
     for name in t.names:
         ns, mean, lo, hi = t.line(f"{name}:pass")
         log = t.rows[name][0]
         seconds = np.mean([f.get("seconds", 0) for f in t.final[name]])
         more = [round(float(mean[list(ns).index(k)]), 4) if k in ns else "" for k in (16, 64)]
-        yield (name, len(t.final[name]), int(log[-1]["iteration"]) if log else 0, round(float(seconds) / 60, 2),
+        kl = round(float(t.mean(name, "kl")[-1]), 3) if log else ""
+        yield (name, len(t.final[name]), int(log[-1]["iteration"]) if log else 0, round(float(seconds) / 60, 2), kl,
                *(round(float(x[0]), 4) for x in (mean, lo, hi)), round(float(t.at(f"{name}:greedy", "exact")[0]), 4), *more)
 
 
@@ -264,11 +284,12 @@ def rl_report(runs, folders, out):
     s = summarize(t)
     told = verdicts(t, s)
     body = list(table(t))
-    header = ["training", "seeds", "iterations", "minutes", "accuracy", "lo", "hi", "greedy", "pass@16", "pass@64"]
+    header = ["training", "seeds", "iterations", "minutes", "kl", "accuracy", "lo", "hi", "greedy", "pass@16", "pass@64"]
     write_csv(out / "table.csv", header, body)
-    text = "\n".join([f"{'training':<28}{'minutes':>8}{'accuracy':>10}   {'95% interval':<16}  greedy  pass@16  pass@64",
-                      *(f"{n:<28}{m:>8.1f}{a:>10.3f}   {f'[{lo:.3f}, {hi:.3f}]':<18}{g:>7.3f}{p:>9}{q:>9}"
-                        for n, _, _, m, a, lo, hi, g, p, q in body)])
+    text = "\n".join([
+        f"{'training':<28}{'minutes':>8}{'KL':>6}{'accuracy':>10}   {'95% interval':<16}  greedy  pass@16  pass@64",
+        *(f"{n:<28}{m:>8.1f}{kl and format(kl, '.2f'):>6}{a:>10.3f}   {f'[{lo:.3f}, {hi:.3f}]':<18}{g:>7.3f}{p:>9}{q:>9}"
+          for n, _, _, m, kl, a, lo, hi, g, p, q in body)])
     write_whole(out / "table.txt", lambda p: p.write_text(text + "\n"))
     columns = [k for k in t.rows[names[-1]][0][0] if k != "iteration"]
     write_csv(out / "curves.csv", ["training", "seed", "iteration", *columns], [
@@ -278,7 +299,11 @@ def rl_report(runs, folders, out):
     facts = {"command": " ".join(["python", *sys.argv]), "seeds": [run.config["seed"] for run in runs],
              "test_problems": sum(c.P for c in t.each), "hardware": sorted({f["hardware"] for n in names for f in t.final[n]}),
              "commit": sorted({f["commit"] for n in names for f in t.final[n]}),
-             "minutes": {n: mean_of([round(f["seconds"] / 60, 2) for f in t.final[n]]) for n in t.trained}}
+             "minutes": {n: mean_of([round(f["seconds"] / 60, 2) for f in t.final[n]]) for n in t.trained},
+             "tokens": {n: round(float(t.mean(n, "tokens")[-1])) for n in t.trained},
+             "before": {n: {"tokens": round(float(x)), "minutes": round(float(y) / 60, 2)} for n, (x, y) in t.before.items()},
+             "controls": {n: control(n, t.flags) for n in t.trained},
+             "accuracy_by_seed": {n: [round(float(c.by[f"{n}:pass"][1][0].mean()), 4) for c in t.each] for n in t.names}}
     write_whole(out / "summary.json", lambda p: p.write_text(json.dumps(facts | s | {"verdicts": told}, indent=1) + "\n"))
     print(f"\n{text}\n")
     for claim, verdict in told.items():

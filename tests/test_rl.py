@@ -339,11 +339,12 @@ def test_rl_from_the_outside(searched, tmp_path):
 
 
 def test_tuning_is_on_validation_problems(searched, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "LRS", (1e-3, 2e-3))
+    monkeypatch.setattr(cli, "GRID", ({"lr": 2e-3}, {"kl": 0.1}))
     monkeypatch.setattr(sys, "argv", ["rl.py", "--run", str(searched), *SMALL, "--n", "3", "--tune", "--reward", "outcome",
                                       "--out", str(tmp_path / "out")])
     cli.main()
-    assert len((tmp_path / "out" / "tune.csv").read_text().splitlines()) == 3
+    rows = [line.split(",")[:3] for line in (tmp_path / "out" / "tune.csv").read_text().splitlines()[1:]]
+    assert rows == [["outcome", "0.002", "0.03"], ["outcome", "0.001", "0.1"]]
     assert not list(searched.glob("rl/sft*n3/final.json")), "SFT is judged on test problems, and not while tuning"
     assert len(list(searched.glob("rl/tune/outcome*"))) == 2
 
@@ -354,7 +355,8 @@ def test_bad_calls_are_one_line_errors(smoke_run, tmp_path, monkeypatch):
     shutil.rmtree(run / "q_weak")
     for args, words in (((tmp_path / "nothing",), "python train.py"), ((run, "--alpha", -1), "--alpha"),
                         ((run, "--lr", 0), "--lr"), ((run, "--prover", "bo0"), "--prover bo0"),
-                        ((run, "--batch", 7), "--batch 7"), ((run, run), "--out"),
+                        ((run, "--batch", 7), "--batch 7"), ((run, "--group", 1, "--baseline", "group"), "--group 1"),
+                        ((run, run), "--out"),
                         ((run, "--no_rft", *SMALL, "--reward", "pav", "--prover", "weak"), "q_weak"),
                         ((run, "--no_rft", *SMALL, "--reward", "pav-rollout", "--prover", "bo16"), "--n_mc 4"),
                         ((run, "--no_rft", *SMALL, "--reward", "pav-oracle", "--prover", "strong"), "exact values")):
