@@ -133,7 +133,7 @@ def summarize(t):
     return s
 
 
-def verdicts(t, s):
+def verdicts(s):
     """One sentence for each claim whose trainings are there."""
     def told(x, form="+.1f", unit="points"):
         mean, lo, hi = ("-" if x[k] is None else format(x[k], form) for k in ("mean", "lo", "hi"))
@@ -282,7 +282,7 @@ def rl_report(runs, folders, out):
     t = Trained(runs, folders)
     names = t.names
     s = summarize(t)
-    told = verdicts(t, s)
+    told = verdicts(s)
     body = list(table(t))
     header = ["training", "seeds", "iterations", "minutes", "kl", "accuracy", "lo", "hi", "greedy", "pass@16", "pass@64"]
     write_csv(out / "table.csv", header, body)

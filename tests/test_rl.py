@@ -13,7 +13,7 @@ from conftest import tiny
 from safetensors.torch import load_file
 
 import rl as cli
-from minipav.advantage import Traces
+from minipav.advantage import KNOWN, Traces
 from minipav.rewards import (
     close,
     known_values,
@@ -24,9 +24,10 @@ from minipav.rewards import (
     step_returns,
     to_tokens,
 )
-from minipav.rl import RL, policy_loss, value_loss
-from minipav.rl_report import control, first_reach, sample_efficiency
+from minipav.rl import RL, own_rollouts, policy_loss, rft, value_loss
+from minipav.rl_report import control, first_reach, sample_efficiency, sampled, verdicts
 from minipav.run import Run
+from minipav.sft import sft_loss
 from minipav.utils import Fail
 
 ROOT = Path(__file__).parent.parent
@@ -153,7 +154,7 @@ def test_q_by_rollouts_is_unbiased_and_q_exact_is_dynamic_programming(calculator
     """Rollouts of the uniform walk against its exact values, for best-of-1 and best-of-3."""
     from conftest import WalkPolicy
 
-    from minipav.advantage import q_best_of_k, seed_rollouts
+    from minipav.advantage import q_best_of_k, q_best_of_k_error, seed_rollouts
     task, enc, problems = calculator
     run = argparse.Namespace(task=task, enc=enc, how={"max_tokens_in_flight": 1 << 18})
     walk = WalkPolicy(task, enc, problems)
@@ -163,8 +164,11 @@ def test_q_by_rollouts_is_unbiased_and_q_exact_is_dynamic_programming(calculator
     for K in (1, 3):
         q, tokens = q_by_rollouts(walk, K, run, problems[:3], traces, 240, 1)
         want = q_best_of_k(exact, K)
-        assert (q - want)[ask].abs().max() < 4 * K * (0.25 / 240) ** 0.5 and tokens > 240
+        z = ((q - want) / q_best_of_k_error(exact, 240, K))[ask]
+        assert z.abs().max() < 5 and z.pow(2).mean() < 2                                       # in standard errors
+        assert 240 * ask.sum() <= tokens <= 240 * ask.sum() * task.max_new_tokens              # every completion has one
         assert torch.equal(q_exact(K, run, problems[:3], traces), want)
+    assert ((want - exact)[ask] > 5 * q_best_of_k_error(exact, 240, K)[ask]).any()             # and K is seen
 
 
 def flags(**kw):
@@ -190,17 +194,24 @@ def trained(run, folder, **kw):
     return rl
 
 
+@pytest.fixture
+def mixed(smoke, monkeypatch):
+    """The smoke run with another outcome: a trace is right if its text is of even length. Its policy is never right."""
+    monkeypatch.setattr(type(smoke.task), "outcome", lambda self, problem, response: len(response) % 2 == 0)
+    return smoke
+
+
 @pytest.mark.parametrize("reward", list(cli.REWARDS))
-def test_every_reward_trains(smoke, tmp_path, reward):
-    rl = trained(smoke, tmp_path / reward, reward=reward, iterations=2)
+def test_every_reward_trains(mixed, tmp_path, reward):
+    rl = trained(mixed, tmp_path / reward, reward=reward, iterations=2, baseline="none", kl=0.0)
     assert [r["iteration"] for r in rl.rows] == [0, 2] and torch.isfinite(weights(rl.policy)).all()
-    assert not torch.equal(weights(rl.policy), weights(rl.ref))
+    assert not torch.equal(weights(rl.policy), weights(rl.ref)) and 0 < rl.rows[1]["train_reward"] < 1
     assert rl.curve.shape == (2, 5) and (tmp_path / reward / "log.csv").exists()
 
 
-def test_alpha_0_is_outcome_reward_to_the_last_bit(smoke, tmp_path):
-    a, b = (trained(smoke, tmp_path / r, reward=r, alpha=0.0) for r in ("outcome", "pav"))
-    assert torch.equal(weights(a.policy), weights(b.policy))
+def test_alpha_0_is_outcome_reward_to_the_last_bit(mixed, tmp_path):
+    a, b, c = (trained(mixed, tmp_path / f"{r}{x}", reward=r, alpha=x) for r, x in (("outcome", 0.0), ("pav", 0.0), ("pav", 1.0)))
+    assert torch.equal(weights(a.policy), weights(b.policy)) and not torch.equal(weights(a.policy), weights(c.policy))
 
 
 def test_no_known_believes_the_verifier_to_the_end(smoke, tmp_path, monkeypatch):
@@ -284,6 +295,36 @@ def test_a_number_that_is_not_finite_stops_the_run(smoke, tmp_path, monkeypatch,
     assert bad["tokens"].shape[0] == 8 and bad["q_mu"].shape == bad["ends"].shape
     monkeypatch.setattr(module, name, original)
     assert trained(smoke, tmp_path / "run").state["iteration"] == 4                            # and the last checkpoint is good
+
+
+def test_what_was_sampled_before_the_first_iteration():
+    """A prompt of 2 tokens and two steps of 3: a rollout is 6 tokens; a completion of its first step 3; four completions of both
+    places 4 (6 + 3), and no completion starts at the last one."""
+    ends = torch.tensor([[1, 4, 7]] * 3)
+    n = torch.tensor([[1, 1, KNOWN], [0, 1, KNOWN], [4, 4, KNOWN]])
+    t = Traces(torch.zeros(3).long(), torch.zeros(3, 8).long(), torch.full((3,), 8), ends, torch.zeros(3, 3), n, torch.zeros(3))
+    assert [sampled(t[i:i + 1]) for i in range(3)] == [6, 3, 36] and sampled(t) == 45
+
+
+def test_rft_makes_right_seeds_likelier(searched):
+    run = Run.open(searched, "cpu")
+    seeds = own_rollouts(run, "base")
+    right, sft = seeds[seeds.reward == 1], run.model("base")
+    batch = right.tokens, right.lengths, right.ends[:, 0] + 1
+    losses = [sft_loss(m, *batch).item() for m in (sft, rft(run, "base", sft, epochs=8))]
+    assert len(seeds) == 600 and 40 <= len(right) < 60 and losses[1] < losses[0] - 0.01
+
+
+def test_verdicts():
+    def x(mean, lo, hi):
+        return {"mean": mean, "lo": lo, "hi": hi}
+    s = {"pav_minus_orm_points": x(9, 6, 12), "sample_efficiency": x(2.9, 2, 3.1), "pav_sum_minus_outcome_points": x(.2, -1, 1.5),
+         "pav_pi_minus_outcome_points": x(3.8, 1.5, 6), "q_bonus_minus_outcome_points": x(-8, -11, -5)}
+    assert [v.partition(":")[0] for v in verdicts(s).values()] == ["reproduced", "partly", "reproduced", "not reproduced",
+                                                                     "reproduced"]
+    s = {"pav_minus_orm_points": x(9, -1, 12), "sample_efficiency": None, "pass64_pav_minus_orm_points": x(5, 2, 8),
+         "pass64_pav_minus_sft_points": x(4, 1, 7), "pass64_orm_minus_sft_points": x(-1, -4, 2)}
+    assert [v.partition(":")[0] for v in verdicts(s).values()] == ["not reproduced", "not reproduced", "partly"]
 
 
 def test_sample_efficiency():
