@@ -130,8 +130,8 @@ def label_with_outcome(task, enc, problems, which, tokens, lengths, prompt_lengt
     which (N,) indexes `problems`; `since` (N,) is the first place whose continuation was sampled from the policy that
     is being valued (default 0: the whole trace was).
     """
-    responses = decode_rows(enc, *_responses(tokens, lengths, prompt_lengths))
-    reward = torch.tensor([task.outcome(problems[i], r) for i, r in zip(which.tolist(), responses)]).float()
+    texts = responses(enc, tokens, lengths, prompt_lengths)
+    reward = torch.tensor([task.outcome(problems[i], text) for i, text in zip(which.tolist(), texts)]).float()
     ends = step_ends(tokens, prompt_lengths, lengths, [newline(enc), enc.eot_token])
     place = torch.arange(ends.shape[1])
     labelled = (ends >= 0) & (place >= (0 if since is None else since[:, None]))
@@ -141,11 +141,11 @@ def label_with_outcome(task, enc, problems, which, tokens, lengths, prompt_lengt
     return Traces(which, tokens, lengths, ends, reward[:, None] * labelled, n, reward)
 
 
-def _responses(tokens, lengths, prompt_lengths):
-    """The responses alone, moved to the left: tokens (N, R) and lengths (N,)."""
+def responses(enc, tokens, lengths, prompt_lengths):
+    """The texts of the responses alone, end-of-text included."""
     new = lengths - prompt_lengths
     at = (prompt_lengths[:, None] + torch.arange(int(new.max()))).clamp(max=tokens.shape[1] - 1)
-    return tokens.gather(1, at), new
+    return decode_rows(enc, tokens.gather(1, at), new)
 
 
 def seed_rollouts(policy, task, enc, problems, n_cov, seed, **how):
@@ -217,7 +217,7 @@ def wrong_steps(task, enc, problems, traces, rng):
     """Each trace with a wrong step put in, labelled 0 from there on (a verifier that has seen none is fooled by one)."""
     prompt_lengths = traces.ends[:, 0] + 1
     chosen = [problems[i] for i in traces.problem.tolist()]
-    texts, first = task.corrupt(chosen, decode_rows(enc, *_responses(traces.tokens, traces.lengths, prompt_lengths)), rng)
+    texts, first = task.corrupt(chosen, responses(enc, traces.tokens, traces.lengths, prompt_lengths), rng)
     ok = [task.judge(p, t) == "illegal" for p, t in zip(chosen, texts)]         # two wrongs may have made a right
     if not any(ok):
         return traces[:0]

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from minipav.advantage import Traces, complete, q_best_of_k, seed_rollouts, wrong_steps
+from minipav.advantage import Traces, complete, q_best_of_k, responses, seed_rollouts, wrong_steps
 from minipav.report import write_csv
 from minipav.rewards import (
     REWARDS,
@@ -66,8 +66,10 @@ def value_loss(value, tokens, step, target):
 
 # ---- the loop -------------------------------------------------------------------------------------------------------
 
-COLUMNS = ("iteration", "tokens", "seconds", "accuracy", "greedy", "pass_n", "length", "train_reward", "entropy", "kl",
-           "zero_return", "value_error", "tokens_per_s")
+# a row of log.csv: sampled so far; of held-out problems; means over the iterations since the row before, a trace (length, kl), a
+# token (entropy, value_error) or a share of the traces: right, with a step that is wrong or not allowed, with return 0 throughout
+COLUMNS = ("iteration", "tokens", "seconds", "accuracy", "greedy", "pass_n", "length", "kl", "entropy", "value_error",
+           "train_reward", "illegal", "zero_return", "tokens_per_s")
 
 
 class RL:
@@ -161,9 +163,11 @@ class RL:
         apply_step(self.policy, self.optimizers[:1], factor)
         if baseline is None:
             apply_step(self.value, self.value_optimizers, 1.0)
-        return {"length": float(sums[2] / n), "train_reward": float(traces.reward.mean()), "entropy": float(sums[1] / sums[2]),
-                "kl": float(sums[0] / n), "zero_return": float((returns == 0).all(1).float().mean()),
-                "value_error": float(sums[3] / sums[2])}
+        texts = responses(run.enc, traces.tokens, traces.lengths, traces.ends[:, 0] + 1)
+        judged = [run.task.judge(problems[i], text) for i, text in zip(traces.problem.tolist(), texts)]
+        return {"length": float(sums[2] / n), "kl": float(sums[0] / n), "entropy": float(sums[1] / sums[2]),
+                "value_error": float(sums[3] / sums[2]), "train_reward": float(traces.reward.mean()),
+                "illegal": judged.count("illegal") / n, "zero_return": float((returns == 0).all(1).float().mean())}
 
     def q_mu(self, problems, traces, seed):
         """Q^mu (N, S + 1) of the reward's prover at every place."""

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from minipav.figures import PAPER, draw
 from minipav.report import Curves, bootstrap, interval, mean_of, write_csv
 from minipav.rewards import REWARDS
-from minipav.rl import own_rollouts
+from minipav.rl import COLUMNS, own_rollouts
 from minipav.search import pass_at_n
 from minipav.utils import Fail, write_whole
 
@@ -38,7 +38,7 @@ class Trained:
                     log = list(csv.DictReader((folder / "log.csv").open())) if "curve" in f else []
                 except Exception as e:
                     raise Fail(f"{folder} is missing or damaged ({e}): delete it and run again") from None
-                self.rows.setdefault(name, []).append([{k: float(v or "nan") for k, v in row.items()} for row in log])
+                self.rows.setdefault(name, []).append([{k: float(row.get(k) or "nan") for k in COLUMNS} for row in log])
                 reward = torch.from_numpy(f["reward"]).float()
                 ns = np.array([x for x in N if x <= reward.shape[1]])
                 passed = np.stack([pass_at_n(reward, int(x)).numpy() for x in ns])
@@ -291,9 +291,8 @@ def rl_report(runs, folders, out):
         *(f"{n:<28}{m:>8.1f}{kl and format(kl, '.2f'):>6}{a:>10.3f}   {f'[{lo:.3f}, {hi:.3f}]':<18}{g:>7.3f}{p:>9}{q:>9}"
           for n, _, _, m, kl, a, lo, hi, g, p, q in body)])
     write_whole(out / "table.txt", lambda p: p.write_text(text + "\n"))
-    columns = [k for k in t.rows[names[-1]][0][0] if k != "iteration"]
-    write_csv(out / "curves.csv", ["training", "seed", "iteration", *columns], [
-        (n, run.config["seed"], int(r["iteration"]), *(r[k] for k in columns))
+    write_csv(out / "curves.csv", ["training", "seed", *COLUMNS], [
+        (n, run.config["seed"], int(r["iteration"]), *("" if r[k] != r[k] else r[k] for k in COLUMNS[1:]))
         for n in names for run, rows in zip(runs, t.rows[n]) for r in rows])
     made = figures(t, runs, out)
     facts = {"command": " ".join(["python", *sys.argv]), "seeds": [run.config["seed"] for run in runs],
