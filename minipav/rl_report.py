@@ -123,6 +123,9 @@ def summarize(t):
     for claim, (a, b, n) in pairs.items():
         if {a, b} <= set(t.names) and all(n in t.exact[end.format(x)][0] for x in (a, b)):
             s[claim] = t.difference(acc(a, n), acc(b, n))
+    if "pav" in t.trained:                                      # how good could ORM-RL be?
+        others = [n for n in t.trained if t.flags[n]["reward"] == "outcome" and t.flags[n]["policy"] == t.flags["pav"]["policy"]]
+        s["pav_minus_each_outcome_points"] = {n: t.difference(acc("pav"), acc(n)) for n in others}
     for name in t.trained:
         orm = control(name, t.flags)
         if name != orm and orm in t.trained:
@@ -164,10 +167,14 @@ def verdicts(s):
     x = s.get("q_bonus_minus_outcome_points")
     if x:
         out["Q^mu as a bonus makes RL fail (App. G)"] = f"{word(x['hi'] < 0)}: {told(x)} against outcome reward"
-    for r in ("pav-oracle", "pav-rollout", "vine"):
+    for r in ("pav-oracle", "pav-rollout", "vine", "pav-policyweak", "pav-policystrong"):
         x = s.get(f"{r.replace('-', '_')}_minus_outcome_points")
         if x:
             out[f"{r} against outcome reward (no claim of the paper)"] = told(x)
+    each = s.get("pav_minus_each_outcome_points", {})
+    if len(each) > 1:
+        n = min(each, key=lambda n: each[n]["mean"])
+        out["PAV-RL against the best of all ORM-RL here (no claim of the paper)"] = f"{told(each[n])} against {n}"
     return out
 
 
@@ -207,11 +214,14 @@ def figures(t, runs, out):
             ("8b: the paper, 9B", "N", "pass@N", paper(PAPER["fig8b"]["N"], PAPER["fig8b"]))])
     if len(t.trained) > 2:
         figure("rewards", "Every reward", curves([n for n in t.trained if n in REWARDS]))
-    if len(t.trained) > 1:
-        far = {n: [t.mean(n, "kl")[-1]] for n in t.trained}
-        figure("kl", "How far from the initial policy", [("in the end", "KL", y, {
-            LABELS.get(n, n): (x, *([v[k]] for v in t.line(f"{n}:pass")[1:])) for n, x in far.items()})
-            for y, k in (("accuracy", 0), (f"pass@{t.exact[f'{t.trained[0]}:pass'][0][-1]}", -1))])
+    if len(main) == 2:
+        same = [k for k in t.flags["pav"] if k not in ("reward", "kl", "n_mc")]
+        alike = [n for n in t.trained if all(t.flags[n][k] == t.flags["pav"][k] for k in same)]
+        far = {r: sorted((t.mean(n, "kl")[-1], n) for n in alike if t.flags[n]["reward"] == r) for r in REWARDS}
+        figure("kl", "How far from the initial policy: every reward, with other KL coefficients too", [("in the end", "KL", y, {
+            LABELS.get(r, r): ([x for x, _ in at], *zip(*([v[k] for v in t.line(f"{n}:pass")[1:]] for _, n in at)))
+            for r, at in far.items() if at}) for y, k in (("accuracy", 0), (f"pass@{t.exact['pav:pass'][0][-1]}", -1))])
+
     def varied(*keys):
         """{setting: {reward: its training}} of the trainings that differ from `pav` (or, beside it, `outcome`) in one of these
         flags."""
