@@ -30,9 +30,9 @@ from minipav.utils import Fail, main_guard, make_folder, pick_device, progress, 
 GRID = ({"lr": 3e-4}, {"lr": 1e-3}, {"lr": 2e-3}, {"kl": 0.01}, {"kl": 0.1})                # of --tune, the same for every reward
 SWEEPS = [*({"reward": "pav", **x} for x in (
     {"alpha": 0.5}, {"alpha": 3.0}, {"alpha": 6.0}, {"prover": "bo16"}, {"prover": "weak"}, {"prover": "strong"}, {"refresh": 2},
-    {"kl": 0.2}, {"no_known": True})), *({"reward": r, **x} for x in (
-        {"policy": "weak"}, {"policy": "strong"}, {"no_rft": True}, {"kl": 1e-3}, {"kl": 0.1}, {"baseline": "group"},
-        {"baseline": "none"}) for r in ("outcome", "pav")), {"reward": "pav-oracle", "kl": 1e-3},
+    {"kl": 0.2}, {"no_known": True}, {"baseline": "none"})), *({"reward": r, **x} for x in (
+        {"policy": "weak"}, {"policy": "strong"}, {"no_rft": True}, {"kl": 1e-3}, {"kl": 0.1}, {"baseline": "group"})
+        for r in ("outcome", "pav")), {"reward": "pav-oracle", "kl": 1e-3},
     {"reward": "outcome", "iterations": 480}]                   # for all the tokens that PAV-RL costs
 
 
