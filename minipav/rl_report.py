@@ -235,7 +235,7 @@ def figures(t, runs, out):
         found = {k: v for k, v in found.items() if "pav" in v}
         return found if len(found) > 1 else {}
     panels = []
-    for title, *keys in (("difficulty", "policy"), ("alpha", "alpha"), ("prover", "prover"),
+    for title, *keys in (("difficulty", "policy"), ("alpha", "alpha"), ("prover", "prover"), ("iterations", "iterations"),
                          ("what keeps it stable", "no_rft", "kl", "baseline", "no_known", "refresh")):
         if settings := varied(*keys):
             ends = {r: [[x[0] for x in t.line(f"{n[r]}:pass")[1:]] if r in n else [np.nan] * 3 for n in settings.values()]
