@@ -29,7 +29,7 @@ from minipav.utils import Fail, main_guard, make_folder, pick_device, progress, 
 
 GRID = ({"lr": 3e-4}, {"lr": 1e-3}, {"lr": 2e-3}, {"kl": 0.01}, {"kl": 0.1})                # of --tune, the same for every reward
 SWEEPS = [*({"reward": "pav", **x} for x in (
-    {"alpha": 0.5}, {"alpha": 3.0}, {"alpha": 6.0}, {"prover": "bo16"}, {"prover": "weak"}, {"prover": "strong"}, {"refresh": 2},
+    {"alpha": 0.5}, {"alpha": 3.0}, {"alpha": 6.0}, {"prover": "bo16"}, {"prover": "strong"}, {"refresh": 2},
     {"kl": 0.2}, {"no_known": True}, {"baseline": "none"})), *({"reward": r, **x} for x in (
         {"policy": "weak"}, {"policy": "strong"}, {"kl": 1e-3}, {"kl": 0.1},
         {"iterations": 480}) for r in ("outcome", "pav"))]      # 480: ORM-RL for all the tokens that PAV-RL costs in 150
