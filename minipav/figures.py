@@ -39,7 +39,7 @@ def draw(path, title, panels):
             empty = [""] * len(x)
             body += [(name, line, *(v if isinstance(v, str) else round(float(v), 4) if v != "" else "" for v in row))
                      for row in zip(x, y, empty if lo is None else lo, empty if hi is None else hi)]
-        if "tokens" in xlabel or xlabel == "N" or "rollouts" in xlabel or xlabel == "K" or "gamma" in xlabel:
+        if "tokens" in xlabel or xlabel == "N" or "rollouts" in xlabel or xlabel in ("K", "KL") or "gamma" in xlabel:
             ax.set_xscale("log", base=2)
         ax.set(title=name, xlabel=xlabel, ylabel=ylabel)
         ax.grid(alpha=0.3)
