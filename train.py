@@ -18,7 +18,15 @@ import numpy as np
 import torch
 
 from minipav import report
-from minipav.advantage import Traces, complete, first_pit_data, high_value_branches, seed_rollouts, wrong_steps
+from minipav.advantage import (
+    Traces,
+    complete,
+    first_pit_data,
+    high_value_branches,
+    random_places,
+    seed_rollouts,
+    wrong_steps,
+)
 from minipav.evaluate import evaluate
 from minipav.model import GPT, GPTConfig
 from minipav.run import Run
@@ -174,7 +182,7 @@ def rollouts(run, a, seed):
         of_pi = Traces.cat([seeds, branches], pad)
         for name in ("weak", "strong"):
             rows = random_rows(of_pi, n_mu / len(of_pi), rng)
-            places = (torch.from_numpy(rng.random(len(rows))) * ((of_pi.ends[rows] >= 0).sum(1) - 1)).long()
+            places = random_places(of_pi.ends[rows], rng)
             again = complete(run.model(name), task, enc, problems, of_pi, rows, places, 1, s + 4, **run.how)
             few = wrong[random_rows(wrong, 2 * n_mu * a.wrong_share / max(1, len(wrong)), rng)]
             run.save_traces(f"{name}_{split}", Traces.cat([own[name], again, few], pad))

@@ -148,6 +148,11 @@ def responses(enc, tokens, lengths, prompt_lengths):
     return decode_rows(enc, tokens.gather(1, at), new)
 
 
+def random_places(ends, rng):
+    """A random place (N,) of each trace, any but the last one. ends (N, S + 1)"""
+    return (torch.from_numpy(rng.random(len(ends))) * ((ends >= 0).sum(1) - 1)).long()
+
+
 def seed_rollouts(policy, task, enc, problems, n_cov, seed, **how):
     """n_cov seed rollouts a problem, each labelled with its own outcome at every place. -> Traces (problem-major)"""
     prompts, prompt_lengths = encode_rows(enc, [task.prompt(p) for p in problems])

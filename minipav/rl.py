@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from minipav.advantage import Traces, complete, q_best_of_k, responses, seed_rollouts, wrong_steps
+from minipav.advantage import Traces, complete, q_best_of_k, random_places, responses, seed_rollouts, wrong_steps
 from minipav.report import write_csv
 from minipav.rewards import (
     REWARDS,
@@ -190,7 +190,7 @@ class RL:
         seed = run.seed("refresh", a.seed, i)
         rng = np.random.default_rng(seed)
         hot = seed_rollouts(self.policy, task, enc, problems, a.group, seed, temperature=2.0, **self.whole)
-        places = (torch.from_numpy(rng.random(len(hot))) * ((hot.ends >= 0).sum(1) - 1)).long()
+        places = random_places(hot.ends, rng)
         branches = complete(self.policy, task, enc, problems, hot, torch.arange(len(hot)), places, 1, seed + 1, **self.whole)
         starts = hot.ends[:, 0].sum() + hot.ends.gather(1, places[:, None]).sum() + 2 * len(hot)
         self.state["tokens"] += int(hot.lengths.sum() + branches.lengths.sum() - starts)

@@ -10,15 +10,14 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file
 
-from minipav.figures import PAPER, draw
 from minipav.report import Curves, bootstrap, interval, mean_of, write_csv
 from minipav.rewards import REWARDS
 from minipav.rl import COLUMNS, own_rollouts
+from minipav.rl_figures import LABELS, figures
 from minipav.search import pass_at_n
 from minipav.utils import Fail, write_whole
 
 N = [2 ** k for k in range(9)]
-LABELS = {"sft": "SFT", "rft": "RFT", "outcome": "ORM-RL", "pav": "PAV-RL"}
 
 
 class Trained:
@@ -178,76 +177,6 @@ def verdicts(s):
     return out
 
 
-def figures(t, runs, out):
-    """Fig. 7 and 8 and the sweeps. -> their names"""
-    made = []
-
-    def figure(name, title, panels):
-        draw(out / name, title, panels)
-        made.append(name)
-
-    def paper(x, of):
-        return {k: (x, of[k.replace("-", "_")], None, None) for k in LABELS.values() if k.replace("-", "_") in of}
-    main, p = [n for n in ("outcome", "pav") if n in t.trained], PAPER["fig7b_2B"]
-
-    def curves(names):
-        """Accuracy against iterations, and against all that was spent, the verifier's data and training included."""
-        over = (("iteration", lambda n: t.mean(n, "iteration")), ("token samples, millions", lambda n: (
-            t.before[n][0] + t.mean(n, "tokens")) / 1e6), ("minutes", lambda n: (t.before[n][1] + t.mean(n, "seconds")) / 60))
-        return [("ours" if x == "iteration" else "with the data for RFT and PAV", x, "accuracy", {
-            LABELS.get(n, n): (at(n), *t.line(f"{n}:curve")[1:]) for n in names}) for x, at in over]
-    if main:
-        figure("fig7", "Fig. 7: RL with outcome reward and with process advantages", [
-            *curves(main),
-            ("the paper, 2B", "iteration", "accuracy", paper([i * p["every"] for i in range(len(p["ORM_RL"]))], p))])
-    four = [n for n in LABELS if n in t.names]
-    if len(four) == 4:
-        ends = {LABELS[n]: t.line(f"{n}:pass") for n in four}
-        unsolved = sum(int(h.sum()) for h in t.hard)
-        figure("fig8", "Fig. 7a, 8: the policies in the end", [
-            ("7a: one sample", "policy", "accuracy", {
-                "ours": (list(ends), *([v[i][0] for v in ends.values()] for i in (1, 2, 3))),
-                "the paper, 2B": (list(ends), [PAPER["fig7a"]["2B"][k.replace("-", "_")] for k in ends], None, None)}),
-            ("8a: ours", "N", "pass@N", {k: tuple(x[:7] for x in v) for k, v in ends.items()}),
-            ("8a: the paper, 2B", "N", "pass@N", paper(PAPER["fig8a_2B"]["N"], PAPER["fig8a_2B"])),
-            (f"8b: {unsolved} problems that SFT never solves", "N", "pass@N", {LABELS[n]: t.on_hard(n) for n in main}),
-            ("8b: the paper, 9B", "N", "pass@N", paper(PAPER["fig8b"]["N"], PAPER["fig8b"]))])
-    if len(t.trained) > 2:
-        figure("rewards", "Every reward", curves([n for n in t.trained if n in REWARDS]))
-    if len(main) == 2:
-        same = [k for k in t.flags["pav"] if k not in ("reward", "kl", "n_mc")]
-        alike = [n for n in t.trained if all(t.flags[n][k] == t.flags["pav"][k] for k in same)]
-        far = {r: sorted((t.mean(n, "kl")[-1], n) for n in alike if t.flags[n]["reward"] == r) for r in REWARDS}
-        figure("kl", "How far from the initial policy: every reward, with other KL coefficients too", [("in the end", "KL", y, {
-            LABELS.get(r, r): ([x for x, _ in at], *zip(*([v[k] for v in t.line(f"{n}:pass")[1:]] for _, n in at)))
-            for r, at in far.items() if at}) for y, k in (("accuracy", 0), (f"pass@{t.exact['pav:pass'][0][-1]}", -1))])
-
-    def varied(*keys):
-        """{setting: {reward: its training}} of the trainings that differ from `pav` (or, beside it, `outcome`) in one of these
-        flags."""
-        found = {"default": {r: r for r in main}}
-        for n in t.trained:
-            r = t.flags[n]["reward"]
-            changed = [k for k in t.flags[n] if r in main and t.flags[n][k] != t.flags[r][k]]
-            if len(changed) == 1 and changed[0] in keys:
-                value = t.flags[n][changed[0]]
-                found.setdefault(changed[0] if value is True else f"{changed[0]} {value}", {})[r] = n
-        found = {k: v for k, v in found.items() if "pav" in v}
-        return found if len(found) > 1 else {}
-    panels = []
-    for title, *keys in (("difficulty", "policy"), ("alpha", "alpha"), ("prover", "prover"), ("iterations", "iterations"),
-                         ("what keeps it stable", "no_rft", "kl", "baseline", "no_known", "refresh")):
-        if settings := varied(*keys):
-            ends = {r: [[x[0] for x in t.line(f"{n[r]}:pass")[1:]] if r in n else [np.nan] * 3 for n in settings.values()]
-                    for r in main}
-            names = [k.removeprefix(f"{title} ") for k in settings]
-            panels.append((title, keys[0] if len(keys) == 1 else "change", "accuracy in the end",
-                           {LABELS[r]: (names, *zip(*e)) for r, e in ends.items()}))
-    if panels:
-        figure("sweeps", "What the result depends on", panels)
-    return made
-
-
 def sampled(t):
     """About how many tokens were sampled for these labelled traces: of every trace what follows its first labelled place, and
     for each place with several completions as many times the rest of the trace. The probes for first pits are not in it, while
@@ -304,7 +233,7 @@ def rl_report(runs, folders, out):
     write_csv(out / "curves.csv", ["training", "seed", *COLUMNS], [
         (n, run.config["seed"], int(r["iteration"]), *("" if r[k] != r[k] else r[k] for k in COLUMNS[1:]))
         for n in names for run, rows in zip(runs, t.rows[n]) for r in rows])
-    made = figures(t, runs, out)
+    made = figures(t, out)
     facts = {"command": " ".join(["python", *sys.argv]), "seeds": [run.config["seed"] for run in runs],
              "test_problems": sum(c.P for c in t.each), "hardware": sorted({f["hardware"] for n in names for f in t.final[n]}),
              "commit": sorted({f["commit"] for n in names for f in t.final[n]}),

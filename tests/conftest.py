@@ -14,6 +14,9 @@ from minipav.tasks import get_task  # noqa: E402
 from minipav.tasks.calculator import parse, transitions  # noqa: E402
 from minipav.tokenizer import END, synthetic_encoding  # noqa: E402
 
+SMALL = ("--device", "cpu", "--iterations", "4", "--batch", "8", "--eval_every", "2", "--problems", "5", "--eval_n", "2",
+         "--n", "4")                                            # flags for an rl.py of seconds
+
 
 def tiny(seed=0, std=0.3, **kw):
     """A GPT with weights large enough that its distribution is far from uniform."""

@@ -1,19 +1,13 @@
-"""The RL loop: exact gradients on a tabular policy, what has a part in the loss, resume, and rl.py from the outside."""
+"""The RL loop: exact gradients on a tabular policy, what has a part in the loss, resume."""
 import argparse
-import json
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import tiny
+from conftest import SMALL, WalkPolicy, tiny
 from safetensors.torch import load_file
 
 import rl as cli
-from minipav.advantage import KNOWN, Traces
+from minipav.advantage import Traces, complete, q_best_of_k, q_best_of_k_error, seed_rollouts
 from minipav.rewards import (
     close,
     known_values,
@@ -24,15 +18,10 @@ from minipav.rewards import (
     step_returns,
     to_tokens,
 )
-from minipav.rl import RL, own_rollouts, policy_loss, rft, value_loss
-from minipav.rl_report import control, first_reach, sample_efficiency, sampled, verdicts
+from minipav.rl import RL, policy_loss, value_loss
 from minipav.run import Run
-from minipav.sft import sft_loss
 from minipav.utils import Fail
 
-ROOT = Path(__file__).parent.parent
-SMALL = ("--device", "cpu", "--iterations", "4", "--batch", "8", "--eval_every", "2", "--problems", "5", "--eval_n", "2",
-         "--n", "4")
 H = 3                                                                           # of the tabular trees: all traces are enumerated
 
 
@@ -152,9 +141,6 @@ def test_the_value_network_does_not_see_the_token_it_is_a_baseline_for(batch):
 
 def test_q_by_rollouts_is_unbiased_and_q_exact_is_dynamic_programming(calculator):
     """Rollouts of the uniform walk against its exact values, for best-of-1 and best-of-3."""
-    from conftest import WalkPolicy
-
-    from minipav.advantage import q_best_of_k, q_best_of_k_error, seed_rollouts
     task, enc, problems = calculator
     run = argparse.Namespace(task=task, enc=enc, how={"max_tokens_in_flight": 1 << 18})
     walk = WalkPolicy(task, enc, problems)
@@ -196,7 +182,7 @@ def trained(run, folder, **kw):
 
 @pytest.fixture
 def mixed(smoke, monkeypatch):
-    """The smoke run with another outcome: a trace is right if its text is of even length. Its policy is never right."""
+    """The smoke run with another outcome, a text of even length; by the task's own outcome its policy is never right."""
     monkeypatch.setattr(type(smoke.task), "outcome", lambda self, problem, response: len(response) % 2 == 0)
     return smoke
 
@@ -224,14 +210,6 @@ def test_no_known_believes_the_verifier_to_the_end(smoke, tmp_path, monkeypatch)
         trained(smoke, tmp_path / str(no_known), iterations=1, no_known=no_known, prover="bo1", alpha=2.0)
     known, believed = seen
     assert believed.unique().tolist() == [0] and known.sum(1).tolist() == [-1] * 8            # no trace of these is right
-
-
-def test_a_training_is_named_by_the_flags_that_its_reward_uses():
-    args = flags(no_known=True, alpha=3.0)
-    assert [cli.arm_flags(args, reward=r)[0] for r in ("pav", "outcome")] == ["pav", "outcome"]
-    plain = cli.get_args([])
-    assert [cli.arm_flags(plain, reward=r, no_known=True, alpha=3.0)[1] for r in ("pav", "outcome", "pav-pi")] == [
-        "pav-no_known-alpha3.0", "outcome", "pav-pi-alpha3.0"]
 
 
 @pytest.mark.parametrize("baseline", ["value", "group"])
@@ -269,7 +247,33 @@ def test_resumed_equals_uninterrupted(smoke, tmp_path, monkeypatch, how):
         assert [[r[k] for k in same] for r in again.rows] == [[r[k] for k in same] for r in whole.rows]
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient", "verifier"])
+def test_refresh_learns_what_the_present_policy_is_worth(smoke, tmp_path, monkeypatch):
+    """Its hot samples are only prefixes: their labels are the outcomes of completions that are not hot."""
+    from minipav import rl as module
+    hot, asked, learned = [], [], []
+
+    def seeds(*args, **how):
+        out = seed_rollouts(*args, **how)
+        if how.get("temperature") == 2.0:
+            hot.append(out)
+        return out
+
+    def completions(mu, *args, **how):
+        asked.append((mu, how.get("temperature", 1.0), complete(mu, *args, **how)))
+        return asked[-1][2]
+
+    def cat(parts, pad):
+        learned.append(parts)
+        return Traces.cat(parts, pad)
+    monkeypatch.setattr(module, "seed_rollouts", seeds)
+    monkeypatch.setattr(module, "complete", completions)
+    monkeypatch.setattr(module, "Traces", argparse.Namespace(cat=cat))
+    rl = trained(smoke, tmp_path / "run", refresh=1, iterations=1)
+    assert len(hot) == len(asked) == len(learned) == 1 and asked[0][:2] == (rl.policy, 1.0)
+    assert any(part is asked[0][2] for part in learned[0]) and not any(part is hot[0] for part in learned[0])
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient", "verifier", "refresh"])
 def test_a_number_that_is_not_finite_stops_the_run(smoke, tmp_path, monkeypatch, what):
     from minipav import rl as module
     calls = []
@@ -285,123 +289,14 @@ def test_a_number_that_is_not_finite_stops_the_run(smoke, tmp_path, monkeypatch,
             out[0].register_hook(lambda g: g * float("inf"))
             return out
         return out * float("nan")
-    name = "score" if what == "verifier" else "policy_loss"
+    name = {"verifier": "score", "refresh": "verifier_loss"}.get(what, "policy_loss")
+    how = dict(refresh=int(what == "refresh"))
     original = getattr(module, name)
     monkeypatch.setattr(module, name, breaks)
     with pytest.raises(Fail, match="iteration 3.*bad_batch.*iteration 2") as e:
-        trained(smoke, tmp_path / "run")
+        trained(smoke, tmp_path / "run", **how)
     assert "\n" not in str(e.value)
     bad = load_file(tmp_path / "run" / "bad_batch.safetensors")
     assert bad["tokens"].shape[0] == 8 and bad["q_mu"].shape == bad["ends"].shape
     monkeypatch.setattr(module, name, original)
-    assert trained(smoke, tmp_path / "run").state["iteration"] == 4                            # and the last checkpoint is good
-
-
-def test_what_was_sampled_before_the_first_iteration():
-    """A prompt of 2 tokens and two steps of 3: a rollout is 6 tokens; a completion of its first step 3; four completions of both
-    places 4 (6 + 3), and no completion starts at the last one."""
-    ends = torch.tensor([[1, 4, 7]] * 3)
-    n = torch.tensor([[1, 1, KNOWN], [0, 1, KNOWN], [4, 4, KNOWN]])
-    t = Traces(torch.zeros(3).long(), torch.zeros(3, 8).long(), torch.full((3,), 8), ends, torch.zeros(3, 3), n, torch.zeros(3))
-    assert [sampled(t[i:i + 1]) for i in range(3)] == [6, 3, 36] and sampled(t) == 45
-
-
-def test_rft_makes_right_seeds_likelier(searched):
-    run = Run.open(searched, "cpu")
-    seeds = own_rollouts(run, "base")
-    right, sft = seeds[seeds.reward == 1], run.model("base")
-    batch = right.tokens, right.lengths, right.ends[:, 0] + 1
-    losses = [sft_loss(m, *batch).item() for m in (sft, rft(run, "base", sft, epochs=8))]
-    assert len(seeds) == 600 and 40 <= len(right) < 60 and losses[1] < losses[0] - 0.01
-
-
-def test_verdicts():
-    def x(mean, lo, hi):
-        return {"mean": mean, "lo": lo, "hi": hi}
-    s = {"pav_minus_orm_points": x(9, 6, 12), "sample_efficiency": x(2.9, 2, 3.1), "pav_sum_minus_outcome_points": x(.2, -1, 1.5),
-         "pav_pi_minus_outcome_points": x(3.8, 1.5, 6), "q_bonus_minus_outcome_points": x(-8, -11, -5)}
-    assert [v.partition(":")[0] for v in verdicts(s).values()] == ["reproduced", "partly", "reproduced", "not reproduced",
-                                                                     "reproduced"]
-    s = {"pav_minus_orm_points": x(9, -1, 12), "sample_efficiency": None, "pass64_pav_minus_orm_points": x(5, 2, 8),
-         "pass64_pav_minus_sft_points": x(4, 1, 7), "pass64_orm_minus_sft_points": x(-1, -4, 2)}
-    assert [v.partition(":")[0] for v in verdicts(s).values()] == ["not reproduced", "not reproduced", "partly"]
-
-
-def test_sample_efficiency():
-    """ORM-RL is best (.3) at iteration 40; PAV-RL has .3 at 15, half way between .2 and .4: 2.67 times fewer."""
-    x = np.array([0., 10, 20, 40])
-    orm, pav = np.array([[.1, .2, .2, .3]]), np.array([[.1, .2, .4, .4]])
-    assert first_reach(x, pav, np.array([.3])) == pytest.approx(15) and np.isnan(first_reach(x, orm, np.array([.5]))[0])
-    assert sample_efficiency((x, orm), (x, pav)) == pytest.approx(40 / 15) and sample_efficiency((x, pav), (x, orm)) == 0
-    assert np.isnan(sample_efficiency((x, orm[:, ::-1]), (x, pav)))                            # best at the start
-
-
-def test_each_training_is_held_against_its_own_control():
-    flags = {"outcome": dict(reward="outcome", kl=0.03, alpha=1.0, policy="base"), "pav": dict(reward="pav", kl=0.03, alpha=1.0,
-             policy="base"), "sft": dict(policy="base")}
-    flags |= {"outcome-kl0.015": flags["outcome"] | {"kl": 0.015}, "pav-sum": flags["pav"] | {"reward": "pav-sum"},
-              "pav-alpha3.0": flags["pav"] | {"alpha": 3.0}, "outcome-policyweak": flags["outcome"] | {"policy": "weak"},
-              "pav-policyweak": flags["pav"] | {"policy": "weak"}, "pav-kl0.001": flags["pav"] | {"kl": 0.001}}
-    assert [control(n, flags) for n in ("pav", "pav-alpha3.0", "pav-kl0.001")] == ["outcome"] * 3
-    assert control("pav-sum", flags) == "outcome-kl0.015" and control("pav-policyweak", flags) == "outcome-policyweak"
-
-
-
-def rl(*args):
-    return subprocess.run([sys.executable, "rl.py", *map(str, args)], cwd=ROOT, capture_output=True, text=True)
-
-
-@pytest.fixture(scope="module")
-def searched(smoke_run, tmp_path_factory):
-    """A smoke run of train.py whose base policy was right at times."""
-    out = tmp_path_factory.mktemp("rl") / "run"
-    shutil.copytree(smoke_run[0], out)
-    run = Run.open(out, "cpu")
-    traces = run.traces("base_train")
-    traces.reward[:40] = 1
-    run.save_traces("base_train", traces)
-    return out
-
-
-def test_rl_from_the_outside(searched, tmp_path):
-    """No --reward: ORM-RL and PAV-RL side by side, a table, figures, a summary; and again: nothing is trained twice."""
-    out = tmp_path / "out"
-    done = rl("--run", searched, *SMALL, "--out", out)
-    assert done.returncode == 0, done.stderr
-    summary = json.loads((out / "summary.json").read_text())
-    assert {"sample_efficiency", "pav_minus_orm_points", "orm_minus_rft_points", "verdicts", "command", "seeds"} <= set(summary)
-    assert {"fig7.png", "fig8.csv", "curves.csv", "table.txt"} <= {p.name for p in out.iterdir()} and "PAV-RL" in done.stdout
-    logs = {p: p.stat().st_mtime for p in searched.glob("rl/*/log.csv")}
-    again = rl("--run", searched, *SMALL, "--out", out)
-    assert again.returncode == 0 and logs and logs == {p: p.stat().st_mtime for p in searched.glob("rl/*/log.csv")}
-    assert json.loads((out / "summary.json").read_text()) == summary
-    sft = [load_file(p / "final.safetensors")["reward"] for p in searched.glob("rl/sft*")]
-    assert sft[0].shape == (5, 16)
-
-
-def test_tuning_is_on_validation_problems(searched, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "GRID", ({"lr": 2e-3}, {"kl": 0.1}))
-    monkeypatch.setattr(sys, "argv", ["rl.py", "--run", str(searched), *SMALL, "--n", "3", "--tune", "--reward", "outcome",
-                                      "--out", str(tmp_path / "out")])
-    cli.main()
-    rows = [line.split(",")[:3] for line in (tmp_path / "out" / "tune.csv").read_text().splitlines()[1:]]
-    assert rows == [["outcome", "0.002", "0.03"], ["outcome", "0.001", "0.1"]]
-    assert not list(searched.glob("rl/sft*n3/final.json")), "SFT is judged on test problems, and not while tuning"
-    assert len(list(searched.glob("rl/tune/outcome*"))) == 2
-
-
-def test_bad_calls_are_one_line_errors(smoke_run, tmp_path, monkeypatch):
-    run = tmp_path / "run"
-    shutil.copytree(smoke_run[0], run)
-    shutil.rmtree(run / "q_weak")
-    for args, words in (((tmp_path / "nothing",), "python train.py"), ((run, "--alpha", -1), "--alpha"),
-                        ((run, "--lr", 0), "--lr"), ((run, "--prover", "bo0"), "--prover bo0"),
-                        ((run, "--batch", 7), "--batch 7"), ((run, "--group", 1, "--baseline", "group"), "--group 1"),
-                        ((run, run), "--out"),
-                        ((run, "--no_rft", *SMALL, "--reward", "pav", "--prover", "weak"), "q_weak"),
-                        ((run, "--no_rft", *SMALL, "--reward", "pav-rollout", "--prover", "bo16"), "--n_mc 4"),
-                        ((run, "--no_rft", *SMALL, "--reward", "pav-oracle", "--prover", "strong"), "exact values")):
-        monkeypatch.setattr(sys, "argv", ["rl.py", "--run", *map(str, args)])
-        with pytest.raises(Fail, match=words) as e:
-            cli.main()
-        assert "\n" not in str(e.value)
+    assert trained(smoke, tmp_path / "run", **how).state["iteration"] == 4                   # the last checkpoint is good
