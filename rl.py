@@ -4,7 +4,7 @@
     python rl.py --all                    # every reward
     python rl.py --sweep                  # other alphas, provers, difficulties, iterations; what keeps it stable
     python rl.py --reward pav --alpha 1 --prover bo16 --policy weak             # one training with other flags
-    python rl.py --tune                   # learning rate and KL of each reward over the same grid, on validation problems
+    python rl.py --tune lr --all          # the learning rate (or the KL) of each reward over one grid, on validation problems
     python rl.py --run runs/calculator-seed? --all --out results/rl             # several seeds, and their mean
 
 Each training has a folder RUN/rl/NAME with log.csv and a checkpoint; it goes on where it was stopped, and what is finished
@@ -27,7 +27,7 @@ from minipav.rl_report import rl_report
 from minipav.run import commit, hardware, open_runs
 from minipav.utils import Fail, main_guard, make_folder, pick_device, progress, tune_process, write_whole
 
-GRID = ({"lr": 3e-4}, {"lr": 1e-3}, {"lr": 2e-3}, {"kl": 0.01}, {"kl": 0.1})                # of --tune, the same for every reward
+GRID = {"lr": (3e-4, 1e-3, 2e-3), "kl": (0.01, 0.03, 0.1)}      # of --tune, the same for every reward
 SWEEPS = [*({"reward": "pav", **x} for x in (
     {"alpha": 0.5}, {"alpha": 3.0}, {"alpha": 6.0}, {"prover": "bo16"}, {"prover": "strong"}, {"refresh": 2},
     {"kl": 0.2}, {"no_known": True}, {"baseline": "none"})), *({"reward": r, **x} for x in (
@@ -41,7 +41,7 @@ def get_args(argv=None):
     p.add_argument("--out", type=Path, help="where figures, CSVs and summary.json go (default: RUN/rl)")
     p.add_argument("--all", action="store_true", help="every reward")
     p.add_argument("--sweep", action="store_true", help="also other alphas, provers, policies; without what keeps it stable")
-    p.add_argument("--tune", action="store_true", help="learning rate and KL over a grid, on validation problems")
+    p.add_argument("--tune", choices=list(GRID), help="try this flag over a grid, on validation problems")
     # what is rewarded
     p.add_argument("--reward", nargs="+", choices=list(REWARDS), default=["outcome", "pav"])
     p.add_argument("--alpha", type=float, default=1.0, help="weight of A^mu in the effective reward (Eq. 5)")
@@ -195,7 +195,7 @@ def main():
     if {"pav-sum", "pav-pi"} & set(rewards) and args.alpha:     # 1 + alpha times the gradient, one KL: their control
         arms.append({"reward": "outcome", "kl": args.kl / (1 + args.alpha)})
     if args.tune:
-        arms = [{"reward": r, **x} for r in rewards for x in GRID]
+        arms = [{"reward": r, args.tune: x} for r in rewards for x in GRID[args.tune]]
     for arm in arms:
         prover_of(arm_flags(args, **arm)[2])                    # fail now, not after the first trainings
     found = [[] for _ in arms]
@@ -204,12 +204,13 @@ def main():
         for arm, accuracies in zip(arms, found):
             accuracies.append(train_arm(run, args, **arm))
     if args.tune:
-        rows = [(f["reward"], f["lr"], f["kl"], round(sum(acc) / len(acc), 4))
-                for f, acc in zip(({**vars(args), **arm} for arm in arms), found)]
-        write_csv(out / "tune.csv", ["reward", "lr", "kl", "validation accuracy"], rows)
+        rows = [(*arm.values(), round(sum(acc) / len(acc), 4)) for arm, acc in zip(arms, found)]
+        path = out / f"tune_{args.tune}.csv"
+        write_csv(path, ["reward", args.tune, "validation accuracy"], rows)
         for r in rewards:
-            print("the best of {}: lr {}, kl {} ({})".format(*max((x for x in rows if x[0] == r), key=lambda x: x[3])))
-        print(f"all in {out / 'tune.csv'}")
+            best = max((row for row in rows if row[0] == r), key=lambda row: row[2])
+            print(f"the best of {r}: --{args.tune} {best[1]} ({best[2]})")
+        print(f"all in {path}")
     else:
         starts = {kind: named(kind, args, STARTS, get_args([])) for kind in ("sft", "rft")[:1 if args.no_rft else 2]}
         rl_report(runs, starts | {label: name for label, name, _ in (arm_flags(args, **arm) for arm in arms)}, out)

@@ -124,12 +124,12 @@ def test_a_sweep_is_drawn_beside_the_default(searched, tmp_path, monkeypatch):
 
 
 def test_tuning_is_on_validation_problems(searched, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "GRID", ({"lr": 2e-3}, {"kl": 0.1}))
-    monkeypatch.setattr(sys, "argv", ["rl.py", "--run", str(searched), *SMALL, "--n", "3", "--tune", "--reward", "outcome",
+    monkeypatch.setattr(cli, "GRID", {"lr": (1e-3, 2e-3)})
+    monkeypatch.setattr(sys, "argv", ["rl.py", "--run", str(searched), *SMALL, "--n", "3", "--tune", "lr", "--reward", "outcome",
                                       "--out", str(tmp_path / "out")])
     cli.main()
-    rows = [line.split(",")[:3] for line in (tmp_path / "out" / "tune.csv").read_text().splitlines()[1:]]
-    assert rows == [["outcome", "0.002", "0.03"], ["outcome", "0.001", "0.1"]]
+    rows = [line.split(",")[:2] for line in (tmp_path / "out" / "tune_lr.csv").read_text().splitlines()[1:]]
+    assert rows == [["outcome", "0.001"], ["outcome", "0.002"]]
     assert not list(searched.glob("rl/sft*n3/final.json")), "SFT is judged on test problems, and not while tuning"
     assert len(list(searched.glob("rl/tune/outcome*"))) == 2
 
