@@ -29,10 +29,11 @@ from minipav.utils import Fail, main_guard, make_folder, pick_device, progress, 
 
 GRID = {"lr": (3e-4, 1e-3, 2e-3), "kl": (0.01, 0.03, 0.1)}      # of --tune, the same for every reward
 SWEEPS = [*({"reward": "pav", **x} for x in (
-    {"alpha": 0.5}, {"alpha": 3.0}, {"alpha": 6.0}, {"prover": "bo16"}, {"prover": "strong"}, {"refresh": 2},
-    {"kl": 0.2}, {"no_known": True}, {"baseline": "none"})), *({"reward": r, **x} for x in (
-        {"policy": "weak"}, {"policy": "strong"}, {"kl": 1e-3}, {"kl": 0.1},
-        {"iterations": 480}) for r in ("outcome", "pav"))]      # 480: ORM-RL for all the tokens that PAV-RL costs in 150
+    {"alpha": 0.5}, {"alpha": 3.0}, {"alpha": 6.0}, {"prover": "bo16"}, {"prover": "weak"}, {"prover": "strong"}, {"refresh": 2},
+    {"kl": 0.2}, {"no_known": True})), *({"reward": r, **x} for x in (
+        {"policy": "weak"}, {"policy": "strong"}, {"kl": 1e-3}, {"kl": 0.1}, {"baseline": "none"}, {"baseline": "group"},
+        {"no_rft": True}, {"iterations": 480}) for r in ("outcome", "pav")),    # 480: ORM-RL for all that PAV-RL costs in 150
+    {"reward": "pav-oracle", "kl": 1e-3}, {"reward": "vine", "n_mc": 9}]
 
 
 def get_args(argv=None):
@@ -188,14 +189,15 @@ def main():
     out = args.out or runs[0].out / "rl"
     make_folder(out)
     args.split = "validation" if args.tune else "test"
-    rewards = [r for r in (REWARDS if args.all else args.reward) if r != "pav-oracle" or hasattr(runs[0].task, "exact")]
-    if len(rewards) == 0:
-        raise Fail(f"--reward pav-oracle: task {runs[0].task.name} has no exact values")
+    rewards = list(REWARDS) if args.all else args.reward
     arms = [{"reward": r} for r in rewards] + SWEEPS * args.sweep
     if {"pav-sum", "pav-pi"} & set(rewards) and args.alpha:     # 1 + alpha times the gradient, one KL: their control
         arms.append({"reward": "outcome", "kl": args.kl / (1 + args.alpha)})
     if args.tune:
         arms = [{"reward": r, args.tune: x} for r in rewards for x in GRID[args.tune]]
+    arms = [arm for arm in arms if arm["reward"] != "pav-oracle" or hasattr(runs[0].task, "exact")]
+    if len(arms) == 0:
+        raise Fail(f"--reward pav-oracle: task {runs[0].task.name} has no exact values")
     for arm in arms:
         prover_of(arm_flags(args, **arm)[2])                    # fail now, not after the first trainings
     found = [[] for _ in arms]
@@ -207,7 +209,7 @@ def main():
         rows = [(*arm.values(), round(sum(acc) / len(acc), 4)) for arm, acc in zip(arms, found)]
         path = out / f"tune_{args.tune}.csv"
         write_csv(path, ["reward", args.tune, "validation accuracy"], rows)
-        for r in rewards:
+        for r in dict.fromkeys(row[0] for row in rows):
             best = max((row for row in rows if row[0] == r), key=lambda row: row[2])
             print(f"the best of {r}: --{args.tune} {best[1]} ({best[2]})")
         print(f"all in {path}")
