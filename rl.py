@@ -22,9 +22,10 @@ from safetensors.torch import save_file
 from minipav.model import GPT
 from minipav.report import write_csv
 from minipav.rewards import REWARDS, prover_of
-from minipav.rl import RL, outcomes, rft
+from minipav.rl import RL, outcomes
 from minipav.rl_report import rl_report
 from minipav.run import commit, hardware, open_runs
+from minipav.sft import rft
 from minipav.utils import Fail, main_guard, make_folder, pick_device, progress, tune_process, write_whole
 
 GRID = {"lr": (3e-4, 1e-3, 2e-3), "kl": (0.01, 0.03, 0.1)}      # of --tune, the same for every reward

@@ -30,9 +30,8 @@ from minipav.rewards import (
     to_tokens,
 )
 from minipav.search import pass_at_n
-from minipav.sft import sft_loss
 from minipav.tokenizer import pad_token
-from minipav.utils import Fail, apply_step, make_optimizers, progress, schedule, write_whole
+from minipav.utils import Fail, apply_step, make_optimizers, progress, write_whole
 from minipav.verifier import label_weights, score, verifier_loss
 
 # ---- losses ---------------------------------------------------------------------------------------------------------
@@ -268,26 +267,3 @@ def outcomes(policy, run, problems, n, seed, **how):
     """Rex (P, n) of n samples of each problem, with the run's top_p, as everywhere but in training."""
     t = seed_rollouts(policy, run.task, run.enc, problems, n, seed, **run.how | how)
     return t.reward.view(len(problems), n)
-
-
-def own_rollouts(run, name):
-    """The seed rollouts of a policy of train.py: the first of its verifier's data. -> Traces"""
-    c = run.config
-    return run.traces(f"{name}_train")[:c["problems"] * c["n_cov"] if name == "base" else c["mu_rollouts"] // 2]
-
-
-def rft(run, name, policy, epochs=2, batch_size=64, lr=3e-4):
-    """Rejection fine-tuning: `policy`, trained on with its own right seed rollouts (App. E; there with the settings of SFT)."""
-    policy, seeds = copy.deepcopy(policy), own_rollouts(run, name)
-    right, optimizers = seeds[seeds.reward == 1], make_optimizers(policy, 0.0, lr)
-    if len(right) == 0:
-        raise Fail(f"the policy {name} of {run.out} never came out right: there is nothing to fine-tune on; use --no_rft")
-    generator = torch.Generator().manual_seed(run.seed("rft"))
-    order = torch.cat([torch.randperm(len(right), generator=generator) for _ in range(epochs)])
-    steps = max(1, len(order) // batch_size)
-    for step in range(steps):
-        t = right[order[step * batch_size:(step + 1) * batch_size]]
-        batch = t.tokens[:, :int(t.lengths.max())], t.lengths, t.ends[:, 0] + 1
-        sft_loss(policy, *(x.to(policy.device) for x in batch)).backward()
-        apply_step(policy, optimizers, schedule(step, steps))
-    return policy

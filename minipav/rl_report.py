@@ -12,9 +12,10 @@ from safetensors.numpy import load_file
 
 from minipav.report import Curves, bootstrap, interval, mean_of, write_csv
 from minipav.rewards import REWARDS
-from minipav.rl import COLUMNS, own_rollouts
+from minipav.rl import COLUMNS
 from minipav.rl_figures import LABELS, figures
 from minipav.search import pass_at_n
+from minipav.sft import own_rollouts
 from minipav.utils import Fail, write_whole
 
 N = [2 ** k for k in range(9)]

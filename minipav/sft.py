@@ -1,14 +1,16 @@
-"""Supervised fine-tuning of a policy on demonstrations of the task.
+"""Supervised fine-tuning of a policy on demonstrations of the task, and rejection fine-tuning on its own right samples.
 
 `directed` is the share of demonstrations that reach the target: the rest compute faithfully and go nowhere in
 particular, and so will the policy. Every step sees new problems.
 """
+import copy
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from minipav.tokenizer import encode_rows, join, pad_token
-from minipav.utils import apply_step, derive_seed, make_optimizers, schedule
+from minipav.utils import Fail, apply_step, derive_seed, make_optimizers, schedule
 
 
 def sft_loss(model, tokens, lengths, prompt_lengths):
@@ -36,3 +38,26 @@ def train_policy(model, enc, task, directed, *, steps, batch_size, lr_muon, lr_a
         loss.backward()
         apply_step(model, optimizers, schedule(step, steps))
         log(step + 1, steps, loss.item())
+
+
+def own_rollouts(run, name):
+    """The seed rollouts of a policy of train.py: the first of its verifier's data. -> Traces"""
+    c = run.config
+    return run.traces(f"{name}_train")[:c["problems"] * c["n_cov"] if name == "base" else c["mu_rollouts"] // 2]
+
+
+def rft(run, name, policy, epochs=2, batch_size=64, lr=3e-4):
+    """Rejection fine-tuning: `policy`, trained on with its own right seed rollouts (App. E; there with the settings of SFT)."""
+    policy, seeds = copy.deepcopy(policy), own_rollouts(run, name)
+    right, optimizers = seeds[seeds.reward == 1], make_optimizers(policy, 0.0, lr)
+    if len(right) == 0:
+        raise Fail(f"the policy {name} of {run.out} never came out right: there is nothing to fine-tune on; use --no_rft")
+    generator = torch.Generator().manual_seed(run.seed("rft"))
+    order = torch.cat([torch.randperm(len(right), generator=generator) for _ in range(epochs)])
+    steps = max(1, len(order) // batch_size)
+    for step in range(steps):
+        t = right[order[step * batch_size:(step + 1) * batch_size]]
+        batch = t.tokens[:, :int(t.lengths.max())], t.lengths, t.ends[:, 0] + 1
+        sft_loss(policy, *(x.to(policy.device) for x in batch)).backward()
+        apply_step(policy, optimizers, schedule(step, steps))
+    return policy

@@ -13,10 +13,9 @@ from safetensors.torch import load_file
 
 import rl as cli
 from minipav.advantage import KNOWN, Traces
-from minipav.rl import own_rollouts, rft
 from minipav.rl_report import control, first_reach, sample_efficiency, sampled, verdicts
 from minipav.run import Run
-from minipav.sft import sft_loss
+from minipav.sft import own_rollouts, rft, sft_loss
 from minipav.utils import Fail
 
 ROOT = Path(__file__).parent.parent
