@@ -149,7 +149,7 @@ def main():
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--all", action="store_true", help="the map: readings of the task, longer y*, longer SFT, Monte-Carlo Q^pi")
     p.add_argument("--iterations", type=int, default=1000)
-    p.add_argument("--out", type=Path, default=Path("results/didactic"))
+    p.add_argument("--out", type=Path, default=Path("runs/didactic"))
     args = p.parse_args()
     if args.seeds < 1 or args.iterations < 100:
         raise Fail(f"--seeds {args.seeds} must be at least 1 and --iterations {args.iterations} at least 100")

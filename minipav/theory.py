@@ -1,6 +1,6 @@
 """Theorem 3.1, Remark 3.1 and Proposition F.1 on small tree MDPs, where every quantity is exact.
 
-    python -m minipav.theory              # seconds; writes theory.json, theorem, remark, weak_prover to results/didactic
+    python -m minipav.theory              # seconds; writes theory.json, theorem, remark, weak_prover to runs/didactic
 
 A tree MDP: `depth` levels, `actions` choices at each state, a random chance of success at each leaf; states are numbered level
 by level, s -> s * actions + a + 1. Policies are tables pi (states, actions). All functions take a batch of MDPs, M of them.
@@ -119,7 +119,7 @@ def weak_prover(M=1000, gamma=0.1, steps=50, seed=0):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("results/didactic"))
+    parser.add_argument("--out", type=Path, default=Path("runs/didactic"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     from minipav.figures import draw

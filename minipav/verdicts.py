@@ -117,7 +117,7 @@ def summarize(s):
               f"points ahead at the tokens of N rollouts: {text} (paper: 8 to 10 at N = 128){note}")
         r = out["token_ratio_to_match_best_orm"]
         judge("1.5 to 5 times fewer tokens for what best-of-N by the ORM reaches", [
-            {"lo": r["lo"] - 1.5}, {"lo": r["mean"] - 1.5}], "best-of-N at its best needs "
+            {"lo": r["lo"] - 1.5}, {"lo": r["lo"] - 1}], "best-of-N at its best needs "
             f"{r['mean']:.2f} [{r['lo']:.2f}, {r['hi']:.2f}] times the beam's tokens for the same (0: the beam never gets there)")
         points, text = by_budget("pav_minus_qbeam_points")
         judge("the advantage adds to Q^pi: PAV beam above Q^pi beam", points, f"{text} points{note}")
