@@ -200,6 +200,8 @@ def cost_before(run, f):
     if REWARDS[f["reward"]][1] == "verifier":
         names = {"base", f["policy"] if f["prover"][:2] == "bo" else f["prover"]}               # every verifier starts from Q^pi
         tokens = sum(n for (who, _), n in files.items() if who in names) + tokens * (f["policy"] not in names)
+        if "strong" not in {*names, f["policy"]}:               # whose right traces Q^pi's data branches off
+            tokens += sampled(own_rollouts(run, "strong"))
         training = sum(run.stages["q_pi" if who == "base" else f"q_{who}"]["seconds"] for who in names)
     return tokens, training + run.stages["rollouts"]["seconds"] * tokens / sum(files.values())
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import rl as cli
 from minipav.advantage import KNOWN, Traces
-from minipav.rl_report import control, first_reach, sample_efficiency, sampled, verdicts
+from minipav.rl_report import control, cost_before, first_reach, sample_efficiency, sampled, verdicts
 from minipav.run import Run
 from minipav.sft import own_rollouts, rft, sft_loss
 from minipav.utils import Fail
@@ -36,6 +36,17 @@ def test_what_was_sampled_before_the_first_iteration():
     n = torch.tensor([[1, 1, KNOWN], [0, 1, KNOWN], [4, 4, KNOWN]])
     t = Traces(torch.zeros(3).long(), torch.zeros(3, 8).long(), torch.full((3,), 8), ends, torch.zeros(3, 3), n, torch.zeros(3))
     assert [sampled(t[i:i + 1]) for i in range(3)] == [6, 3, 36] and sampled(t) == 45
+
+
+def test_a_verifier_costs_its_data_and_outcome_reward_what_rft_needs(searched):
+    run = Run.open(searched, "cpu")
+
+    def tokens(**flags):
+        return cost_before(run, {"reward": "pav", "policy": "base", "prover": "bo4", "no_rft": False} | flags)[0]
+    data = {who: sum(sampled(run.traces(f"{who}_{split}")) for split in ("train", "validation")) for who in ("base", "strong")}
+    assert tokens(reward="outcome") == sampled(own_rollouts(run, "base")) > 0 == tokens(reward="outcome", no_rft=True)
+    assert tokens() == data["base"] + sampled(own_rollouts(run, "strong")) < tokens(prover="strong") == sum(data.values())
+    assert tokens(policy="strong") == sum(data.values())
 
 
 def test_rft_makes_right_seeds_likelier(searched):
