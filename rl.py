@@ -34,7 +34,7 @@ SWEEPS = [*({"reward": "pav", **x} for x in (
     {"kl": 0.2}, {"no_known": True})), *({"reward": r, **x} for x in (
         {"policy": "weak"}, {"policy": "strong"}, {"kl": 1e-3}, {"kl": 0.1}, {"baseline": "none"}, {"baseline": "group"},
         {"no_rft": True}, {"iterations": 480}) for r in ("outcome", "pav")),    # 480: ORM-RL for all that PAV-RL costs in 150
-    {"reward": "pav-oracle", "kl": 1e-3}, {"reward": "vine", "n_mc": 9}]
+    {"reward": "pav-oracle", "kl": 1e-3}]
 
 
 def get_args(argv=None):
