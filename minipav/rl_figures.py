@@ -85,7 +85,7 @@ def figures(t, out):
         figure("kl", "How far from the initial policy: every reward, with other KL coefficients too", against_kl(t))
         panels = [*varied(t, "policy", "policy"), *varied(t, "alpha", "alpha"), *varied(t, "prover", "prover"),
                   *varied(t, "iterations", "iterations"),
-                  *varied(t, "what keeps it stable", "no_rft", "kl", "baseline", "no_known", "refresh")]
+                  *varied(t, "kl", "kl"), *varied(t, "the rest", "no_rft", "baseline", "no_known", "refresh")]
         if panels:
             figure("sweeps", "What the result depends on", panels)
     return made

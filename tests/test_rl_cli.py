@@ -127,7 +127,7 @@ def test_a_sweep_is_drawn_beside_the_default(searched, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["rl.py", "--run", str(searched), *SMALL, "--sweep", "--out", str(tmp_path)])
     cli.main()
     rows = [line.split(",")[:3] for line in (tmp_path / "sweeps.csv").read_text().splitlines()[1:]]
-    assert rows == [[panel, line, x] for panel, change in (("alpha", "3.0"), ("what keeps it stable", "no_known"))
+    assert rows == [[panel, line, x] for panel, change in (("alpha", "3.0"), ("the rest", "no_known"))
                     for line in ("ORM-RL", "PAV-RL") for x in ("default", change)]
     assert {"outcome": "outcome", "pav-alpha3.0": "outcome"}.items() <= json.loads(
         (tmp_path / "summary.json").read_text())["controls"].items()
