@@ -1,6 +1,6 @@
 """The whole of minipav, from nothing to a figure, in the order of the paper.
 
-    python train.py                       # calculator, 2 CPU cores: about 15 minutes; a GPU is used if there is one
+    python train.py                       # calculator, 2 CPU cores: 11 to 15 minutes; a GPU is used if there is one
     python train.py --smoke --out /tmp/x  # every stage at toy size, seconds
     python train.py --resume              # go on where an interrupted run stopped: same result as without the interruption
 
