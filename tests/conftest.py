@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 
+from minipav.advantage import Traces  # noqa: E402
 from minipav.model import GPT, GPTConfig  # noqa: E402
 from minipav.tasks import get_task  # noqa: E402
 from minipav.tasks.calculator import parse, transitions  # noqa: E402
@@ -74,12 +76,16 @@ class WalkPolicy(torch.nn.Module):
         return out
 
 
+def call(script, *args):
+    """Run train.py, search.py or rl.py as a user would."""
+    return subprocess.run([sys.executable, script, *map(str, args)], cwd=ROOT, capture_output=True, text=True)
+
+
 @pytest.fixture(scope="session")
 def smoke_run(tmp_path_factory):
     """(folder, what it printed) of python train.py --smoke. Not to be changed: copy it."""
     out = tmp_path_factory.mktemp("run") / "a"
-    done = subprocess.run([sys.executable, str(Path(__file__).parent.parent / "train.py"), "--smoke", "--device", "cpu", "--out",
-                           str(out)], capture_output=True, text=True, cwd="/")
+    done = call("train.py", "--smoke", "--device", "cpu", "--out", out)
     assert done.returncode == 0, done.stderr
     return out, done.stdout
 
@@ -89,3 +95,12 @@ def calculator():
     """(task, encoding, ten test problems) at H = 4, at least 2 steps."""
     task = get_task("calculator", H=4, min_steps=2)
     return task, synthetic_encoding(task.phrases), task.problems("test", 10, 0)
+
+
+@pytest.fixture
+def batch():
+    """Three traces: two steps ended by 2, one step ended by 3 (end of text), one cut off in its second step. 0 pads."""
+    tokens = torch.tensor([[5, 6, 7, 2, 8, 9, 3, 0], [5, 6, 7, 8, 3, 0, 0, 0], [5, 6, 7, 2, 8, 9, 9, 9]])
+    ends = torch.tensor([[1, 3, 6], [1, 4, -1], [1, 3, -1]])
+    return Traces(torch.arange(3), tokens, torch.tensor([7, 5, 8]), ends, torch.zeros(3, 3), torch.zeros(3, 3).long(),
+                  torch.tensor([1., 0, 0]))

@@ -1,14 +1,12 @@
 """rl.py from the outside, and what its report says."""
 import json
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL
+from conftest import SMALL, call
 from safetensors.torch import load_file
 
 import rl as cli
@@ -17,8 +15,6 @@ from minipav.rl_report import control, cost_before, first_reach, sample_efficien
 from minipav.run import Run
 from minipav.sft import own_rollouts, rft, sft_loss
 from minipav.utils import Fail
-
-ROOT = Path(__file__).parent.parent
 
 
 def test_a_training_is_named_by_the_flags_that_its_reward_uses():
@@ -89,11 +85,6 @@ def test_each_training_is_held_against_its_own_control():
     assert control("pav-sum", flags) == "outcome-kl0.015" and control("pav-policyweak", flags) == "outcome-policyweak"
 
 
-
-def rl(*args):
-    return subprocess.run([sys.executable, "rl.py", *map(str, args)], cwd=ROOT, capture_output=True, text=True)
-
-
 @pytest.fixture(scope="module")
 def searched(smoke_run, tmp_path_factory):
     """A smoke run of train.py whose base policy was right at times."""
@@ -109,13 +100,13 @@ def searched(smoke_run, tmp_path_factory):
 def test_rl_from_the_outside(searched, tmp_path):
     """No --reward: ORM-RL and PAV-RL side by side, a table, figures, a summary; and again: nothing is trained twice."""
     out = tmp_path / "out"
-    done = rl("--run", searched, *SMALL, "--out", out)
+    done = call("rl.py", "--run", searched, *SMALL, "--out", out)
     assert done.returncode == 0, done.stderr
     summary = json.loads((out / "summary.json").read_text())
     assert {"sample_efficiency", "pav_minus_orm_points", "orm_minus_rft_points", "verdicts", "command", "seeds"} <= set(summary)
     assert {"fig7.png", "fig8.csv", "curves.csv", "table.txt"} <= {p.name for p in out.iterdir()} and "PAV-RL" in done.stdout
     logs = {p: p.stat().st_mtime for p in searched.glob("rl/*/log.csv")}
-    again = rl("--run", searched, *SMALL, "--out", out)
+    again = call("rl.py", "--run", searched, *SMALL, "--out", out)
     assert again.returncode == 0 and logs and logs == {p: p.stat().st_mtime for p in searched.glob("rl/*/log.csv")}
     assert json.loads((out / "summary.json").read_text()) == summary
     sft = [load_file(p / "final.safetensors")["reward"] for p in searched.glob("rl/sft*")]

@@ -2,13 +2,12 @@
 import csv
 import json
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import call
 
 import search as cli
 from minipav import experiments
@@ -17,7 +16,6 @@ from minipav.report import Curves
 from minipav.utils import Fail
 from minipav.verdicts import efficiency, spearman
 
-ROOT = Path(__file__).parent.parent
 SMALL = ("--problems", "20", "--validation", "2", "--n", "8", "--widths", "1", "2")
 
 
@@ -27,16 +25,12 @@ def measured(run):
     return folder
 
 
-def search(*args):
-    return subprocess.run([sys.executable, "search.py", *map(str, args)], cwd=ROOT, capture_output=True, text=True)
-
-
 @pytest.fixture(scope="module")
 def run(smoke_run, tmp_path_factory):
     """A smoke run of train.py, searched."""
     out = tmp_path_factory.mktemp("searched") / "run"
     shutil.copytree(smoke_run[0], out)
-    done = search("--run", out, *SMALL)
+    done = call("search.py", "--run", out, *SMALL)
     assert done.returncode == 0, done.stderr
     return out, done
 
@@ -67,7 +61,7 @@ def test_budgets_hold_for_every_method(run):
 def test_what_was_measured_is_not_measured_again(run):
     out, _ = run
     before = (measured(out) / "summary.json").read_text()
-    again = search("--run", out, *SMALL)
+    again = call("search.py", "--run", out, *SMALL)
     assert again.returncode == 0 and again.stdout.count("measured before") == 3
     assert json.loads((measured(out) / "summary.json").read_text())["verdicts"] == json.loads(before)["verdicts"]
 
@@ -91,7 +85,7 @@ def test_alpha_zero_is_the_q_beam_to_the_token(run, tmp_path):
     """With any prover."""
     out = tmp_path / "run"
     shutil.copytree(run[0], out, ignore=shutil.ignore_patterns("search*"))
-    done = search("--run", out, *SMALL, "--alpha", 0, "--prover", "strong", "--method", "q_beam", "pav_beam")
+    done = call("search.py", "--run", out, *SMALL, "--alpha", 0, "--prover", "strong", "--method", "q_beam", "pav_beam")
     assert done.returncode == 0, done.stderr
     curves = Curves.load(measured(out) / "main.safetensors")
     for a, b in zip(curves.by["base:q_beam"], curves.by["base:pav_beam"]):
@@ -99,7 +93,7 @@ def test_alpha_zero_is_the_q_beam_to_the_token(run, tmp_path):
 
 
 def test_show_prints_every_candidate_with_its_values(run):
-    done = search("--run", run[0], "--show", 2)
+    done = call("search.py", "--run", run[0], "--show", 2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Q^mu") == 2 and done.stdout.count("answer: ") == 2 and "  *" in done.stdout
 
