@@ -1,1 +1,1 @@
-"""minipav: "Rewarding Progress: Scaling Automated Process Verifiers for LLM Reasoning" (arXiv 2410.08146), from scratch."""
+"""minipav: process advantage verifiers, small and from scratch (arXiv 2410.08146)."""

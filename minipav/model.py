@@ -6,16 +6,15 @@ head. One forward serves training (no cache) and cached decoding. Shapes are wri
     B rows, T positions, C = n_embd, H = n_head, G = n_kv_head, D = C / H, V = vocab_size, S = slots of the KV cache.
 """
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 
-from minipav.utils import Fail, write_whole
+from minipav.files import damaged, read_json, read_tensors, write_json, write_tensors
+from minipav.utils import Fail
 
 
 @dataclass
@@ -31,11 +30,16 @@ class GPTConfig:
     norm_eps: float = 1e-6
     qkv_bias: bool = False         # Qwen2 has it, Llama does not
     tied: bool = True              # the language-model head is the embedding
-    head: str = "lm"               # "lm": logits over the vocabulary; "scalar": one logit a position (a verifier)
+    head: str = "lm"               # "lm": logits over the vocabulary; "scalar": n_out numbers a position (a verifier)
+    n_out: int = 1
+    target: str = "bce"            # what a verifier was trained for: one of verifier.TARGETS
 
     def __post_init__(self):
-        if min(dataclasses.astuple(self)[:7]) < 1:
-            raise Fail(f"impossible size: every size must be at least 1 in {self}")
+        for f in dataclasses.fields(self):
+            if not isinstance(getattr(self, f.name), f.type):
+                raise Fail(f"impossible size: {f.name} is {getattr(self, f.name)!r} and should be of type {f.type.__name__}")
+        if min(dataclasses.astuple(self)[:7]) < 1 or self.n_out < 1 or self.head not in ("lm", "scalar"):
+            raise Fail(f"impossible size: every size must be at least 1, and head lm or scalar, in {self}")
         if self.n_embd % self.n_head or self.n_head % self.n_kv_head or (self.n_embd // self.n_head) % 2:
             raise Fail(f"impossible size: n_embd={self.n_embd} must be a multiple of n_head={self.n_head} with an even "
                        f"quotient, and n_head a multiple of n_kv_head={self.n_kv_head}")
@@ -139,7 +143,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         if config.head == "scalar":
-            self.head = nn.Linear(config.n_embd, 1)
+            self.head = nn.Linear(config.n_embd, config.n_out)
         else:
             self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
             if config.tied:
@@ -163,12 +167,12 @@ class GPT(nn.Module):
     def device(self):
         return self.embed.weight.device
 
-    def trunk(self, idx, cache=None, pos=None, span=None):
+    def trunk(self, idx, cache=None, pos=None, kv_len=None):
         """Hidden states (B, T, C) of the tokens idx (B, T).
 
         cache None: training. cache with pos None: prefill, the tokens are positions 0..T-1 of every row (rows shorter
         than T are right-padded; what the padding writes is overwritten before it can be read). cache with pos (B, T):
-        the tokens stand at those positions and see the slots 0..pos of their own row; span is the number of slots
+        the tokens stand at those positions and see the slots 0..pos of their own row; kv_len is the number of slots
         that are read, at least max(pos) + 1 (default: all of them).
         """
         mask = None
@@ -179,9 +183,9 @@ class GPT(nn.Module):
             rope = self.cos[None, :T], self.sin[None, :T]
             pos = torch.arange(T, device=idx.device).expand(len(idx), T)
         else:
-            span = span or cache.k[0].shape[1]
+            kv_len = kv_len or cache.k[0].shape[1]
             rope = self.cos[pos], self.sin[pos]                                 # (B, T, D / 2)
-            seen = torch.arange(span, device=idx.device) <= pos[:, :, None]     # (B, T, S)
+            seen = torch.arange(kv_len, device=idx.device) <= pos[:, :, None]     # (B, T, S)
             mask = torch.zeros(seen.shape, device=idx.device, dtype=self.embed.weight.dtype)
             mask = mask.masked_fill(~seen, float("-inf"))[:, None]              # (B, 1, T, S)
         x = self.embed(idx)                                                     # (B, T, C)
@@ -190,46 +194,45 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def forward(self, idx, cache=None, pos=None):
-        """Logits (B, T, V), or (B, T) with the scalar head."""
-        out = self.head(self.trunk(idx, cache, pos))
-        return out.squeeze(-1) if self.config.head == "scalar" else out
+        """Logits (B, T, V), or (B, T, n_out) with the scalar head."""
+        return self.head(self.trunk(idx, cache, pos))
 
-    def as_verifier(self):
+    def as_verifier(self, target="bce", n_out=1):
         """A new model with this trunk's weights and a fresh scalar head (section 4.2: verifiers start from an LM)."""
-        model = GPT(dataclasses.replace(self.config, head="scalar")).to(self.device)
-        own = {k: v for k, v in self.state_dict().items() if not k.startswith("head.")}
-        model.load_state_dict(own, strict=False)
+        config = dataclasses.replace(self.config, head="scalar", target=target, n_out=n_out)
+        model = GPT(config).to(self.device)
+        trunk = {k: v for k, v in self.state_dict().items() if not k.startswith("head.")}
+        model.load_state_dict(trunk, strict=False)
         return model
 
     def save(self, folder):
         """Write model.safetensors and config.json into `folder`, each whole or not at all."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
+        state = self.state_dict()
         if self.config.tied and self.config.head == "lm":
             del state["head.weight"]
-        write_whole(folder / "config.json", lambda p: p.write_text(json.dumps(dataclasses.asdict(self.config), indent=1)))
-        write_whole(folder / "model.safetensors", lambda p: save_file(state, p))
+        write_json(Path(folder) / "config.json", dataclasses.asdict(self.config))
+        write_tensors(Path(folder) / "model.safetensors", state)
 
     @classmethod
     def load(cls, folder, device="cpu"):
-        """The model saved in `folder`. Raises Fail, naming the file, if it is missing, truncated or another model's."""
+        """The model saved in `folder`. Raises Fail, naming the file, if it is missing, truncated, not finite or
+        another model's."""
         path = Path(folder) / "config.json"
+        fields, known = read_json(path, vocab_size=int), {f.name for f in dataclasses.fields(GPTConfig)}
+        if set(fields) - known:
+            raise damaged(path, f"unknown: {', '.join(sorted(set(fields) - known))}")
         try:
-            config = GPTConfig(**json.loads(path.read_text()))
-            path = Path(folder) / "model.safetensors"
-            state = load_file(path)
-        except FileNotFoundError:
-            raise Fail(f"{path} does not exist: is this the folder of a saved model?") from None
-        except Fail:
-            raise
-        except Exception as e:                                                  # json, unknown key, damaged weights
-            raise Fail(f"{path} is damaged or not a minipav model ({e}): delete the run or copy it again") from None
-        model = cls(config)
+            config = GPTConfig(**fields)
+        except Fail as e:
+            raise damaged(path, e) from None
+        path = Path(folder) / "model.safetensors"
+        state, _ = read_tensors(path)
+        with torch.device("meta"):                                              # no time for weights that are replaced
+            shapes = {k: v.shape for k, v in cls(config).state_dict().items()}
         if config.tied and config.head == "lm" and "embed.weight" in state:
             state["head.weight"] = state["embed.weight"]
-        try:
-            model.load_state_dict(state)
-        except RuntimeError as e:
-            raise Fail(f"{path} holds the weights of another model: {str(e).splitlines()[1].strip()[:160]}") from None
+        if wrong := sorted(k for k in shapes.keys() | state.keys() if shapes.get(k) != getattr(state.get(k), "shape", None)):
+            raise Fail(f"{path} holds the weights of another model: {', '.join(wrong)[:160]}")
+        model = cls(config)
+        model.load_state_dict(state)
         return model.to(device)

@@ -1,77 +1,73 @@
 """What a step is worth in RL: from outcomes and values to the weight of each token (section 5 of the paper).
 
-The tokens of step h all get that step's own return, by default Rex + alpha A^mu(s_h, a_h) (Eq. 5; Rex is an unbiased sample of
-Q^pi). A^mu is never summed along the trace: such a sum telescopes to the outcome minus a function of the state (pav-sum).
+The tokens of step h all get that step's own return, by default Rex + alpha A^mu(s_h, a_h) (Eq. 5; Rex is an unbiased
+sample of Q^pi). A^mu is never summed along the trace: such a sum telescopes to the outcome minus a function of the
+state (pav_sum).
 """
+from dataclasses import dataclass, replace
+
 import torch
-import torch.nn.functional as F
+from torch.nn.functional import pad as pad_right
 
-from minipav.advantage import Traces, advantage, complete, effective_reward, q_best_of_k
-from minipav.search import pass_at_n
-from minipav.tokenizer import decode_rows
+from minipav.advantage import advantage, effective_reward, q_best_of_k, rollout_from
+from minipav.search.best_of_n import pass_at_n
 from minipav.utils import Fail
-
-# reward: (the return of a step, where Q^mu comes from)
-REWARDS = {"outcome": ("outcome", None),                        # ORM-RL: Rex alone
-           "pav": ("effective", "verifier"),                    # Eq. 5
-           "pav-rollout": ("effective", "rollouts"),            # Q^mu from fresh rollouts of the prover: no verifier
-           "pav-oracle": ("effective", "exact"),                # exact Q^mu of the task's tabular policy: no error at all
-           "vine": ("alone", "current"),                        # VinePPO: A^pi of the current policy, from fresh rollouts
-           "q-bonus": ("bonus", "verifier"),                    # Q^mu itself: App. G's control
-           "pav-sum": ("sum", "verifier"),                      # summed: outcome reward again
-           "pav-pi": ("effective", "current")}                  # mu = pi: in expectation equals outcome reward
+from minipav.verifier import exact_q, score
 
 
-def prover_of(a):
-    """(K, name of the policy) of the prover that the flags `a` ask for: best-of-K of --policy, or another policy by itself.
-    Raises Fail if --reward cannot be had with it."""
-    source = REWARDS[a.reward][1]
-    if source in (None, "current"):
-        return 1, a.policy
-    if a.prover[:2] != "bo":
-        if source == "exact" or a.refresh:
-            raise Fail(f"--prover {a.prover}: only best-of-K has exact values, or a verifier to --refresh; use boK")
-        return 1, a.prover
-    K = int(a.prover[2:])
-    if source == "rollouts" and a.n_mc < K:
-        raise Fail(f"--n_mc {a.n_mc}: best-of-{K} needs at least {K} completions a prefix")
-    return K, a.policy
+@dataclass
+class Reward:
+    returns: object                 # (Rex, Q^mu after the step, A^mu, alpha), each (N, S) -> return of each step (N, S)
+    values: str = None              # where Q^mu comes from: one of VALUES, or nowhere
+    uses: tuple = ()                # the flags of rl.py that it depends on, beside those of the loop
+    baseline: bool = True           # False: the return is an advantage of pi itself and needs none
+    scaled: bool = False            # 1 + alpha times outcome reward's gradient: to be held against it at so small a KL
 
 
-# ---- from values to token weights -----------------------------------------------------------------------------------
+def pav(rex, q, adv, alpha):
+    return effective_reward(rex, adv, alpha)                                    # Eq. 5
 
-def step_returns(rule, reward, q_mu, alpha):
-    """The return (N, S) of each step, from Rex (N,) and Q^mu (N, S + 1), NaN behind the last place: 0 there."""
-    adv, rex = advantage(q_mu), reward[:, None].expand(-1, q_mu.shape[1] - 1)
-    if rule == "outcome":
-        out = rex
-    elif rule == "effective":
-        out = effective_reward(rex, adv, alpha)
-    elif rule == "bonus":
-        out = rex + alpha * q_mu[:, 1:]
-    elif rule == "sum":                                                         # of A^mu from this step on
-        out = rex + alpha * adv.nan_to_num(0.0).flip(1).cumsum(1).flip(1)
-    else:                                                                       # alone
-        out = adv
-    return out.masked_fill(q_mu[:, 1:].isnan(), 0.0)
+
+def summed(rex, q, adv, alpha):
+    return rex + alpha * adv.nan_to_num(0.0).flip(1).cumsum(1).flip(1)          # of A^mu from this step on
+
+
+VERIFIER = ("alpha", "prover", "refresh", "trust_verifier")
+REWARDS = {
+    "outcome": Reward(lambda rex, q, adv, alpha: rex),                                              # ORM-RL
+    "pav": Reward(pav, "verifier", VERIFIER),                                                       # PAV-RL
+    "pav_rollout": Reward(pav, "rollouts", ("alpha", "prover", "n_mc")),        # no verifier: fresh rollouts of mu
+    "pav_exact": Reward(pav, "exact", ("alpha", "prover")),                     # no error at all
+    "vine": Reward(lambda rex, q, adv, alpha: adv, "current", ("n_mc",), baseline=False),           # VinePPO's A^pi
+    "q_bonus": Reward(lambda rex, q, adv, alpha: rex + alpha * q, "verifier", VERIFIER),            # App. G's control
+    "pav_sum": Reward(summed, "verifier", VERIFIER, scaled=True),               # outcome reward again
+    "pav_pi": Reward(pav, "current", ("alpha", "n_mc"), scaled=True)}           # mu = pi: outcome reward in expectation
+
+
+# ---- from values to token weights -----------------------------------------------------------------------------
+
+def step_returns(reward, rex, q_mu, alpha):
+    """The return (N, S) of each step, from Rex (N,) and Q^mu (N, S + 1), NaN behind the last step end: 0 there."""
+    rex = rex[:, None].expand(-1, q_mu.shape[1] - 1)
+    return reward.returns(rex, q_mu[:, 1:], advantage(q_mu), alpha).masked_fill(q_mu[:, 1:].isnan(), 0.0)
 
 
 def close(traces):
-    """Traces in which a row that was cut off within a step has a place at its last token too."""
-    ends, row = F.pad(traces.ends, (0, 1), value=-1), torch.arange(len(traces))
-    final = (traces.ends >= 0).sum(1)
-    cut = ends[row, final - 1] < traces.lengths - 1
-    ends[row[cut], final[cut]] = traces.lengths[cut] - 1
+    """Traces in which a row that was truncated within a step has a step end at its last token too; without labels."""
+    row, last = torch.arange(len(traces)), traces.last
+    cut = traces.ends[row, last] < traces.lengths - 1
+    ends = pad_right(traces.ends, (0, 1), value=-1)
+    ends[row[cut], last[cut] + 1] = traces.lengths[cut] - 1
     ends = ends[:, :int((ends >= 0).sum(1).max())]
-    return Traces(traces.problem, traces.tokens, traces.lengths, ends, torch.zeros(ends.shape), torch.zeros_like(ends),
-                  traces.reward)
+    none = torch.zeros(ends.shape)
+    return replace(traces, ends=ends, q=none, n=none.long(), labelled=none.bool(), exact=none.bool())
 
 
 def step_of_token(tokens, ends):
     """The step (N, T) that each token of a response belongs to, its delimiter included; -1 in prompt and padding."""
     t, last = torch.arange(tokens.shape[1]), ends.max(1, keepdim=True).values
-    places = ends.masked_fill(ends < 0, tokens.shape[1])
-    before = torch.searchsorted(places, t.expand(len(ends), -1).contiguous())               # how many places lie before it
+    sorted_ends = ends.masked_fill(ends < 0, tokens.shape[1])
+    before = torch.searchsorted(sorted_ends, t.expand(len(ends), -1).contiguous())          # step ends before a token
     return torch.where((t > ends[:, :1]) & (t <= last), before - 1, -1)
 
 
@@ -81,8 +77,8 @@ def to_tokens(x, step):
 
 
 def step_baseline(kind, returns, ends, group, running):
-    """What is subtracted from the returns (N, S) of --baseline group, mean and none. None of it depends on the step that it is
-    subtracted from: the group's mean, at each step, is that of the problem's *other* traces."""
+    """What is subtracted from the returns (N, S) of --baseline group, mean and none. None of it depends on the step
+    that it is subtracted from: the group's mean, at each step, is that of the problem's *other* traces."""
     if kind == "group":
         there = (ends[:, 1:] >= 0).float()
         total, n = (x.view(-1, group, x.shape[1]) for x in (returns * there, there))
@@ -90,38 +86,51 @@ def step_baseline(kind, returns, ends, group, running):
     return torch.full_like(returns, running if kind == "mean" else 0.0)
 
 
-# ---- where Q^mu comes from ------------------------------------------------------------------------------------------
+# ---- where Q^mu comes from: (loop, problems, traces, seed) -> Q^mu (N, S + 1) at every step end, tokens sampled -----
+
+def by_verifier(loop, problems, traces, seed):
+    return q_best_of_k(score(loop.verifier, traces.tokens, traces.ends), loop.mu.K), 0
+
+
+def by_exact(loop, problems, traces, seed):
+    return q_best_of_k(exact_q(loop.run, problems, traces).nan_to_num(0.0), loop.mu.K), 0
+
+
+def by_rollouts(mu, K, env, problems, traces, n_mc, seed, **sampling):
+    """Unbiased Q^mu of best-of-K of mu from n_mc >= K completions of each prefix whose value is not known."""
+    rows, ends = unknown(traces, env.task.max_steps).nonzero(as_tuple=True)
+    q = torch.zeros(traces.ends.shape)
+    if len(rows) == 0:
+        return q, 0
+    done = rollout_from(mu, env, problems, traces, rows, ends, n_mc, seed, **sampling)
+    q[rows, ends] = pass_at_n(done.reward.view(-1, n_mc), K).float()
+    return q, int(done.cost.sum())
+
+
+VALUES = {"verifier": by_verifier, "exact": by_exact,
+          "rollouts": lambda l, problems, traces, seed: by_rollouts(
+              l.mu_policy, l.mu.K, l.run, problems, traces, l.a.n_mc, seed),
+          "current": lambda l, problems, traces, seed: by_rollouts(
+              l.policy, 1, l.run, problems, traces, l.a.n_mc, seed, top_p=None)}
+
+
+def check_prover(reward, mu, a):
+    """Raises Fail if this reward cannot be had with this prover."""
+    values, other = REWARDS[reward].values, mu.policy != a.policy
+    if other and (values == "exact" or values == "verifier" and a.refresh):
+        raise Fail(f"--prover {a.prover}: only best-of-K has exact values, or a verifier to --refresh; use boK")
+    if values == "rollouts" and a.n_mc < mu.K:
+        raise Fail(f"--n_mc {a.n_mc}: best-of-{mu.K} needs at least {mu.K} completions a prefix")
+
 
 def unknown(traces, H):
-    """The places (N, S + 1) whose value has to be estimated: at the last one it is Rex, and after H steps 0 if it goes on."""
-    place = torch.arange(traces.ends.shape[1])
-    return (place < (traces.ends >= 0).sum(1, keepdim=True) - 1) & (place < H)
+    """The step ends (N, S + 1) whose value has to be estimated: at the last it is Rex, and after H steps 0."""
+    index = torch.arange(traces.ends.shape[1])
+    return (index < traces.last[:, None]) & (index < H)
 
 
-def known_values(q, traces, H):
-    """q (N, S + 1) with what need not be estimated put in, and NaN behind the last place."""
-    last = torch.arange(traces.ends.shape[1]) == (traces.ends >= 0).sum(1, keepdim=True) - 1
-    q = torch.where(last, traces.reward[:, None], torch.where(unknown(traces, H), q, 0.0))
+def with_terminal_values(q, traces, H):
+    """q (N, S + 1) with the values that need not be estimated put in, and NaN behind the last step end."""
+    end = torch.arange(traces.ends.shape[1]) == traces.last[:, None]
+    q = torch.where(end, traces.reward[:, None], torch.where(unknown(traces, H), q, 0.0))
     return q.masked_fill(traces.ends < 0, float("nan"))
-
-
-def q_by_rollouts(mu, K, run, problems, traces, n_mc, seed, **how):
-    """Unbiased Q^mu (N, S + 1) of best-of-K of a policy from n_mc >= K completions of each prefix that is not `known_values`'s,
-    and the number of tokens sampled. how: options of the sampler."""
-    rows, places = unknown(traces, run.task.max_steps).nonzero(as_tuple=True)
-    done = complete(mu, run.task, run.enc, problems, traces, rows, places, n_mc, seed, **how)
-    q = torch.zeros(traces.ends.shape)
-    q[rows, places] = pass_at_n(done.reward.view(-1, n_mc), K).float()
-    return q, int(done.lengths.sum() - (traces.ends[rows, places] + 1).sum() * n_mc)
-
-
-def q_exact(K, run, problems, traces):
-    """Q^mu (N, S + 1) of best-of-K of the task's tabular policy, by dynamic programming."""
-    value = run.task.exact(problems)
-    rows, places = (traces.ends >= 0).nonzero(as_tuple=True)
-    texts = decode_rows(run.enc, traces.tokens[rows], traces.ends[rows, places] + 1)
-    which = traces.problem[rows].tolist()
-    prompts = [run.task.prompt(p) for p in problems]
-    q = torch.zeros(traces.ends.shape)
-    q[rows, places] = torch.tensor([value(i, text.removeprefix(prompts[i])) for i, text in zip(which, texts)])
-    return q_best_of_k(q, K)

@@ -1,12 +1,11 @@
-"""A run folder: its configuration, its stages and their clock, its models and traces. train.py fills it; whoever comes
-later reads it.
+"""A run folder: its configuration, its stages, its models and traces. train.py starts it; search.py and rl.py go on.
 
     run = Run(Path("runs/calculator-seed0"), config)      # start, or with resume=True go on
-    run.stage("orm", work)                                # work(seed) unless it is done; what it wrote is then final
+    run.stage("orm", work)                                # work() unless it is done; what it wrote is then final
     run.model("q_pi"), run.traces("base_train"), run.problems("test", 500)
 
-A stage counts as done once its name is in stages.json, which is written last. A stage that was killed is run again from
-its start, from its own seed and the files of the stages before it, so the result is that of the uninterrupted run.
+A stage is done once stages/NAME.json is there, which is written last. A stage that was killed is run again from its
+start, from its own seed and the files of the stages before it: the result is that of the uninterrupted run.
 """
 import dataclasses
 import json
@@ -15,89 +14,96 @@ import resource
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 
-from minipav.advantage import Traces
+from minipav.files import damaged, lock, read_json, read_tensors, write_csv, write_json, write_tensors
 from minipav.model import GPT
-from minipav.tasks import get_task
+from minipav.tasks import make_task
 from minipav.tokenizer import synthetic_encoding
-from minipav.utils import Fail, derive_seed, make_folder, progress, write_whole
+from minipav.traces import Traces
+from minipav.utils import Fail, NotFinite, derive_seed, progress
+
+TRAINED = ("policies", "rollouts", "q_pi", "orm")               # stages that search.py and rl.py build on
+CONFIG = dict(task=str, dials=dict, seed=int, device=str, top_p=(int, float), max_tokens_in_flight=int)
 
 
 class Run:
     def __init__(self, out, config, resume=False):
-        """config: all flags but --out and --resume, as plain values. Raises Fail if the folder cannot be made, already
-        holds a run that is not to be resumed, or holds one that was started with other flags."""
-        self._prepare(out, config)
-        make_folder(self.out)
-        for left_over in self.out.rglob(".*.tmp"):                              # of a process that was killed
-            left_over.unlink()
-        if (self.out / "config.json").exists():
+        """config: all flags of train.py but --out and --resume. Raises Fail if the folder cannot be made, is in use,
+        already holds a run that is not to be resumed, or one that was started with other flags."""
+        self.out, path = Path(out), Path(out) / "config.json"
+        lock(self.out)
+        if path.exists() or (self.out / "stages").exists():
             if not resume:
                 raise Fail(f"--out {out} already holds a run: add --resume to go on with it, or choose another --out")
-            old = self.read("config.json")
-            for k, v in config.items():
+            old = read_json(path, **CONFIG)
+            for k, v in json.loads(json.dumps(config)).items():
                 if old.get(k) != v:
-                    raise Fail(f"--{k} is {v}, but the run in {out} was started with {old.get(k)}: repeat its flags to "
-                               "resume it, or choose another --out")
-        self.write("config.json", config)
-        self.stages = self.read("stages.json") if (self.out / "stages.json").exists() else {}
+                    raise Fail(f"--{k} is {v}, but the run in {out} was started with {old.get(k)}: repeat its flags "
+                               "to resume it, or choose another --out")
+        else:
+            write_json(path, config)
+        self._prepare(config)
 
-    def _prepare(self, out, config):
-        self.out, self.config = Path(out), config
-        self.task = get_task(config["task"], **{k: config[k] for k in ("H", "min_steps", "numbers")})
+    def _prepare(self, config):
+        self.config, self.log_rows = config, []
+        self.task = make_task(config["task"], config["dials"])
         self.enc = synthetic_encoding(self.task.phrases)
-        self.how = dict(top_p=None if config["top_p"] == 1 else config["top_p"],          # for every call of the sampler
-                        max_tokens_in_flight=config["max_tokens_in_flight"])
+        self.sampling = dict(top_p=None if config["top_p"] == 1 else config["top_p"],
+                             max_tokens_in_flight=config["max_tokens_in_flight"])
 
     @classmethod
     def open(cls, out, device):
-        """The finished run in a folder, to be read on any device. Raises Fail if train.py has not finished there."""
+        """The run in a folder, to go on with on any device. Raises Fail if train.py has not trained its models."""
         run = object.__new__(cls)
         run.out = Path(out)
         if not (run.out / "config.json").exists():
             raise Fail(f"--run {out}: no run of train.py is there; make one with python train.py --out {out}")
-        config = run.read("config.json")
-        run.stages = run.read("stages.json") if (run.out / "stages.json").exists() else {}
-        if "evaluation" not in run.stages:
-            raise Fail(f"--run {out}: train.py has not finished there (done: {', '.join(run.stages) or 'nothing'}); finish it "
-                       "with its flags and --resume")
+        config = read_json(run.out / "config.json", **CONFIG)
+        missing = [s for s in TRAINED if not (run.out / "stages" / f"{s}.json").exists()]
+        if missing:
+            raise Fail(f"--run {out}: train.py has not finished there ({', '.join(missing)} not done); finish it with "
+                       "its flags and --resume")
+        lock(run.out)
         try:
-            run._prepare(out, config | {"device": device})
-        except (KeyError, TypeError) as e:
-            raise Fail(f"{run.out / 'config.json'} is not of this version of minipav ({e}): train again") from None
+            run._prepare(config | {"device": device})
+        except Fail as e:
+            raise damaged(run.out / "config.json", e) from None
         return run
 
-    def read(self, name):
-        try:
-            return json.loads((self.out / name).read_text())
-        except (OSError, ValueError) as e:
-            raise Fail(f"{self.out / name} is missing or damaged ({e}): start again with another --out") from None
+    # ---- stages -----------------------------------------------------------------------------------------------
 
-    def write(self, name, value):
-        write_whole(self.out / name, lambda p: p.write_text(json.dumps(value, indent=1) + "\n"))
-
-    def stage(self, name, work):
-        """Run work(seed), unless it has been finished before; its training log is STAGE.log.csv."""
-        print(name + (": done before" if name in self.stages else ""), flush=True)
-        if name in self.stages:
-            return
+    def stage(self, name, work, spec=None):
+        """Do work(), which may return facts, unless stages/NAME.json says that it was done. spec: what it depends on
+        beside the run's configuration. -> the record: facts, seconds, memory, command, commit, hardware"""
+        path, spec = self.out / "stages" / f"{name}.json", json.loads(json.dumps(spec or {}))
+        if path.exists():
+            record = read_json(path, spec=dict, seconds=(int, float), peak_memory_gb=(int, float), command=str,
+                               commit=str, hardware=str)
+            if record["spec"] != spec:
+                raise damaged(path, "made with other flags")
+            print(f"{name}: done before", flush=True)
+            return record
+        print(name, flush=True)
         start, self.log_rows = time.time(), []
-        work(self.seed(name))
-        write_whole(self.out / f"{name}.log.csv", lambda p: p.write_text("".join(self.log_rows)))
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 30 if sys.platform == "darwin" else 1 << 20)
-        if self.config["device"] == "cuda":
-            peak = torch.cuda.max_memory_allocated() / (1 << 30)
-        self.stages[name] = {"seconds": round(time.time() - start, 1), "peak_memory_gb": round(peak, 2),
-                             "command": " ".join(["python", *sys.argv]), "commit": commit(),
-                             "hardware": hardware(self.config["device"])}
-        self.write("stages.json", self.stages)
+        try:
+            facts = work() or {}
+        except NotFinite as e:
+            raise Fail(f"{name}: {e}") from None
+        if self.log_rows:
+            write_csv(self.out / "logs" / f"{name}.csv", ["model", "step", "loss", "held_out_loss"], self.log_rows)
+        record = {"spec": spec, "seconds": round(time.time() - start, 1), "peak_memory_gb": self.peak_memory(),
+                  "command": " ".join(["python", *sys.argv]), "commit": commit(),
+                  "hardware": hardware(self.config["device"]), **facts}
+        write_json(path, record)
+        return record
 
-    def seed(self, *names):
-        return derive_seed(self.config["seed"], *names)
+    def peak_memory(self):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 30 if sys.platform == "darwin" else 1 << 20)
+        return round(torch.cuda.max_memory_allocated() / (1 << 30) if self.config["device"] == "cuda" else peak, 2)
 
     def logger(self, name, steps):
         """log(step, steps, loss, held-out loss) -> a progress bar and a row of the stage's log."""
@@ -106,43 +112,47 @@ class Run:
         def log(step, steps, loss, held_out=float("nan")):
             bar.set_postfix_str(f", loss {loss:.3f}" + ("" if held_out != held_out else f", held out {held_out:.4f}"), False)
             bar.update()
-            self.log_rows.append(f"{name},{step},{loss:.5f},{held_out:.5f}\n")
+            self.log_rows.append((name, step, f"{loss:.5f}", f"{held_out:.5f}"))
             if step == steps:
                 bar.close()
         return log
+
+    # ---- what it holds ----------------------------------------------------------------------------------------
+
+    def seed(self, *names):
+        return derive_seed(self.config["seed"], *names)
 
     def problems(self, split, n):
         return self.task.problems(split, n, self.config["seed"])
 
     def model(self, name):
+        """A model of this run, or of another folder by its absolute path."""
         return GPT.load(self.out / name, self.config["device"])
 
     def save_traces(self, name, traces):
-        state = {f.name: getattr(traces, f.name).contiguous() for f in dataclasses.fields(Traces)}
-        write_whole(self.out / f"{name}.safetensors", lambda p: save_file(state, p))
+        write_tensors(self.out / f"{name}.safetensors", vars(traces))
 
     def traces(self, name):
         path = self.out / f"{name}.safetensors"
-        try:
-            return Traces(**load_file(path))
-        except Exception as e:
-            raise Fail(f"{path} is missing or damaged ({e}): start again with another --out") from None
+        tensors, _ = read_tensors(path, {f.name: 1 for f in dataclasses.fields(Traces)} | dict.fromkeys(
+            ("tokens", "ends", "q", "n", "labelled", "exact"), 2))
+        t = Traces(**tensors)
+        same = len({len(x) for x in tensors.values()}) == 1 and t.ends.shape == t.q.shape == t.labelled.shape
+        if not same or len(t) and (t.lengths.max() > t.tokens.shape[1] or t.tokens.max() >= self.enc.n_vocab):
+            raise damaged(path, "its tensors do not fit together")
+        return t
 
-    def facts(self):
-        """What a result must be quoted with: command, commits, hardware, minutes, peak memory, of the stages as they ran."""
-        stages = self.stages.values()
-        return {"command": self.stages["policies"]["command"],
-                "commit": ", ".join(sorted({s["commit"] for s in stages})), "config": self.config, "seeds": [self.config["seed"]],
-                "hardware": ", ".join(sorted({s["hardware"] for s in stages})),
-                "minutes": round(sum(s["seconds"] for s in stages) / 60, 2),
-                "peak_memory_gb": max(s["peak_memory_gb"] for s in stages)}
+
+def keyed(name, spec):
+    """NAME-HASH: a name of its own for what depends on `spec`, whatever today's defaults are."""
+    return f"{name}-{zlib.crc32(json.dumps(spec, sort_keys=True).encode()):08x}"
 
 
 def open_runs(folders, device):
-    """Finished runs that differ in their seed and in nothing else. Raises Fail otherwise."""
+    """Runs that differ in their seed and in nothing else. Raises Fail otherwise."""
     runs = [Run.open(folder, device) for folder in folders]
     for run in runs[1:]:
-        same = {k: v for k, v in run.config.items() if k != "seed"} == {k: v for k, v in runs[0].config.items() if k != "seed"}
+        same = {**run.config, "seed": 0} == {**runs[0].config, "seed": 0}
         if not same or [r.config["seed"] for r in runs].count(run.config["seed"]) > 1:
             raise Fail(f"--run {run.out}: the runs must differ in their seed and in nothing else")
     return runs

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 
 from minipav.model import KVCache
-from minipav.utils import pass_tokens
+from minipav.utils import tokens_per_forward
 
-TOO_LONG = -1                       # Samples.reason of a row that met no stop token
+LENGTH = -1                       # Samples.finish_reason of a row that met no stop token
 
 
 @dataclass
@@ -24,7 +24,7 @@ class Samples:
     tokens: torch.Tensor            # (B * n, T) new tokens, the stop token included, right-padded
     lengths: torch.Tensor           # (B * n,) number of new tokens
     logprobs: torch.Tensor          # (B * n, T) log-probability of each under the model (temperature 1, no filter)
-    reason: torch.Tensor            # (B * n,) the stop token that ended the row, or TOO_LONG
+    finish_reason: torch.Tensor     # (B * n,) the stop token that ended the row, or LENGTH
 
 
 def choose(logits, u, temperature=1.0, top_k=None, top_p=None):
@@ -71,7 +71,7 @@ def sample(model, prompts, prompt_lengths, n=1, *, max_new_tokens, stop, seed=0,
     # One uniform number for each token that may come (temperature 0 uses none).
     u = torch.rand(B * n, max_new_tokens if temperature else 1, generator=torch.Generator().manual_seed(seed))
     out = Samples(torch.full((B * n, max_new_tokens), pad), torch.zeros(B * n, dtype=torch.long),
-                  torch.zeros(B * n, max_new_tokens), torch.full((B * n,), TOO_LONG))
+                  torch.zeros(B * n, max_new_tokens), torch.full((B * n,), LENGTH))
     order = prompt_lengths.repeat_interleave(n).argsort(stable=True)            # short prompts first
     at = 0
     while at < B * n:
@@ -81,7 +81,7 @@ def sample(model, prompts, prompt_lengths, n=1, *, max_new_tokens, stop, seed=0,
         result = _chunk(model, prompts[which, :int(lengths.max())].to(device), lengths.to(device), copies.to(device),
                         u[rows].to(device), max_new_tokens, torch.tensor(stop, device=device),
                         dict(temperature=temperature, top_k=top_k, top_p=top_p), pad, compact)
-        for name, value in zip(("tokens", "lengths", "logprobs", "reason"), result):
+        for name, value in zip(("tokens", "lengths", "logprobs", "finish_reason"), result):
             getattr(out, name)[rows] = value.cpu()
         at += len(rows)
         if progress:
@@ -89,25 +89,25 @@ def sample(model, prompts, prompt_lengths, n=1, *, max_new_tokens, stop, seed=0,
     return out
 
 
-def _chunk(model, prompts, lengths, copies, u, max_new, stop, how, pad, compact):
+def _chunk(model, prompts, lengths, copies, u, max_new, stop, sampling, pad, compact):
     """Rows that are decoded together: row r continues prompt copies[r]."""
     cache = KVCache(model.config, len(prompts), prompts.shape[1] + max_new - 1, prompts.device, model.embed.weight.dtype)
     hidden = prefill(model, cache, prompts, lengths)
-    return decode(model, cache[copies], hidden[copies], lengths[copies], u, max_new, stop, how, pad, compact)
+    return decode(model, cache[copies], hidden[copies], lengths[copies], u, max_new, stop, sampling, pad, compact)
 
 
 @torch.no_grad()
 def prefill(model, cache, prompts, lengths):
     """Write prompts (P, T), right-padded, into the cache. -> hidden state (P, C) of each one's last token."""
     last = []
-    for i in range(0, len(prompts), step := max(1, pass_tokens(prompts.device) // prompts.shape[1])):
+    for i in range(0, len(prompts), step := max(1, tokens_per_forward(prompts.device) // prompts.shape[1])):
         hidden = model.trunk(prompts[i:i + step], cache[i:i + step])            # (prompts, T, C)
         last.append(hidden[torch.arange(len(hidden), device=prompts.device), lengths[i:i + step] - 1])
     return torch.cat(last)
 
 
 @torch.no_grad()
-def decode(model, cache, hidden, pos, u, max_new, stop, how, pad=0, compact=False):
+def decode(model, cache, hidden, pos, u, max_new, stop, sampling, pad=0, compact=False):
     """Sample up to max_new tokens behind rows whose last token has the hidden state `hidden` (R, C) and whose next one
     stands at `pos` (R,); u (R, max_new). -> tokens (R, max_new), lengths (R,), log-probabilities (R, max_new), reason (R,).
     Without compaction the cache then holds every new token but the last one of each row."""
@@ -115,14 +115,14 @@ def decode(model, cache, hidden, pos, u, max_new, stop, how, pad=0, compact=Fals
     tokens = torch.full((R, max_new), pad, device=device)
     logprobs = torch.zeros(R, max_new, device=device)
     count = torch.zeros(R, dtype=torch.long, device=device)
-    reason = torch.full((R,), TOO_LONG, device=device)
+    reason = torch.full((R,), LENGTH, device=device)
     row, alive = torch.arange(R, device=device), torch.ones(R, dtype=torch.bool, device=device)
     longest = int(pos.max())
     every = 1 if device.type == "cpu" else 4                                    # asking who is alive waits for the GPU
 
     for t in range(max_new):
         logits = model.head(hidden)                                             # (rows, V)
-        token = choose(logits, u[row, min(t, u.shape[1] - 1)], **how)           # (rows,)
+        token = choose(logits, u[row, min(t, u.shape[1] - 1)], **sampling)           # (rows,)
         chosen = logits.float().log_softmax(-1).gather(1, token[:, None])[:, 0]
         tokens[row, t] = torch.where(alive, token, pad)
         logprobs[row, t] = torch.where(alive, chosen, 0.0)
@@ -139,6 +139,6 @@ def decode(model, cache, hidden, pos, u, max_new, stop, how, pad=0, compact=Fals
             if compact and living < 0.8 * len(row):                             # dead rows leave the batch
                 keep = alive.nonzero()[:, 0]
                 cache, token, pos, row, alive = cache[keep], token[keep], pos[keep], row[keep], alive[keep]
-        hidden = model.trunk(token[:, None], cache, pos[:, None], span=longest + t + 1)[:, 0]
+        hidden = model.trunk(token[:, None], cache, pos[:, None], kv_len=longest + t + 1)[:, 0]
         pos = pos + 1
     return tokens, count, logprobs, reason

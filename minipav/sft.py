@@ -1,7 +1,7 @@
 """Supervised fine-tuning of a policy on demonstrations of the task, and rejection fine-tuning on its own right samples.
 
-`directed` is the share of demonstrations that reach the target: the rest compute faithfully and go nowhere in
-particular, and so will the policy. Every step sees new problems.
+expert_fraction of the demonstrations reach the target: the rest compute faithfully and go nowhere in particular, and
+so will the policy. Every step sees new problems.
 """
 import copy
 
@@ -21,16 +21,16 @@ def sft_loss(model, tokens, lengths, prompt_lengths):
     return F.cross_entropy(model.head(hidden[inside]), tokens[:, 1:][inside])
 
 
-def train_policy(model, enc, task, directed, *, steps, batch_size, lr_muon, lr_adamw, seed, log):
+def train_policy(model, env, expert_fraction, *, steps, batch_size, lr_muon, lr_adamw, seed, log):
     """Train `model` in place. log(step, steps, loss) is called after every step."""
-    optimizers = make_optimizers(model, lr_muon, lr_adamw)
+    task, enc, optimizers = env.task, env.enc, make_optimizers(model, lr_muon, lr_adamw)
     rng = np.random.default_rng(derive_seed(seed, "sft"))
     ahead = 20                                                                  # batches of demonstrations made at once
     for step in range(steps):
         if step % ahead == 0:
             problems = task.problems("train", batch_size * ahead, derive_seed(seed, "sft problems", step))
             prompts, prompt_lengths = encode_rows(enc, [task.prompt(p) for p in problems])
-            demos, demo_lengths = encode_rows(enc, task.demos(problems, directed, rng))
+            demos, demo_lengths = encode_rows(enc, task.demonstrations(problems, expert_fraction, rng))
             data = (*join(prompts, prompt_lengths, demos, demo_lengths, pad_token(enc)), prompt_lengths)
         at = slice(step % ahead * batch_size, (step % ahead + 1) * batch_size)
         tokens, lengths, prompt_lengths = (x[at].to(model.device) for x in data)
@@ -40,19 +40,13 @@ def train_policy(model, enc, task, directed, *, steps, batch_size, lr_muon, lr_a
         log(step + 1, steps, loss.item())
 
 
-def own_rollouts(run, name):
-    """The seed rollouts of a policy of train.py: the first of its verifier's data. -> Traces"""
-    c = run.config
-    return run.traces(f"{name}_train")[:c["problems"] * c["n_cov"] if name == "base" else c["mu_rollouts"] // 2]
-
-
-def rft(run, name, policy, epochs=2, batch_size=64, lr=3e-4):
-    """Rejection fine-tuning: `policy`, trained on with its own right seed rollouts (App. E; there with the settings of SFT)."""
-    policy, seeds = copy.deepcopy(policy), own_rollouts(run, name)
-    right, optimizers = seeds[seeds.reward == 1], make_optimizers(policy, 0.0, lr)
+def rft(policy, seeds, seed, name="", epochs=2, batch_size=64, lr=3e-4):
+    """Rejection fine-tuning: a copy of `policy`, trained on with the right ones of its seed rollouts (App. E; there
+    with the settings of SFT). Raises Fail if none is right."""
+    policy, right = copy.deepcopy(policy), seeds[seeds.reward == 1]
     if len(right) == 0:
-        raise Fail(f"the policy {name} of {run.out} never came out right: there is nothing to fine-tune on; use --no_rft")
-    generator = torch.Generator().manual_seed(run.seed("rft"))
+        raise Fail(f"no seed rollout of the policy {name} is right: there is nothing to fine-tune on; use --no_rft")
+    optimizers, generator = make_optimizers(policy, 0.0, lr), torch.Generator().manual_seed(seed)
     order = torch.cat([torch.randperm(len(right), generator=generator) for _ in range(epochs)])
     steps = max(1, len(order) // batch_size)
     for step in range(steps):

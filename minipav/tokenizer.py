@@ -1,9 +1,10 @@
-"""tiktoken encodings: our own for the synthetic tasks, built offline, and `gpt2` by name for real text.
+"""tiktoken encodings: our own for the synthetic tasks, built offline, and published ones by name for real text.
 
 The synthetic vocabulary is: all 256 bytes (so that no input is untokenizable), the integers 10-99, every operation
-such as *2, and the phrases of the task (" reach ", " = "), each one token. A newline is a token of its own: it is the
-step delimiter. <|endoftext|> and <|pad|> are special: ordinary text can never encode to them.
+such as *2, and the phrases of the task (" reach ", " = "), each one token. <|endoftext|> and <|pad|> are special:
+ordinary text can never encode to them.
 """
+import functools
 import re
 
 import tiktoken
@@ -27,17 +28,28 @@ def synthetic_encoding(phrases):
 
 
 def text_encoding(name="gpt2"):
-    """A published encoding by name. tiktoken fetches it once; offline, point TIKTOKEN_CACHE_DIR at a filled cache."""
+    """A published encoding by name. tiktoken fetches it once; offline, point TIKTOKEN_CACHE_DIR at a filled cache.
+    Raises Fail if it is unknown or cannot be had."""
+    if name not in tiktoken.list_encoding_names():
+        raise Fail(f"encoding {name!r} is unknown; choose one of {', '.join(tiktoken.list_encoding_names())}")
     try:
         return tiktoken.get_encoding(name)
-    except Exception as e:
-        raise Fail(f"encoding {name!r} is unknown or could not be fetched ({type(e).__name__}); offline, set "
-                   "TIKTOKEN_CACHE_DIR to a folder that holds tiktoken's files") from None
+    except (OSError, ValueError) as e:                          # the download, or what is in the cache
+        raise Fail(f"encoding {name!r} could not be fetched ({type(e).__name__}); offline, set TIKTOKEN_CACHE_DIR "
+                   "to a folder that holds tiktoken's files") from None
 
 
 def pad_token(enc):
     """The padding token; an encoding without one pads with end-of-text (lengths are kept beside the tokens)."""
     return enc._special_tokens.get(PAD, enc.eot_token)
+
+
+@functools.lru_cache
+def delimiter_tokens(enc, delimiter):
+    """The tokens that end a step: all whose text contains the delimiter (real encodings merge ".\\n" and "\\n\\n"),
+    and end-of-text. With a delimiter of one byte none can hide between two tokens. -> ids, ascending"""
+    ids = [i for piece, i in enc._mergeable_ranks.items() if delimiter.encode() in piece]
+    return sorted([*ids, enc.eot_token])
 
 
 def encode_rows(enc, texts):

@@ -1,12 +1,11 @@
-"""Small things that every file needs: errors for the user, files written whole, devices, seeds, the optimizer."""
+"""Small things that every file needs: errors for the user, devices, seeds, the optimizer, progress."""
 import ctypes
 import os
+import signal
 import sys
 import zlib
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from tqdm import tqdm
 
 
@@ -14,36 +13,28 @@ class Fail(Exception):
     """A mistake of the user's, or of the disk's, told in one line that names the flag or file and what to do."""
 
 
+class NotFinite(Fail):
+    """A loss or a gradient is not a finite number."""
+
+
 def main_guard(main):
     """Run main(); a Fail ends the program with its one line on stderr and exit status 1, without a traceback."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)                   # told to stop: like Ctrl-C
     try:
         main()
+        sys.stdout.flush()
     except Fail as e:
-        sys.exit(f"error: {e}")
+        tqdm.write(f"error: {' '.join(str(e).split())}", file=sys.stderr)       # on a line of its own
+        sys.exit(1)
     except KeyboardInterrupt:
-        sys.exit("\nstopped: what was finished is on disk; train.py goes on from there with --resume, the others by themselves")
+        tqdm.write("stopped: what was finished is on disk; the same command goes on from there (train.py: "
+                   "with --resume)", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:                                                     # piped into head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def write_whole(path, write):
-    """Call write(temporary path), then rename it to `path`: readers see the old file or the whole new one."""
-    path = Path(path)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(tmp)
-        os.replace(tmp, path)
-    except (OSError, SafetensorError) as e:
-        raise Fail(f"cannot write {path}: {getattr(e, 'strerror', None) or e}") from None
-    finally:
-        tmp.unlink(missing_ok=True)
-
-
-def make_folder(path):
-    """Raises Fail if this folder cannot be made."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise Fail(f"--out {path}: cannot make this folder ({e.strerror}); choose another") from None
-
+# ---- devices and seeds ----------------------------------------------------------------------------------------
 
 def pick_device(name):
     """'auto' is CUDA, else Apple's MPS, else the CPU. Raises Fail if the device asked for is not there."""
@@ -58,8 +49,8 @@ def pick_device(name):
 def tune_process():
     """Two settings for speed.
 
-    glibc returns each large tensor's memory to the system and asks for it again at the next step; keeping it is 15-20%
-    faster in training on a CPU. TF32 is a GPU's fast path for fp32 products; it rounds them to 10 bits of mantissa.
+    glibc returns each large tensor's memory to the system and asks for it again at the next step; keeping it is
+    15-20% faster in training on a CPU. TF32 is a GPU's fast path for fp32 products; it rounds to 10 bits.
     """
     torch.set_float32_matmul_precision("high")
     if sys.platform == "linux":
@@ -71,8 +62,8 @@ def tune_process():
             pass
 
 
-def pass_tokens(device):
-    """Tokens in one forward pass without gradients: on a CPU few enough for its caches (1.7 times faster than 2^18)."""
+def tokens_per_forward(device):
+    """Tokens in one forward pass without gradients: on a CPU few enough for its caches."""
     return 1 << 13 if torch.device(device).type == "cpu" else 1 << 19
 
 
@@ -81,11 +72,10 @@ def derive_seed(seed, *names):
     return zlib.crc32(repr((seed, *names)).encode())
 
 
-def make_optimizers(model, lr_muon, lr_adamw):
-    """Muon for the matrices inside the blocks, AdamW for embedding, head, norms and biases; lr_muon 0: AdamW for all.
+# ---- optimization ---------------------------------------------------------------------------------------------
 
-    The paper uses Adam (README, "Where we depart from the paper").
-    """
+def make_optimizers(model, lr_muon, lr_adamw):
+    """Muon for the matrices inside the blocks, AdamW for the rest; lr_muon 0: AdamW for all (the paper: Adam)."""
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2 and lr_muon]
     others = [p for p in model.parameters() if all(p is not q for q in matrices)]
     adamw = torch.optim.AdamW(others, lr=lr_adamw, weight_decay=0.0, betas=(0.9, 0.95))
@@ -99,8 +89,10 @@ def schedule(step, steps, warmup=0.05, decay=0.5):
 
 
 def apply_step(model, optimizers, factor):
-    """Clip the gradient to norm 1, take one step with every learning rate times `factor`, clear the gradient."""
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    """Clip the gradient to norm 1, take one step with every learning rate times `factor`, clear the gradient.
+    Raises NotFinite, before any weight is changed, if the gradient is not finite (as it is if the loss is not)."""
+    if not torch.isfinite(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)):
+        raise NotFinite("the loss or its gradient is not a finite number: lower the learning rate")
     for opt in optimizers:
         for group in opt.param_groups:
             group.setdefault("base_lr", group["lr"])
@@ -108,6 +100,8 @@ def apply_step(model, optimizers, factor):
         opt.step()
         opt.zero_grad(set_to_none=True)
 
+
+# ---- progress -------------------------------------------------------------------------------------------------
 
 class Bar(tqdm):
     def to(self, n):
@@ -118,4 +112,4 @@ class Bar(tqdm):
 def progress(name, total):
     """A tqdm bar with a fixed-width name; in a log file a line every half minute."""
     return Bar(total=total, desc=f"  {name:<24}", mininterval=0.5 if sys.stderr.isatty() else 30,
-                bar_format="{desc} {percentage:3.0f}% {n_fmt:>7}/{total_fmt} [{elapsed}<{remaining}{postfix}]")
+               bar_format="{desc} {percentage:3.0f}% {n_fmt:>7}/{total_fmt} [{elapsed}<{remaining}{postfix}]")

@@ -1,18 +1,20 @@
-"""The didactic example and the theory: dynamic programming == enumeration, the paper notes' values, exact identities."""
+"""The didactic example and the theory: dynamic programming == enumeration, exact identities."""
 import itertools
 
 import numpy as np
 import pytest
 import torch
 
-from minipav import didactic, theory
-from minipav.planted import EOS, Made, Planted, V
+from minipav.paper import didactic, theory
+from minipav.paper.planted import EOS, Made, Planted, V
 
 
-@pytest.mark.parametrize("gamma, value", [(1, 1e-5), (5, .0054), (10, .0455), (15, .118), (30, .363), (100, .815)])
+@pytest.mark.parametrize("gamma, value",
+                         [(1, 1e-5), (5, .0054), (10, .0455), (15, .118), (30, .363), (100, .815)])
 def test_exact_values_of_the_provers(gamma, value):
     task = Planted()
-    assert float(task.values(task.prover(gamma))[1][0, 0]) == pytest.approx(value, rel=0.03, abs=4e-6)     # two digits are given
+    exact = float(task.values(task.prover(gamma))[1][0, 0])
+    assert exact == pytest.approx(value, rel=0.03, abs=4e-6)                    # two digits are given
 
 
 @pytest.mark.parametrize("gaps", [False, True])
@@ -38,13 +40,21 @@ def test_dynamic_programming_equals_enumeration(gaps):
 
 def test_rows_of_fig_9():
     task = Planted()
-    rows = torch.tensor([[3, 6, 0, 3, 5, 14, 13, 3, 2, 11], [12, 8, 3, 6, 14, 3, 6, 0, 3, 5], [1, 3, 6, 0, 3, 6, 0, 3, 5, 1]])
+    rows = torch.tensor([[3, 6, 0, 3, 5, 14, 13, 3, 2, 11], [12, 8, 3, 6, 14, 3, 6, 0, 3, 5],
+                         [1, 3, 6, 0, 3, 6, 0, 3, 5, 1]])
+    assert task.reward(rows).tolist() == [1, 0, 1]
     assert (task.states(rows)[:, -1] == task.m).tolist() == [True, False, True]
 
 
+def test_the_advantage_of_the_prover_has_mean_zero_under_it():
+    task = Planted()
+    A = task.advantage(10)
+    assert A.shape == (10, task.m + 2, V) and (task.prover(10).float() * A).sum(-1).abs().max() < 1e-6
+
+
 def test_made_is_autoregressive_and_samples_what_it_says():
-    """Changing token t leaves the outputs up to t unchanged, and changes some of the later ones; sampling token by token is
-    the inverse CDF of the same probabilities; members do not touch each other."""
+    """Changing token t leaves the outputs up to t unchanged, and changes some of the later ones; sampling
+    token by token is the inverse CDF of the same probabilities; members do not touch each other."""
     net = Made([0, 1], 10)
     for w in net.w:
         w.data *= 2
@@ -60,7 +70,8 @@ def test_made_is_autoregressive_and_samples_what_it_says():
     at = cdf.gather(-1, s[..., None])[..., 0]
     before = torch.where(s > 0, cdf.gather(-1, (s - 1).clamp(min=0)[..., None])[..., 0], torch.zeros(()))
     assert ((u <= at + 1e-5) & (u >= before - 1e-5)).all()
-    assert torch.equal(net.sample(u, s[:, :, :4])[:, :, :4], s[:, :, :4])
+    assert torch.equal(net.sample(u, s[:, :, :4].unbind(-1)), s)
+    assert torch.equal(net.sample(u, (s[:, :, :4] * 0).unbind(-1))[:, :, :4], s[:, :, :4] * 0)
     alone = Made([1], 10)
     for w in alone.w:
         w.data *= 2
@@ -68,7 +79,7 @@ def test_made_is_autoregressive_and_samples_what_it_says():
 
 
 def test_monte_carlo_q_of_the_policy_and_its_telescoping_baseline():
-    """A policy that ignores its input has values by dynamic programming: Monte-Carlo agrees within five standard errors."""
+    """A policy that ignores its input has values by dynamic programming: Monte-Carlo is within 5 errors."""
     task, net = Planted((3,), length=4), Made([0], 4)
     for w in net.w[:3]:
         w.data *= 0
@@ -78,75 +89,101 @@ def test_monte_carlo_q_of_the_policy_and_its_telescoping_baseline():
     q, v = didactic.mc_q(net, task, x, 4000, torch.Generator().manual_seed(0))
     k = task.states(x)[0]
     exact = torch.stack([Q[t, k[:, t], x[0, :, t]] for t in range(4)], -1)
-    assert torch.allclose(q[0].double(), exact, atol=5 * 0.5 / 4000 ** 0.5) and torch.equal(q[:, :, :-1], v[:, :, 1:])
+    assert torch.allclose(q[0].double(), exact, atol=5 * 0.5 / 4000 ** 0.5)
+    assert torch.equal(q[:, :, :-1], v[:, :, 1:])
     assert abs(float(v[0, 0, 0]) - float(value[0, 0])) < 5 * 0.5 / 4000 ** 0.5
 
 
+def test_the_likelihood_of_a_response_stops_at_its_end():
+    x = torch.tensor([[3, EOS, 2, EOS, 1], [3, 2, 1, 0, 4]])
+    logp = torch.randn(2, 5, V).log_softmax(-1)
+    got, alive = didactic.log_likelihood(logp, x)
+    assert alive.tolist() == [[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]]
+    assert torch.equal(got[1], logp[1, range(5), x[1]]) and got[0].tolist()[2:] == [0, 0, 0]
+
+
 def test_training_learns_an_easy_instance_and_members_do_not_depend_on_the_ensemble():
-    task, pair = Planted((3,), length=4), [didactic.condition(gamma=5.0, baseline=True), didactic.condition(**didactic.Q_ONLY)]
-    r = didactic.train(task, pair, [0, 1], 100, every=50)
-    assert r["accuracy"].shape == (2, 2, 3) and (r["accuracy"][:, :, -1] > r["accuracy"][:, :, 0]).all()
-    alone = didactic.train(task, pair[:1], [0, 1], 100, every=50)
-    assert torch.allclose(alone["accuracy"], r["accuracy"][:1], atol=0.02)
-    assert didactic.to_90(torch.tensor([[.1, .95, .8], [.1, .2, .3]])).tolist()[0] == 10
+    task, pair = Planted((3,), length=4), [(1, 5, True), (0, 10, False)]
+    accuracy = didactic.train(task, pair, [0, 1], 100)
+    assert accuracy.shape == (2, 2, 11) and (accuracy[:, :, -1] > accuracy[:, :, 0]).all()
+    alone = didactic.train(task, pair[:1], [0, 1], 100)
+    assert torch.allclose(alone, accuracy[:1], atol=0.02)
 
 
-# ---- theory ---------------------------------------------------------------------------------------------------------
+def test_iterations_to_90():
+    assert didactic.to_90(torch.tensor([[.1, .95, .8], [.1, .2, .3]])).tolist() == [10, float("inf")]
+
+
+def test_the_map_counts_the_seeds_and_compares_medians(monkeypatch):
+    """gamma 10 is there after 10, 20 and 20 iterations, only Q in one seed of three, after 30."""
+    steps, when = torch.arange(5) * 10, torch.tensor([[10, 20, 20], [30, 99, 99], [99, 99, 99]])
+    monkeypatch.setattr(didactic, "train", lambda *a, **kw: (steps >= when[..., None]).float())
+    summary, rows = {k: {} for k in ("start", "horizon", "iterations_to_90", "ratio_of_medians")}, []
+    names = dict.fromkeys(("gamma 10, none", "only Q, none", "gamma 20, none"))
+    didactic.measure(summary, rows, "a", None, names, [0, 1, 2], 40)
+    assert rows == [("a", "gamma 10, none", 0, 3, 3, 20, 10, 20), ("a", "only Q, none", 0, 1, 3, "", 30, 30),
+                    ("a", "gamma 20, none", 0, 0, 3, "", "", "")]
+    assert summary["iterations_to_90"]["a"]["only Q, none"] == [30, None, None]
+    assert summary["ratio_of_medians"] == {"a; gamma 10, none": {"ratio": 2.0, "at_least": True}}
+
+
+# ---- theory -----------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def trees():
-    rng = np.random.default_rng(0)
-    t = theory.Trees(50, rng=rng)
-    pi, mu, rho = t.random_policy(rng), t.random_policy(rng), rng.dirichlet(np.ones(t.S))
-    return t, pi, mu, rho, rng
+    """50 trees: leaf, pi, mu, rho."""
+    return *theory.random_trees(50), np.random.default_rng(1).dirichlet(np.ones(theory.S))
 
 
 def test_values_equal_a_sum_over_leaves(trees):
-    t, pi, *_ = trees
-    root = np.zeros(t.M)
+    leaf, pi, *_ = trees
+    root = np.zeros(len(leaf))
     for path in itertools.product(range(3), repeat=3):
         s, chance = 0, 1.0
         for a in path:
             chance, s = chance * pi[:, s, a], s * 3 + a + 1
-        root += chance * t.leaf[:, s - t.S]
-    assert np.allclose(theory.value(pi, t.q(pi))[:, 0], root, atol=1e-12)
+        root += chance * leaf[:, s - theory.S]
+    assert np.allclose(theory.value(pi, theory.q_values(leaf, pi))[:, 0], root, atol=1e-12)
 
 
 def test_performance_difference_lemma(trees):
     """E_rho [V^mu - V^pi] = sum_s d^mu_rho(s) E_{a~mu} A^pi(s, a)."""
-    t, pi, mu, rho, _ = trees
-    Q = t.q(pi)
-    left = (rho * (theory.value(mu, t.q(mu)) - theory.value(pi, Q))).sum(-1)
-    right = (t.visits(mu, rho) * theory.value(mu, Q - theory.value(pi, Q)[..., None])).sum(-1)
+    leaf, pi, mu, rho = trees
+    Q = theory.q_values(leaf, pi)
+    left = (rho * (theory.value(mu, theory.q_values(leaf, mu)) - theory.value(pi, Q))).sum(-1)
+    right = (theory.visits(mu, rho) * theory.value(mu, Q - theory.value(pi, Q)[..., None])).sum(-1)
     assert np.allclose(left, right, atol=1e-10)
 
 
 def test_identities_of_the_two_terms(trees):
     """Al(pi) = D(pi); |Al(mu)| <= sqrt(D(mu) D(pi)); a constant prover has neither; D <= 1/4."""
-    t, pi, mu, rho, _ = trees
-    Q_pi, Q_mu = t.q(pi), t.q(mu)
-    (d, al), (d_pi, al_pi) = theory.terms(pi, Q_pi, Q_mu, rho), theory.terms(pi, Q_pi, Q_pi, rho)
+    leaf, pi, mu, rho = trees
+    Q_pi, Q_mu = theory.q_values(leaf, pi), theory.q_values(leaf, mu)
+    (d, al), (d_pi, al_pi) = theory.terms(pi, Q_pi, Q_mu), theory.terms(pi, Q_pi, Q_pi)
     assert np.allclose(d_pi, al_pi) and (np.abs(al) <= np.sqrt(d * d_pi) + 1e-12).all() and d.max() <= 0.25
-    assert np.allclose(theory.terms(pi, Q_pi, np.full_like(Q_mu, 0.3), rho), 0)
+    d, al, d_pi = ((rho * x).sum(-1) for x in (d, al, d_pi))
+    assert (np.abs(al) <= np.sqrt(d * d_pi) + 1e-12).all() and d.max() <= 0.25
+    assert np.allclose(theory.terms(pi, Q_pi, np.full_like(Q_mu, 0.3)), 0)
 
 
 def test_the_npg_step_is_the_natural_gradient(trees):
-    """The step of Lemma F.2 against pi_t + gamma F^+ grad of Eq. 5, computed with the Fisher matrix at one state."""
-    t, pi, mu, _, _ = trees
-    p, q, adv = pi[0, 0], t.q(pi)[0, 0], t.q(mu)[0, 0]
+    """The step of Lemma F.2 against pi_t + gamma F^+ grad of Eq. 5, by the Fisher matrix at one state."""
+    leaf, pi, mu, _ = trees
+    p, q, adv = pi[0, 0], theory.q_values(leaf, pi)[0, 0], theory.q_values(leaf, mu)[0, 0]
     r = q + adv
     fisher = np.diag(p) - np.outer(p, p)
     direction = np.linalg.pinv(fisher) @ (p * (r - p @ r))
-    assert np.allclose(theory.softmax(np.log(p) + 0.1 * direction), theory.npg_step(p, q, adv, 0.1), atol=1e-10)
+    step = theory.softmax(np.log(p) + 0.1 * direction)
+    assert np.allclose(step, theory.npg_step(p, q, adv, 0.1), atol=1e-10)
 
 
 def test_theorem_3_1_on_random_provers_and_where_no_constant_holds():
-    """1,000 random trees and provers: the improvement is never below the bound (c = 1). With best-of-K where Q = O(1/K), the
-    bound grows as K^2 and the improvement only as K: the c that would hold falls as 1/K. What holds always is the first order."""
-    r = theory.theorem()
-    bound = r["distinguishability"] + r["alignment"]
-    assert (bound > 0).all() and (r["gain"] >= 1.0 * bound).all()
-    assert np.abs(r["gain"] - r["first_order"]).max() < 0.02 * r["first_order"].max()
+    """1,000 random trees and provers: the improvement is never below the bound (c = 1). With best-of-K where
+    Q = O(1/K), the bound grows as K^2 and the improvement only as K: the c that would hold falls as 1/K. What
+    holds always is the first order."""
+    bound, gain, first_order = theory.theorem()
+    assert (bound > 0).all() and (gain >= 1.0 * bound).all()
+    assert np.abs(gain - first_order).max() < 0.02 * first_order.max()
     K, d, al, gain = (np.array(x) for x in zip(*theory.remark()))
     slope = [np.polyfit(np.log(K[3:]), np.log(y[3:]), 1)[0] for y in (d, al, gain)]
     assert abs(slope[0] - 2) < 0.1 and abs(slope[1] - 1) < 0.1 and abs(slope[2] - 1) < 0.1
@@ -155,4 +192,5 @@ def test_theorem_3_1_on_random_provers_and_where_no_constant_holds():
 
 def test_a_weak_prover_helps_a_strong_base():
     base, prover, with_mu, with_pi, without = theory.weak_prover()
-    assert (base > prover + 0.2).mean() > 0.9 and (with_mu > without).mean() > 0.7 and (with_pi >= without).all()
+    assert (base > prover + 0.2).mean() > 0.9
+    assert (with_mu > without).mean() > 0.7 and (with_pi >= without).all()

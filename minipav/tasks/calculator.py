@@ -12,12 +12,14 @@ Values are integers 1..63, division must be exact. A problem has 63 values and 4
 are exact by dynamic programming: `dp` is the oracle of the tests.
 """
 import re
-from functools import cache
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
-from minipav.tasks import Task
+from minipav.flags import flag
+from minipav.tasks.task import Task
 from minipav.tokenizer import END
 from minipav.utils import Fail
 
@@ -30,7 +32,7 @@ class Problem(NamedTuple):
     ops: tuple                                                  # operands (a, b, c, d) of +a -b *c /d
 
 
-@cache
+@lru_cache(1 << 16)
 def parse(line):
     """(sign, operand, result) of a line such as '*2 = 46', or None if it is malformed."""
     m = re.fullmatch(r"([+\-*/])([1-9]) = ([1-9][0-9]?)", line, flags=re.ASCII)
@@ -96,18 +98,20 @@ def walk(nxt, Q, directed, value, step, target, H, rng):
     return actions
 
 
+@dataclass
 class Calculator(Task):
-    name = "calculator"
-    phrases = ["from ", " reach ", " in at most ", " steps with ", *(f"{op}{d} = " for op in "+-*/" for d in range(1, 10)),
-               *(f" {op}{d}" for op in "-*/" for d in range(1, 10))]
+    H: int = flag(8, "most steps", low=1, high=20)
+    min_steps: int = flag(5, "steps that every problem needs", low=1, high=20)
 
-    def __init__(self, H=8, min_steps=5):
-        if not 1 <= min_steps <= H <= 20:
-            raise Fail(f"calculator needs 1 <= --min_steps <= --H <= 20, not min_steps={min_steps} and H={H}")
-        self.H = self.max_steps = H
-        self.min_steps = min_steps
-        self.max_step_tokens = 5                                # 3 are enough: "*2 = ", "46", newline
-        self.max_new_tokens = 3 * H + 2
+    name = "calculator"
+    phrases = ["from ", " reach ", " in at most ", " steps with ",
+               *(f"{op}{d} = " for op in "+-*/" for d in range(1, 10)), *(f" {op}{d}" for op in "-*/" for d in range(1, 10))]
+    max_step_tokens = 5                                         # 3 are enough: "*2 = ", "46", newline
+
+    def __post_init__(self):
+        if self.min_steps > self.H:
+            raise Fail(f"--min_steps {self.min_steps}: must be at most --H {self.H}")
+        self.max_steps, self.max_new_tokens = self.H, 3 * self.H + 2
 
     def draw(self, n, rng):
         """The target is uniform over the values that some walk of at most H steps reaches and none of fewer than
@@ -141,9 +145,9 @@ class Calculator(Task):
             lines.append(f"{'+-*/'[k]}{x} = {value}")
         return lines
 
-    def demos(self, problems, directed, rng):
+    def demonstrations(self, problems, expert_fraction, rng):
         value, step = np.array([p.start for p in problems]), np.zeros(len(problems), int)
-        actions = self._walks(problems, rng.random(len(problems)) < directed, value, step, rng)
+        actions = self._walks(problems, rng.random(len(problems)) < expert_fraction, value, step, rng)
         return ["\n".join(self._lines(p, a, p.start)) + END for p, a in zip(problems, actions)]
 
     def judge(self, problem, response):

@@ -8,12 +8,13 @@ r"""Countdown: combine all of 3-6 numbers into a target, one operation a line, w
 Every result is an integer 1..99 and division is exact. All numbers are used once, so n numbers take n - 1 steps.
 """
 import re
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import NamedTuple
 
-from minipav.tasks import Task
+from minipav.flags import flag
+from minipav.tasks.task import Task
 from minipav.tokenizer import END
-from minipav.utils import Fail
 
 TOP = 100
 
@@ -24,7 +25,7 @@ class Problem(NamedTuple):
     hint: tuple                                                 # the steps (a, sign, b) of one solution, for the demos
 
 
-@lru_cache(maxsize=200_000)
+@lru_cache(1 << 16)
 def parse(line):
     """(a, sign, b, result, left) of '19 - 12 = 7 (left: 3 5 7)', or None if it is malformed."""
     number = "[1-9][0-9]?"
@@ -63,16 +64,16 @@ def value(numbers, target):
     return v(tuple(sorted(numbers)))
 
 
+@dataclass
 class Countdown(Task):
+    numbers: int = flag(4, "how many numbers", low=3, high=6)
+
     name = "countdown"
     phrases = ["using ", " make ", " = ", " (left: ", " + ", " - ", " * ", " / "]
 
-    def __init__(self, numbers=4):
-        if not 3 <= numbers <= 6:
-            raise Fail(f"countdown plays with 3 to 6 --numbers, not {numbers}")
-        self.numbers = numbers
-        self.max_steps = numbers - 1
-        self.max_step_tokens = 2 * numbers + 8                  # a + b = c (left: x y z) and the newline
+    def __post_init__(self):
+        self.max_steps = self.numbers - 1
+        self.max_step_tokens = 2 * self.numbers + 8             # a + b = c (left: x y z) and the newline
         self.max_new_tokens = self.max_steps * self.max_step_tokens
 
     @staticmethod
@@ -104,8 +105,8 @@ class Countdown(Task):
             lines.append(f"{a} {s} {b} = {apply(a, s, b)} (left: {' '.join(map(str, numbers))})")
         return "\n".join(lines) + END
 
-    def demos(self, problems, directed, rng):
-        return [self._text(p.numbers, p.hint if rng.random() < directed else self._play(p.numbers, rng)[0])
+    def demonstrations(self, problems, expert_fraction, rng):
+        return [self._text(p.numbers, p.hint if rng.random() < expert_fraction else self._play(p.numbers, rng)[0])
                 for p in problems]
 
     def judge(self, problem, response):

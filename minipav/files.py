@@ -1,0 +1,139 @@
+"""Files: written whole or not at all; read by readers that name what is damaged; one lock a folder."""
+import csv
+import fcntl
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from minipav.utils import Fail
+
+LOCKS = {}                                              # folders that this process holds
+
+
+def write_whole(path, write):
+    """Call write(temporary path), flush it to the disk, then rename it to `path`: readers see the old file or the
+    whole new one. Raises Fail if it cannot be written."""
+    path = Path(path)
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(tmp)
+        with open(tmp, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    except (OSError, SafetensorError) as e:
+        raise Fail(f"cannot write {path}: {getattr(e, 'strerror', None) or e}") from None
+    finally:
+        with suppress(OSError):
+            tmp.unlink()
+
+
+def write_text(path, text):
+    write_whole(path, lambda p: p.write_text(text, encoding="utf-8"))
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_csv(path, header, rows):
+    def write(p):
+        with open(p, "w", newline="", encoding="utf-8") as f:
+            csv.writer(f).writerows([header, *rows])
+    write_whole(path, write)
+
+
+def write_tensors(path, tensors, metadata=None):
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    write_whole(path, lambda p: save_file(tensors, p, metadata=metadata))
+
+
+def damaged(path, why):
+    """The error for a file that is there and is not what it should be, or is not there."""
+    if isinstance(why, FileNotFoundError):
+        return Fail(f"{path} does not exist: is this the right folder?")
+    return Fail(f"{path} is damaged or of another version ({why}): delete it, or start again in another folder")
+
+
+def read_text(path):
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise damaged(path, e) from None
+
+
+def read_json(path, **fields):
+    """The JSON object in `path`; fields: the keys that it must have, and the type (or types) of each."""
+    try:
+        value = json.loads(read_text(path))
+    except (ValueError, RecursionError) as e:
+        raise damaged(path, e) from None
+    if not isinstance(value, dict):
+        raise damaged(path, f"a {type(value).__name__} where an object is expected")
+    for name, kind in fields.items():
+        if name not in value or not isinstance(value[name], kind):
+            raise damaged(path, f"{name} is {'missing' if name not in value else repr(value[name])[:40]}")
+    return value
+
+
+def read_csv(path, columns):
+    """The rows of a table as dicts of text; it must have these columns, and a value for each in every row."""
+    rows = list(csv.DictReader(read_text(path).splitlines(keepends=True)))
+    for i, row in enumerate(rows):
+        if None in row or any(row.get(c) is None for c in columns):
+            raise damaged(path, f"line {i + 2} lacks a column of {', '.join(columns)}")
+    return rows
+
+
+def read_tensors(path, dims=None):
+    """({name: tensor}, metadata) of a safetensors file; dims: the names it must have, and of how many dimensions.
+    Every number must be finite."""
+    try:
+        with safe_open(path, "pt") as f:
+            tensors, metadata = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
+    except (OSError, SafetensorError) as e:
+        raise damaged(path, e) from None
+    for name, dim in (dims or {}).items():
+        if name not in tensors or tensors[name].dim() != dim:
+            raise damaged(path, f"no tensor {name} of {dim} dimensions in it")
+    for name, t in tensors.items():
+        if not torch.isfinite(t).all():
+            raise damaged(path, f"{name} is not finite")
+    return tensors, metadata
+
+
+def make_folder(path):
+    """Raises Fail if this folder cannot be made."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise Fail(f"--out {path}: cannot make this folder ({e.strerror}); choose another") from None
+
+
+def lock(folder):
+    """Make the folder and hold it until the process ends; clear what dead processes left half-written.
+    Raises Fail, with its process number, if another process holds it."""
+    make_folder(folder)
+    folder = Path(folder).resolve()
+    if folder in LOCKS:
+        return
+    try:
+        f = open(folder / ".lock", "a+")
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        f.seek(0)
+        raise Fail(f"{folder} is in use by process {f.read().strip() or '?'}: wait for it, or choose another "
+                   "folder") from None
+    except OSError as e:
+        raise Fail(f"cannot write to {folder}: {e.strerror}") from None
+    LOCKS[folder] = f
+    f.truncate(0)
+    f.write(str(os.getpid()))
+    f.flush()
+    for left_over in folder.rglob(".*.tmp"):
+        left_over.unlink()

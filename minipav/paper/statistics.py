@@ -1,0 +1,128 @@
+"""From tidy rows to curves with paired bootstrap intervals.
+
+Row 0 of every array of shape (R + 1, ...) is the data, the others are two-level resamples: runs first, then problems
+within each, the same ones for every curve. A statistic is a function of such arrays; `interval` reads it off.
+"""
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from minipav.files import damaged
+
+KEY = ["group", "policy", "method", "score", "prover", "alpha"]
+DROPPED = {"main": ["prover", "alpha"], "bases": ["prover", "alpha"], "provers": ["alpha"], "train": ["alpha"]}
+
+
+class Curve(NamedTuple):
+    n: np.ndarray                   # (k,) budgets: N of best-of-N, beam widths, iterations
+    acc: np.ndarray                 # (R + 1, k)
+    tokens: np.ndarray              # (R + 1, k) policy tokens a problem
+    solved: np.ndarray              # (R + 1, k) pass@N
+
+
+def read_table(path, columns):
+    try:
+        return pd.read_csv(path, usecols=columns, keep_default_na=False)
+    except (OSError, ValueError, pd.errors.ParserError) as e:
+        raise damaged(path, " ".join(str(e).split())) from None
+
+
+def load(tables):
+    """The rows of all runs: tables {run's seed: [(group, path)]}. Searches that differ only in an alpha or a prover that was
+    chosen for each run by one rule are one curve."""
+    columns, frames = [*KEY[1:], "split", "n", "problem", "right", "solved", "tokens", "verifier_tokens"], []
+    for run, named in tables.items():
+        for group, path in named:
+            frame = read_table(path, columns).assign(run=run, group=group)
+            frames.append(frame.assign(**dict.fromkeys(DROPPED.get(group, []), "")))
+    rows = pd.concat(frames)
+    return rows.assign(alpha=rows.alpha.astype(str))
+
+
+def bootstrap(each, R=1000, seed=0):
+    """each: for every run a DataFrame (problems x columns), the same columns. -> DataFrame (R + 1, columns)"""
+    rng, runs = np.random.default_rng(seed), len(each)
+    means = np.mean([x.to_numpy().mean(0) for x in each], 0)
+    drawn = []
+    for x in each:
+        weights = rng.multinomial(len(x), np.full(len(x), 1 / len(x)), R * runs) / len(x)
+        drawn.append(weights @ x.to_numpy())                                    # (R * runs, columns)
+    pick = rng.integers(runs, size=(R, runs))
+    drawn = np.stack(drawn)[pick, np.arange(R * runs).reshape(R, runs)].mean(1)
+    return pd.DataFrame(np.vstack([means, drawn]), columns=each[0].columns)
+
+
+class Curves:
+    """All curves of these rows, by (group, policy, method, score, prover, alpha)."""
+
+    def __init__(self, rows):
+        values = ["right", "tokens", "solved"]
+        wide = rows.groupby(["run", "problem", *KEY, "n"])[values].mean().unstack([*KEY, "n"])
+        self.each = [x.droplevel("run") for _, x in wide.groupby("run")]
+        boot = bootstrap(self.each)
+        self.by, self.P = {}, len(wide)
+        for key in dict.fromkeys(c[1:-1] for c in boot.columns):
+            n = sorted(c[-1] for c in boot.columns if c[0] == "right" and c[1:-1] == key)
+            self.by[key] = Curve(np.array(n), *(boot[[(v, *key, x) for x in n]].to_numpy() for v in values))
+
+    def get(self, group, search, policy="base", prover="", alpha=""):
+        """The curve of "METHOD:SCORE", or None if it was not measured."""
+        method, _, score = search.partition(":")
+        return self.by.get((group, policy, method, score, prover, str(alpha)))
+
+
+def interval(x):
+    """{"mean", "lo", "hi"} of x (R + 1,), rounded; None where it is not defined. A resample in which it is not defined
+    counts as infinite, and an infinite bound is None."""
+    if not np.isfinite(x[0]):
+        return None
+    lo, hi = np.percentile(np.where(np.isfinite(x[1:]), x[1:], np.inf), [2.5, 97.5], method="nearest")
+    return {k: round(float(v), 4) if np.isfinite(v) else None for k, v in (("mean", x[0]), ("lo", lo), ("hi", hi))}
+
+
+def spread(values):
+    """Of one number a run: {"mean", "lo", "hi"}, where lo and hi are the lowest and the highest run's."""
+    values = [float(v) for v in values]
+    return {"mean": round(float(np.mean(values)), 4), "lo": round(min(values), 4), "hi": round(max(values), 4)}
+
+
+def at_tokens(curve, tokens, beyond=True):
+    """Accuracy (R + 1,) of a curve at a budget of `tokens` (R + 1,), linear in log tokens between measured points. A
+    method never has to spend its whole budget, so its best affordable point counts; a budget below the cheapest point
+    is NaN, and so is one beyond the last point (by more than 5%) where beyond is False."""
+    out = np.full(len(tokens), np.nan)
+    for r, (acc, tok, t) in enumerate(zip(curve.acc, curve.tokens, tokens)):
+        if t >= tok[0] * (1 - 1e-9) and (beyond or t <= 1.05 * tok[-1]):
+            out[r] = max(acc[tok <= t * (1 + 1e-9)].max(initial=0), np.interp(np.log(t), np.log(tok), acc))
+    return out
+
+
+def first_reach(x, acc, level):
+    """Where the curves acc (R + 1, k) over x (R + 1, k) first reach level (R + 1,), linear between points; NaN if they
+    do not."""
+    out = np.full(len(acc), np.nan)
+    for r, (xs, ys) in enumerate(zip(np.broadcast_to(x, acc.shape), acc)):
+        k = int((ys >= level[r]).argmax())
+        if ys[k] >= level[r]:
+            out[r] = xs[0] if k == 0 else np.interp(level[r], ys[k - 1:k + 1], xs[k - 1:k + 1])
+    return out
+
+
+def tokens_to_reach(curve, level):
+    """The fewest tokens (R + 1,) at which the curve reaches `level` (R + 1,), linear in log tokens; NaN if never."""
+    return np.exp(first_reach(np.log(curve.tokens), curve.acc, level))
+
+
+def pass_at_n(n, right, N):
+    """1 - C(wrong, N) / C(n, N): the chance that one of N of n samples, `right` of them right, is right."""
+    ratio = np.ones(len(right))
+    for i in range(N):
+        ratio *= np.clip(n - right - i, 0, None) / (n - i)
+    return 1 - ratio
+
+
+def spearman(a, b):
+    """Rank correlation; where all are tied it is 0."""
+    a, b = (pd.Series(x).rank() for x in (a, b))
+    return float(np.nan_to_num(a.corr(b))) if a.nunique() > 1 and b.nunique() > 1 else 0.0

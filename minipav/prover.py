@@ -1,0 +1,31 @@
+"""The prover mu: best-of-K of a policy in closed form (Eq. 30), or another policy with its own Q^mu."""
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from minipav.utils import Fail
+
+
+def verifier_of(policy):
+    """The name of the verifier of a policy's Q; a folder is its own."""
+    return {"base": "q_pi", "weak": "q_weak", "strong": "q_strong"}.get(policy, policy)
+
+
+class Prover(NamedTuple):
+    policy: str                     # "base", "weak", "strong", or a folder with a saved model
+    K: int = 1
+
+    @property
+    def verifier(self):
+        return verifier_of(self.policy)
+
+    @classmethod
+    def parse(cls, text, base="base"):
+        """"bo4" is best-of-4 of the policy `base` ("bo1" is pi itself), "weak" and "strong" are policies of train.py,
+        and a folder holds a policy (for rollouts) or a verifier (of its Q). Raises Fail if it is none of these."""
+        if m := re.fullmatch(r"bo([1-9][0-9]{0,5})", text, re.ASCII):
+            return cls(base, int(m[1]))
+        if text in ("base", "weak", "strong") or (Path(text) / "model.safetensors").exists():
+            return cls(text)
+        raise Fail(f"--prover {text}: unknown; choose boK with K from 1 to 999999 (bo4), weak, strong, or the folder "
+                   "of a saved model")

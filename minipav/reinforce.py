@@ -1,0 +1,271 @@
+"""Online RL with process advantages (section 5, App. E): REINFORCE with the effective reward.
+
+    sample    problems, and a group of traces of each, from the whole distribution of the policy
+    credit    a return for each step, Rex + alpha A^mu(s_h, a_h), and from it the weight of each of its tokens
+    update    one step of policy and value network: sum_h grad log pi(a_h | s_h) (return_h - b(s_h)) (Eq. 5), with a
+              KL to the initial policy
+    log       accuracy on held-out problems, every eval_every iterations
+"""
+import copy
+import json
+import math
+import sys
+import time
+
+import numpy as np
+import torch
+
+from minipav.advantage import rollout_from, seed_rollouts
+from minipav.data import corrupted_steps, random_ends
+from minipav.files import damaged, read_tensors, write_csv, write_tensors
+from minipav.prover import Prover
+from minipav.rewards import (
+    REWARDS,
+    VALUES,
+    close,
+    step_baseline,
+    step_of_token,
+    step_returns,
+    to_tokens,
+    with_terminal_values,
+)
+from minipav.search.best_of_n import pass_at_n
+from minipav.tokenizer import pad_token
+from minipav.traces import Traces, responses
+from minipav.utils import Fail, NotFinite, apply_step, make_optimizers, progress
+from minipav.verifier import label_weights, verifier_loss
+
+
+# a row of log.csv: sampled so far; of held-out problems; means over the iterations since the row before, a trace
+# (length, kl), a token (entropy, value_error) or a share of the traces: right, with an illegal step, with return 0
+COLUMNS = ("iteration", "tokens", "seconds", "accuracy", "greedy", "pass_n", "length", "kl", "entropy", "value_error",
+           "train_reward", "illegal", "zero_return", "tokens_per_s")
+
+
+# ---- losses ---------------------------------------------------------------------------------------------------
+
+def policy_loss(policy, ref, tokens, step, weight, kl_coef):
+    """REINFORCE with KL to the initial policy, summed over rows: (loss, KL, entropy, tokens). Arguments (N, T).
+
+    The KL of each token is exact, over the whole vocabulary, at the states that were visited. Padding and prompt have
+    no part in the loss; the end token has.
+    """
+    rows, cols = (step[:, 1:] >= 0).nonzero(as_tuple=True)                      # predicted one position before it
+    logp = policy.head(policy.trunk(tokens[:, :-1])[rows, cols]).log_softmax(-1)        # (tokens of responses, V)
+    with torch.no_grad():
+        ref_logp = ref.head(ref.trunk(tokens[:, :-1])[rows, cols]).log_softmax(-1)
+    chosen = logp.gather(1, tokens[rows, cols + 1][:, None])[:, 0]
+    p = logp.exp()
+    kl, entropy = (p * (logp - ref_logp)).sum(), -(p * logp).sum().detach()
+    return -(weight[rows, cols + 1] * chosen).sum() + kl_coef * kl, kl.detach(), entropy, len(rows)
+
+
+def value_loss(value, tokens, step, target):
+    """Squared error of the value network, which sees all before a token, against the token's return, summed: (loss,
+    its predictions (N, T), 0 outside of the response)."""
+    rows, cols = (step[:, 1:] >= 0).nonzero(as_tuple=True)
+    v = value.head(value.trunk(tokens[:, :-1])[rows, cols])[:, 0]
+    out = torch.zeros(tokens.shape, device=tokens.device)
+    out[rows, cols + 1] = v.detach()
+    return ((v - target[rows, cols + 1]) ** 2).sum(), out
+
+
+def outcomes(policy, env, problems, n, seed, **sampling):
+    """Rex (P, n) of n samples of each problem, with the run's top_p, as everywhere but in training."""
+    return seed_rollouts(policy, env, problems, n, seed, **sampling).reward.view(len(problems), n)
+
+
+# ---- the loop -------------------------------------------------------------------------------------------------
+
+class Reinforce:
+    """One training; `folder` gets log.csv and the checkpoint. init: the initial policy; a: a Trial; split: of the
+    problems it is evaluated on; micro_batch: traces in one backward pass (0: all), which changes no result."""
+
+    def __init__(self, run, init, folder, reward, a, split="test", micro_batch=0):
+        self.run, self.a, self.folder, self.split, self.micro_batch = run, a, folder, split, micro_batch
+        self.reward, self.mu = REWARDS[reward], Prover.parse(a.prover, a.policy)
+        self.policy, self.ref = copy.deepcopy(init), init
+        torch.manual_seed(run.seed("value network", a.seed))
+        self.value = init.as_verifier()
+        self.optimizers = {"policy": make_optimizers(self.policy, 0.0, a.lr),
+                           "value": make_optimizers(self.value, a.value_lr_muon, a.value_lr)}
+        if self.reward.values == "verifier":
+            self.verifier, c = run.model(self.mu.verifier), run.config
+            if a.refresh:
+                self.optimizers["verifier"] = make_optimizers(self.verifier, c["lr_muon_verifier"] / 4,
+                                                              c["lr_adamw_verifier"] / 4)
+                self.old = run.traces(f"{a.policy}_train")
+        if self.reward.values == "rollouts":
+            self.mu_policy = run.model(self.mu.policy)
+        self.curve = torch.zeros(0, a.problems)                                 # accuracy on each problem, by evaluation
+        self.state = {"iteration": 0, "tokens": 0, "seconds": 0.0, "running": 0.0}
+        self.rows, self.facts = [], []
+
+    def train(self):
+        """Train to the end, from the checkpoint if there is one. -> the trained policy"""
+        a, s = self.a, self.state
+        if (self.folder / "checkpoint.safetensors").exists():
+            self.load()
+        problems = self.run.problems(self.split, a.problems)
+        with progress(self.folder.name, a.iterations) as bar:
+            bar.update(s["iteration"])
+            while True:
+                i = s["iteration"]
+                if (i % a.eval_every == 0 or i >= a.iterations) and (not self.rows or self.rows[-1]["iteration"] < i):
+                    r = self.log(problems)
+                    self.save()
+                    bar.write(f"  {self.folder.name:<24} iteration {i:>4}   accuracy {r['accuracy']:.3f}   greedy "
+                              f"{r['greedy']:.3f}   pass@{a.eval_n} {r['pass_n']:.3f}   KL {r['kl'] or 0:5.2f}   "
+                              f"{r['tokens_per_s']:>7.0f} tokens/s", file=sys.stderr)
+                if i >= a.iterations:
+                    return self.policy
+                start = time.time()
+                self.facts.append(self.iterate(i))
+                s["iteration"], s["seconds"] = i + 1, s["seconds"] + time.time() - start
+                bar.update()
+
+    def iterate(self, i):
+        """One iteration. -> what it saw, for the log"""
+        problems, fresh = self.sample(i)
+        traces = close(fresh)
+        step = step_of_token(traces.tokens, traces.ends)
+        q_mu, returns = self.credit(i, problems, traces)
+        try:
+            if "verifier" in self.optimizers and i % self.a.refresh == 0:
+                self.refresh(i, problems, fresh)
+            sums = self.update(i, traces, step, returns)
+        except NotFinite:
+            self.stop(i, traces, q_mu)
+        return self.seen(problems, traces, step, returns, sums)
+
+    def sample(self, i):
+        a, run = self.a, self.run
+        problems = run.task.problems("train", a.batch // a.group, run.seed("rl problems", a.seed, i))
+        return problems, seed_rollouts(self.policy, run, problems, a.group, run.seed("rl traces", a.seed, i), top_p=None)
+
+    def credit(self, i, problems, traces):
+        """(Q^mu (N, S + 1), the return (N, S) of each step)"""
+        q_mu, tokens = torch.zeros(traces.ends.shape), 0
+        if self.reward.values:
+            q_mu, tokens = VALUES[self.reward.values](self, problems, traces, self.run.seed("rl rollouts", self.a.seed, i))
+        self.state["tokens"] += tokens + int((traces.lengths - traces.ends[:, 0] - 1).sum())
+        if not torch.isfinite(q_mu[traces.ends >= 0]).all():
+            self.stop(i, traces, q_mu)
+        if self.a.trust_verifier:
+            q_mu = q_mu.masked_fill(traces.ends < 0, float("nan"))
+        else:
+            q_mu = with_terminal_values(q_mu, traces, self.run.task.max_steps)
+        return q_mu, step_returns(self.reward, traces.reward, q_mu, self.a.alpha)
+
+    def update(self, i, traces, step, returns):
+        """One step of the policy, and one of the value network if it is the baseline. -> sums over the batch of KL,
+        entropy, tokens, squared value error"""
+        a, n, device, sums = self.a, len(traces), self.policy.device, torch.zeros(4)
+        target, learned = to_tokens(returns, step), a.baseline == "value" and self.reward.baseline
+        if not learned:
+            kind = a.baseline if self.reward.baseline else "none"
+            baseline = to_tokens(step_baseline(kind, returns, traces.ends, a.group, self.state["running"]), step)
+            self.state["running"] += 0.1 * (float(target.sum() / (step >= 0).sum()) - self.state["running"])
+        size = self.micro_batch or n
+        for rows in (slice(at, at + size) for at in range(0, n, size)):         # gradients add up
+            T = int(traces.lengths[rows].max())
+            tokens, where, g = (x[rows, :T].to(device) for x in (traces.tokens, step, target))
+            if learned:
+                v_loss, b = value_loss(self.value, tokens, where, g)
+                (v_loss / n).backward()
+                sums[3] += v_loss.item()
+            else:
+                b = baseline[rows, :T].to(device)
+            loss, kl, entropy, count = policy_loss(self.policy, self.ref, tokens, where, g - b, a.kl)
+            (loss / n).backward()
+            sums[:3] += torch.tensor([float(kl), float(entropy), count])
+        factor = min((i + 1) / max(1, a.warmup * a.iterations), (1 + math.cos(math.pi * i / a.iterations)) / 2)
+        apply_step(self.policy, self.optimizers["policy"], factor)
+        if learned:
+            apply_step(self.value, self.optimizers["value"], 1.0)
+        return sums
+
+    def refresh(self, i, problems, traces):
+        """One step of the verifier, on rollouts of the policy as it now is: this iteration's traces, and completions
+        of prefixes that are hotter, which show it what the policy may try next; and on corrupted steps and old
+        rollouts. The prover is then best-of-K of a policy between the initial and the present one."""
+        a, run, seed = self.a, self.run, self.run.seed("refresh", self.a.seed, i)
+        rng = np.random.default_rng(seed)
+        hot = seed_rollouts(self.policy, run, problems, a.group, seed, temperature=2.0, top_p=None)
+        branches = rollout_from(self.policy, run, problems, hot, torch.arange(len(hot)), random_ends(hot.ends, rng), 1,
+                                seed + 1, top_p=None)
+        self.state["tokens"] += int(hot.cost.sum() + branches.cost.sum())
+        old = self.old[torch.from_numpy(rng.integers(len(self.old), size=2 * a.batch))]
+        wrong = corrupted_steps(run, problems, traces[:max(1, a.batch // 2)], rng)
+        data = Traces.cat([traces, branches, wrong, old], pad_token(run.enc))
+        batch = data.tokens, data.ends, data.q, data.n, label_weights(data)
+        verifier_loss(self.verifier, *(x.to(self.policy.device) for x in batch)).backward()
+        apply_step(self.verifier, self.optimizers["verifier"], min(1.0, (i + 1) / 50))
+
+    def seen(self, problems, traces, step, returns, sums):
+        n, task = len(traces), self.run.task
+        texts = responses(self.run.enc, traces.tokens, traces.lengths, traces.ends[:, 0] + 1)
+        judged = [task.judge(problems[i], text) for i, text in zip(traces.problem.tolist(), texts)]
+        return {"length": float(sums[2] / n), "kl": float(sums[0] / n), "entropy": float(sums[1] / sums[2]),
+                "value_error": float(sums[3] / sums[2]), "train_reward": float(traces.reward.mean()),
+                "illegal": judged.count("illegal") / n, "zero_return": float((returns == 0).all(1).float().mean())}
+
+    def stop(self, i, traces, q_mu):
+        """A number is not finite: keep the batch for inspection and the last checkpoint, and end with an error."""
+        path = self.folder / "bad_batch.safetensors"
+        write_tensors(path, {"tokens": traces.tokens, "ends": traces.ends, "reward": traces.reward, "q_mu": q_mu})
+        raise Fail(f"{self.folder.name}: the loss is not finite at iteration {i}: its batch is in {path}, the state of "
+                   f"iteration {self.rows[-1]['iteration']} in checkpoint.safetensors; lower --lr or --alpha")
+
+    # ---- log and checkpoint -----------------------------------------------------------------------------------
+
+    def log(self, problems):
+        """Evaluate on held-out problems, and write one row. -> the row"""
+        a, s = self.a, self.state
+        reward = outcomes(self.policy, self.run, problems, a.eval_n, self.run.seed("rl evaluation", a.seed))
+        greedy = outcomes(self.policy, self.run, problems, 1, 0, temperature=0.0)
+        self.curve = torch.cat([self.curve, reward.mean(1)[None]])
+        mean = {k: sum(f[k] for f in self.facts) / len(self.facts) for k in (self.facts or [{}])[0]}
+        before = self.rows[-1] if self.rows else {"tokens": 0, "seconds": 0.0}
+        row = {"iteration": s["iteration"], "tokens": s["tokens"], "seconds": round(s["seconds"], 2),
+               "accuracy": float(reward.mean()), "greedy": float(greedy.mean()),
+               "pass_n": float(pass_at_n(reward, a.eval_n).mean()), **mean,
+               "tokens_per_s": (s["tokens"] - before["tokens"]) / max(s["seconds"] - before["seconds"], 1e-9)}
+        self.rows.append({k: round(row[k], 5) if k in row else "" for k in COLUMNS})
+        self.facts = []
+        write_csv(self.folder / "log.csv", COLUMNS, [list(r.values()) for r in self.rows])
+        return self.rows[-1]
+
+    def modules(self):
+        verifier = {"verifier": self.verifier} if "verifier" in self.optimizers else {}
+        return {"policy": self.policy, "value": self.value} | verifier
+
+    def save(self):
+        """All of the state in one file, written whole."""
+        tensors = {"curve": self.curve}
+        for name, module in self.modules().items():
+            tensors |= {f"{name}.{k}": v for k, v in module.state_dict().items()}
+            for j, opt in enumerate(self.optimizers[name]):
+                tensors |= {f"opt.{name}.{j}.{p}.{k}": v for p, st in opt.state_dict()["state"].items()
+                            for k, v in st.items()}
+        meta = {"state": json.dumps(self.state), "rows": json.dumps(self.rows)}
+        write_tensors(self.folder / "checkpoint.safetensors", tensors, meta)
+
+    def load(self):
+        path = self.folder / "checkpoint.safetensors"
+        tensors, meta = read_tensors(path, {"curve": 2})
+        try:
+            for name, module in self.modules().items():
+                module.load_state_dict({k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")})
+                for j, opt in enumerate(self.optimizers[name]):
+                    state = {}
+                    for k, v in tensors.items():
+                        if k.startswith(f"opt.{name}.{j}."):
+                            p, key = k.split(".")[3:]
+                            state.setdefault(int(p), {})[key] = v
+                    opt.load_state_dict(opt.state_dict() | {"state": state})
+            self.state.update(json.loads(meta["state"]))
+            self.rows, self.curve = json.loads(meta["rows"]), tensors["curve"]
+            self.rows[-1]["iteration"], len(self.curve[:, self.a.problems - 1])
+        except (RuntimeError, ValueError, KeyError, IndexError, TypeError) as e:
+            raise damaged(path, str(e).splitlines()[0]) from None

@@ -1,0 +1,176 @@
+"""Step-level beam search (section 4.1): sample steps, score them by progress, keep the best, all problems at once."""
+import time
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch.nn.functional import pad as pad_right
+
+from minipav.advantage import q_best_of_k
+from minipav.model import KVCache
+from minipav.sampler import decode, prefill
+from minipav.search.score import Result, Step
+from minipav.tokenizer import decode_rows, delimiter_tokens, encode_rows, pad_token
+from minipav.utils import progress
+from minipav.verifier import ExactValues, Values
+
+
+@dataclass
+class Beam:
+    """Prefixes or finished traces of all problems, one row each, ordered by owner."""
+    owner: torch.Tensor             # (N,) problem
+    tokens: torch.Tensor            # (N, S)
+    lengths: torch.Tensor           # (N,)
+    q_pi: torch.Tensor              # (N, H + 1) Q^pi at the step ends so far, the last of them repeated
+    score: torch.Tensor             # (N,)
+
+    def __getitem__(self, rows):
+        return Beam(*(getattr(self, f.name)[rows] for f in fields(self)))
+
+    def __add__(self, other):
+        return Beam(*(torch.cat([getattr(self, f.name), getattr(other, f.name)]) for f in fields(self)))
+
+
+class Judges:
+    """Q^pi and Q^mu of growing rows: one verifier and a closed form (Eq. 30), or two verifiers."""
+
+    def __init__(self, pi, mu, K):
+        self.pi, self.mu, self.K = pi, mu, K
+
+    @property
+    def q_mu(self):
+        return q_best_of_k(self.pi.q, self.K) if self.mu is None else self.mu.q
+
+    def children(self, *new):
+        return Judges(self.pi.children(*new), self.mu and self.mu.children(*new), self.K)
+
+    def __getitem__(self, rows):
+        return Judges(self.pi[rows], self.mu and self.mu[rows], self.K)
+
+
+@torch.no_grad()
+def beam(s, problems, widths, seed):
+    """Beam search at each width. -> [Result]
+
+    Each step samples C next steps for every prefix of the beam (width * C at the first level), drops duplicates,
+    scores, and keeps the best `width` of each problem. A finished trace stays in the beam with its score frozen. The
+    answer is the finished trace with the highest Q^pi. The problems go in batches whose KV buffers have at most
+    max_tokens_in_flight slots.
+    """
+    out = []
+    with progress(f"beam, {s.score.label}", sum(widths)) as bar:
+        for width in widths:
+            out.append(search_all(s, problems, width, seed))
+            accuracy, tokens = out[-1].right.mean(), out[-1].tokens.mean()
+            bar.set_postfix_str(f", width {width}: {accuracy:.3f} at {tokens:.0f} tokens", False)
+            bar.update(width)
+    return out
+
+
+def search_all(s, problems, width, seed):
+    task, enc, device, start, P = s.env.task, s.env.enc, s.policy.device, time.time(), len(problems)
+    texts = [task.prompt(p) for p in problems]
+    prompts, lengths = (x.to(device) for x in encode_rows(enc, texts))
+    u = torch.rand(task.max_steps, P, width * s.C, task.max_step_tokens,
+                   generator=torch.Generator().manual_seed(seed)).to(device)    # one uniform number for each token
+    slots = prompts.shape[1] + task.max_steps * task.max_step_tokens
+    batch = max(1, s.env.sampling.get("max_tokens_in_flight", 1 << 18) // (slots * width * s.C))
+    r = Result(torch.zeros(P), torch.zeros(P), torch.zeros(P), torch.zeros(P), [""] * P)
+    for i in range(0, P, batch):
+        at = slice(i, i + batch)
+        finished, r.tokens[at], r.verifier_tokens[at] = search_batch(
+            s, problems[at], prompts[at], lengths[at], u[:, at], slots, width, i)
+        best = set(top(finished.q_pi[:, -1], finished.owner, 1).tolist())
+        for row, text in enumerate(decode_rows(enc, finished.tokens, finished.lengths)):
+            p = i + int(finished.owner[row])
+            text = text.removeprefix(texts[p])
+            right = float(task.outcome(problems[p], text))
+            r.solved[p] = max(r.solved[p], right)
+            if row in best:
+                r.text[p], r.right[p] = text, right
+    return replace(r, seconds=time.time() - start)
+
+
+def search_batch(s, problems, prompts, lengths, u, slots, width, offset=0):
+    """-> the finished traces of the last beams (a Beam), policy tokens (P,), verifier tokens (P,)"""
+    P, H, device, enc = len(prompts), len(u), prompts.device, s.env.enc
+    cache = KVCache(s.policy.config, P, slots, device, s.policy.embed.weight.dtype)
+    hidden = prefill(s.policy, cache, prompts, lengths)                         # (P, C)
+    pi = Values(s.verifier, prompts, lengths, slots) if s.verifier else ExactValues(s.env, problems, device)
+    judges = Judges(pi, s.mu_verifier and Values(s.mu_verifier, prompts, lengths, slots), s.K)
+    live = Beam(torch.arange(P, device=device), pad_right(prompts, (0, slots - prompts.shape[1]), value=pad_token(enc)),
+                lengths, pi.q[:, None].expand(P, H + 1), pi.q)
+    finished, spent = live[:0], torch.zeros(P, dtype=torch.long, device=device)
+    readers = (s.verifier is not None) + (s.mu_verifier is not None)
+    read = readers * lengths
+    for level in range(H):
+        if len(live.owner) == 0:
+            break
+        parent, new, count, logprob, stop, grown, kept = expand(s, live, cache, hidden, u[level], width if level == 0 else 1)
+        spent.index_add_(0, live.owner[parent], count)
+        if len(kept) == 0:                                                      # no step of any problem came to its end
+            break
+        parent, new, count, logprob = parent[kept], new[kept], count[kept], logprob[kept].sum(1)
+        read = read.index_add(0, live.owner[parent], readers * count)
+        before, judges = judges, judges.children(parent, new, count)
+        step = Step(judges.pi.q, judges.q_mu, before.pi.q[parent], before.q_mu[parent], live.q_pi[parent, :level + 1],
+                    level + 1, logprob, s.alpha)
+        child = grow(live[parent], new, count, step, s.score.of(step))
+        rows, top_rows = prune(finished, child, stop[kept] == enc.eot_token, width)
+        if s.log is not None:
+            chosen = torch.isin(torch.arange(len(parent), device=device) + len(finished.owner), top_rows)
+            s.log.append({"beam": replace(child, owner=child.owner + offset), "step": step, "kept": chosen})
+        finished, live = (finished + child)[top_rows[~torch.isin(top_rows - len(finished.owner), rows)]], child[rows]
+        cache, judges = grown[kept[rows]], judges[rows]
+        if len(rows):                                                           # the delimiter has not been read yet
+            last = live.lengths[:, None] - 1
+            hidden = s.policy.trunk(live.tokens.gather(1, last), cache, last, kv_len=int(last.max()) + 1)[:, 0]
+    return Beam(*(getattr(finished, f.name).cpu() for f in fields(Beam))), spent.cpu(), read.cpu()
+
+
+def expand(s, live, cache, hidden, u, times):
+    """times * C next steps of every live prefix. u (P, width * C, max_step_tokens): a prefix draws by its rank in the
+    beam of its problem. -> parent, tokens, lengths, log-probabilities, stop token of each, the cache behind them, and
+    the indices of those that are distinct and came to an end"""
+    task, enc, n = s.env.task, s.env.enc, times * s.C
+    rows = torch.arange(len(live.owner), device=live.owner.device)
+    parent, rank = rows.repeat_interleave(n), rows - torch.searchsorted(live.owner, live.owner)
+    uniform = u[live.owner[parent], (s.C * rank[:, None] + torch.arange(n, device=rows.device)).flatten()]
+    stop, grown = torch.tensor(delimiter_tokens(enc, task.delimiter), device=rows.device), cache[parent]
+    new, count, logprob, reason = decode(s.policy, grown, hidden[parent], live.lengths[parent], uniform,
+                                         task.max_step_tokens, stop, {"top_p": s.env.sampling.get("top_p")}, pad_token(enc))
+    return parent, new, count, logprob, reason, grown, distinct(parent, new, reason)
+
+
+def distinct(parent, new, reason):
+    """Indices of the children without duplicates (same parent, same step) and without steps that never ended."""
+    salt = torch.randint(-2**62, 2**62, (new.shape[1] + 1,), generator=torch.Generator().manual_seed(0)).to(new.device)
+    key = (torch.cat([parent[:, None], new + 1], 1) * salt).sum(1)              # a 64-bit hash of the row
+    order = key.argsort(stable=True)
+    first = torch.ones(len(key), dtype=torch.bool, device=new.device)
+    first[order[1:]] = key[order].diff() != 0
+    return (first & (reason >= 0)).nonzero()[:, 0]
+
+
+def grow(rows, new, count, step, score):
+    """These prefixes (copies) with the first count (N,) of new (N, T) behind them."""
+    row, t = (torch.arange(new.shape[1], device=new.device) < count[:, None]).nonzero(as_tuple=True)
+    rows.tokens[row, rows.lengths[row] + t] = new[row, t]
+    rows.q_pi[:, step.depth:] = step.q_pi[:, None]
+    return replace(rows, lengths=rows.lengths + count, score=score)
+
+
+def prune(finished, child, ended, width):
+    """The best `width` of each problem, of its finished traces and its children. -> rows of `child` that live on, and
+    all chosen rows of finished + child"""
+    best = top(torch.cat([finished.score, child.score]), torch.cat([finished.owner, child.owner]), width)
+    rows = best - len(finished.owner)
+    return rows[(rows >= 0) & ~ended[rows.clamp(min=0)]], best
+
+
+def top(value, owner, k):
+    """Row indices of the k highest values of each owner, ordered by owner and then by value."""
+    order = value.argsort(descending=True, stable=True)
+    order = order[owner[order].argsort(stable=True)]
+    o = owner[order]
+    rank = torch.arange(len(o), device=o.device) - torch.searchsorted(o, o)     # place within the owner's run
+    return order[rank < k]

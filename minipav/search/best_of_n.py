@@ -1,0 +1,124 @@
+"""Search over whole samples: best-of-N by a score, majority vote, pass@N, greedy decoding.
+
+All use the same M = max(N) samples a problem, and the accuracy of best-of-N is its exact expectation over the
+subsets of size N, not that of the first N samples.
+"""
+import time
+
+import torch
+
+from minipav.advantage import q_best_of_k, seed_rollouts
+from minipav.search.score import Result, Step
+from minipav.traces import responses
+from minipav.utils import progress
+from minipav.verifier import exact_q, score
+
+
+def expected_best(scores, reward, N):
+    """Expected reward (P,) of the best-scored of N of the M samples, over all subsets: scores, reward (P, M).
+
+    The sample with r others below it is the best of C(r, N-1) of the C(M, N) subsets; ties share equally.
+    """
+    P, M = scores.shape
+    ranked = reward.gather(1, scores.argsort(1)).double()
+    # equal scores are in no order: each of them gets the mean reward of its group
+    group = torch.cat([torch.zeros(P, 1), (scores.sort(1).values.diff(dim=1) > 0).float()], 1).cumsum(1).long()
+    total = torch.zeros(P, M, dtype=torch.double).scatter_add(1, group, ranked)
+    size = torch.zeros(P, M, dtype=torch.double).scatter_add(1, group, torch.ones(P, M, dtype=torch.double))
+    ranked = (total / size.clamp(min=1)).gather(1, group)
+    r = torch.arange(M, dtype=torch.double)
+    log_c = torch.lgamma(r + 1) - torch.lgamma(torch.tensor(float(N), dtype=torch.double)) - torch.lgamma(r - N + 2)
+    ways = torch.where(r >= N - 1, (log_c - _log_binomial(M, N)).exp(), 0.0)
+    return (ranked * ways).sum(1).float()
+
+
+def _log_binomial(n, k):
+    n, k = (torch.tensor(float(x), dtype=torch.double) for x in (n, k))
+    return torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
+
+
+def pass_at_n(reward, N):
+    """Chance (P,) that at least one of N of the M samples is right: best-of-N by the outcome. reward (P, M)."""
+    return expected_best(reward, reward, N)
+
+
+def majority_vote(answers, reward, N):
+    """Accuracy (P,) of the commonest answer among N samples, averaged over the M // N disjoint groups of samples: the
+    mean reward of those that gave it. answers: P lists of M answers, None never wins; reward (P, M). Ties go to the
+    answer that came first."""
+    out = []
+    for row, right in zip(answers, reward.tolist()):
+        hits = []
+        for i in range(0, len(row) - N + 1, N):
+            votes = [a for a in row[i:i + N] if a is not None]
+            winner = max(dict.fromkeys(votes), key=votes.count, default=None)
+            behind = [r for a, r in zip(row[i:i + N], right[i:i + N]) if a == winner and votes]
+            hits.append(sum(behind) / max(1, len(behind)))
+        out.append(sum(hits) / len(hits))
+    return torch.tensor(out)
+
+
+# ---- methods: (Search, problems, budgets, seed) -> a Result for each budget -----------------------------------
+
+def draw(s, problems, M, seed):
+    """(traces, seconds) of M samples a problem, drawn once for all methods."""
+    def make():
+        start = time.time()
+        with progress("samples", len(problems) * M) as bar:
+            t = seed_rollouts(s.policy, s.env, problems, M, seed, progress=bar.to)
+        return t, time.time() - start
+    return s.remember(("samples", M, seed), make)
+
+
+def over_samples(s, problems, ns, seed, right, read=0, reading=0.0):
+    """Results at each budget N of `right`(traces, reward (P, M), N) -> (P,). read (P, M): verifier tokens a sample."""
+    P, M = len(problems), max(ns)
+    t, seconds = draw(s, problems, M, seed)
+    reward, spent = t.reward.view(P, M), (t.lengths - t.ends[:, 0] - 1).float().view(P, M).mean(1)
+    read = torch.as_tensor(read).float().expand(P, M).mean(1)
+    return [Result(right(t, reward, n), s.remember(("pass", M, seed, n), lambda n=n: pass_at_n(reward, n)), n * spent,
+                   n * read, seconds=(seconds + reading) * n / M) for n in ns]
+
+
+def at_n(s, problems, ns, seed):
+    """pass@N: the oracle that picks a right sample if there is one. At N = 1: one sample."""
+    return over_samples(s, problems, ns, seed, lambda t, reward, n: pass_at_n(reward, n))
+
+
+def majority(s, problems, ns, seed):
+    P, M, env = len(problems), max(ns), s.env
+
+    def right(t, reward, n):
+        answers = s.remember(("answers", M, seed), lambda: [env.task.answer(x) for x in responses(
+            env.enc, t.tokens, t.lengths, t.ends[:, 0] + 1)])
+        return majority_vote([answers[i * M:(i + 1) * M] for i in range(P)], reward, n)
+    return over_samples(s, problems, ns, seed, right)
+
+
+def values(s, model, t, problems):
+    """Q at every step end of these samples, by a verifier or exactly."""
+    if model is not None:
+        return s.remember(("q", id(model), id(t)), lambda: score(model, t.tokens, t.ends))
+    return exact_q(s.env, problems, t)
+
+
+def best_of_n(s, problems, ns, seed):
+    """Best-of-N by the score of each sample's last step."""
+    P, M, start = len(problems), max(ns), time.time()
+    t, seconds = draw(s, problems, M, seed)
+    q = values(s, s.verifier, t, problems)
+    q_mu = q_best_of_k(q, s.K) if s.mu_verifier is None else values(s, s.mu_verifier, t, problems)
+    row, last = torch.arange(len(t)), t.last
+    before = (last - 1).clamp(min=0)                                            # a sample without a step: V(x) itself
+    value = s.score.of(Step(q[row, last], q_mu[row, last], q[row, before], q_mu[row, before], q, int(last.max()),
+                            torch.zeros(len(t)), s.alpha))
+    ended = t.tokens[row, t.lengths - 1] == s.env.enc.eot_token                 # what never ended ranks last
+    value = torch.where(ended, value, -torch.inf).view(P, M)
+    return over_samples(s, problems, ns, seed, lambda t, reward, n: expected_best(value, reward, n),
+                        (t.lengths * (1 + (s.mu_verifier is not None))).view(P, M), time.time() - start)
+
+
+def greedy(s, problems, ns, seed):
+    t = seed_rollouts(s.policy, s.env, problems, 1, seed, temperature=0)
+    return [Result(t.reward, t.reward, (t.lengths - t.ends[:, 0] - 1).float(), torch.zeros(len(t)),
+                   responses(s.env.enc, t.tokens, t.lengths, t.ends[:, 0] + 1))] * len(ns)

@@ -1,0 +1,96 @@
+"""Search a run's problems and write one row for each (method, score, policy, prover, alpha, n, problem)."""
+import dataclasses
+from dataclasses import dataclass
+
+from minipav.files import read_csv, write_csv
+from minipav.prover import Prover, verifier_of
+from minipav.run import keyed
+from minipav.search import METHODS
+from minipav.search.score import SCORES, Search
+from minipav.utils import Fail
+
+COLUMNS = ("method", "score", "policy", "prover", "alpha", "split", "sample_seed", "n", "problem", "right", "solved",
+           "tokens", "verifier_tokens", "text")
+
+
+@dataclass
+class Cell:
+    """One search at several budgets."""
+    method: str
+    score: str = ""                 # one of SCORES, or none
+    ns: tuple = (1,)                # N of best-of-N, widths of a beam
+    policy: str = "base"
+    prover: str = "bo4"
+    alpha: float = 0.0
+    split: str = "test"
+    problems: int = 500
+    seed: int = 0                   # of the sampling
+
+    def __post_init__(self):
+        """What has no part in the result is always the same: equal searches are one cell."""
+        uses = SCORES[self.score].uses if self.score else ()
+        self.alpha = float(self.alpha) if "alpha" in uses else 0.0
+        if not uses or "alpha" in uses and self.alpha == 0:
+            self.prover = ""
+
+    @classmethod
+    def parse(cls, text, **fields):
+        """"beam:effective" -> that method and score. Raises Fail if there is no such method or score."""
+        method, _, score = text.partition(":")
+        if method not in METHODS or score and score not in SCORES or bool(score) != (method in ("beam", "best_of_n")):
+            raise Fail(f"--search {text}: choose METHOD or METHOD:SCORE of {', '.join(METHODS)} and {', '.join(SCORES)}")
+        return cls(method, score, **fields)
+
+
+class Bench:
+    """One run's models and problems, each loaded once."""
+
+    def __init__(self, run):
+        self.run, self.models, self.memos = run, {}, {}
+
+    def model(self, name):
+        if name not in self.models:
+            self.models[name] = self.run.model(name)
+        return self.models[name]
+
+    def search(self, cell):
+        """The Search of a cell: its models, its prover."""
+        score = SCORES[cell.score] if cell.score else None
+        s = Search(self.run, self.model(cell.policy), score, alpha=cell.alpha,
+                   memo=self.memos.setdefault((cell.policy, cell.split, cell.problems), {}))
+        if score and score.verifier != "exact":
+            s.verifier = self.model(verifier_of(cell.policy) if score.verifier == "q_pi" else score.verifier)
+        if cell.prover:
+            mu = Prover.parse(cell.prover, cell.policy)
+            s.K, s.mu_verifier = mu.K, None if mu.policy == cell.policy else self.model(mu.verifier)
+        return s
+
+    def measure(self, cell):
+        """Search, unless it was done before. -> path of the rows, a table with COLUMNS"""
+        spec = dataclasses.asdict(cell)
+        name = keyed("search/" + "-".join(x for x in (cell.method, cell.score, cell.policy) if x), spec)
+        path = self.run.out / f"{name}.csv"
+
+        def work():
+            problems = self.run.problems(cell.split, cell.problems)
+            results = METHODS[cell.method](self.search(cell), problems, list(cell.ns), cell.seed)
+            write_csv(path, COLUMNS, rows(cell, results))
+            return {"seconds_by_n": {n: round(r.seconds, 2) for n, r in zip(cell.ns, results)}}
+        self.run.stage(name, work, spec)
+        return path
+
+
+def rows(cell, results):
+    fixed = cell.method, cell.score, cell.policy, cell.prover, cell.alpha, cell.split, cell.seed
+    for n, r in zip(cell.ns, results):
+        for i in range(len(r.right)):
+            numbers = (f"{float(x[i]):.9g}" for x in (r.right, r.solved, r.tokens, r.verifier_tokens))
+            yield *fixed, n, i, *numbers, r.text[i] if r.text else ""
+
+
+def accuracy(path):
+    """{n: mean accuracy} of a table of rows."""
+    by = {}
+    for row in read_csv(path, COLUMNS):
+        by.setdefault(int(row["n"]), []).append(float(row["right"]))
+    return {n: sum(x) / len(x) for n, x in by.items()}

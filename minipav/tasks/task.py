@@ -1,0 +1,70 @@
+"""What a task is: where problems come from, and what counts as right.
+
+A problem is a small tuple. A response is text: steps that end with the delimiter, the last one with END. A task is a
+dataclass whose fields are its dials (`H: int = flag(8, "most steps")`), which become flags of train.py by themselves.
+The trainer and the search know a task only through what stands here.
+"""
+import zlib
+
+import numpy as np
+
+from minipav.tokenizer import END
+from minipav.utils import Fail
+
+
+class Task:
+    name: str
+    phrases: list                  # the multi-character pieces of its texts that deserve a token of their own
+    delimiter = "\n"               # what a step ends with: one character
+    max_steps: int                 # a response with more steps is wrong
+    max_step_tokens: int           # room for the longest step, delimiter included
+    max_new_tokens: int            # room for the longest response, END included
+
+    def draw(self, n, rng):
+        """About n random solvable problems, of any split."""
+        raise NotImplementedError
+
+    def prompt(self, problem):
+        """The question as text, ended by the delimiter."""
+        raise NotImplementedError
+
+    def judge(self, problem, response):
+        """'right', 'planning' (every step legal and computed right, the target missed) or 'illegal' (all else)."""
+        raise NotImplementedError
+
+    # Optional: what needs them is left out, with a word, where a task says None.
+
+    demonstrations = None          # (problems, expert_fraction, rng) -> a text with END for each problem: with that
+    #                                chance one that is right, else legal steps in no particular direction
+    corrupt = None                 # (problems, responses, rng) -> texts, each with an illegal step put in, and the index
+    #                                of that step, from which on the value is 0
+    exact = None                   # (problems) -> f(i, prefix of a response): exact Q of a tabular reference policy
+
+    def outcome(self, problem, response):
+        """Rex(problem, response) in {0, 1}. No eval: each line must match the grammar, or the answer is wrong."""
+        return int(self.judge(problem, response) == "right")
+
+    def answer(self, response):
+        """What majority vote counts: what the last step ends on; None for an unfinished response."""
+        return self.steps(response)[-1].rpartition(" = ")[2] if response.endswith(END) else None
+
+    def steps(self, response):
+        """The steps of a response, END stripped."""
+        return response.removesuffix(END).split(self.delimiter)
+
+    def split_of(self, problem):
+        """Every problem belongs to one split for ever, by a hash of its prompt: 5% test, 5% validation, 90% train."""
+        h = zlib.crc32(self.prompt(problem).encode()) % 20
+        return ("test", "validation")[h] if h < 2 else "train"
+
+    def problems(self, split, n, seed):
+        """n distinct problems of a split ('train', 'validation', 'test'), the same ones for the same seed."""
+        rng = np.random.default_rng([("train", "validation", "test").index(split), seed])
+        found, share = {}, 0.9 if split == "train" else 0.05
+        for _ in range(100):
+            for p in self.draw(int(1.1 * n / share) + 20, rng):
+                if self.split_of(p) == split:
+                    found.setdefault(self.prompt(p), p)
+            if len(found) >= n:
+                return list(found.values())[:n]
+        raise Fail(f"task {self.name} has fewer than {n} distinct {split} problems at this difficulty")

@@ -1,0 +1,94 @@
+"""Labelled traces: reasoning steps as token rows, with a value at every step end.
+
+A trace has S + 1 step ends, h = 0..S: step end 0 is the bare prompt, where Q is V(x), and step end h the last token
+of step h, where Q is Q(s_h, a_h). A step is what lies between two delimiters (a line).
+"""
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch.nn.functional import pad as pad_right
+
+from minipav.tokenizer import decode_rows, delimiter_tokens
+
+
+@dataclass
+class Env:
+    """What every sampling function needs to know of the world; a Run is one too."""
+    task: object
+    enc: object
+    sampling: dict = field(default_factory=dict)        # top_p, max_tokens_in_flight: of every call of the sampler
+
+
+@dataclass
+class Traces:
+    """N rows of prompt and response together, T positions, at most S steps."""
+    problem: torch.Tensor           # (N,) index into the list of problems
+    tokens: torch.Tensor            # (N, T) right-padded
+    lengths: torch.Tensor           # (N,)
+    ends: torch.Tensor              # (N, S + 1) position of each step end; -1: no such step
+    q: torch.Tensor                 # (N, S + 1) label: Monte-Carlo estimate of Q at each step end
+    n: torch.Tensor                 # (N, S + 1) number of outcomes it is the mean of
+    labelled: torch.Tensor          # (N, S + 1) whether there is a label
+    exact: torch.Tensor             # (N, S + 1) whether it is known rather than estimated: a finished trace's outcome
+    reward: torch.Tensor            # (N,) Rex of the whole trace
+    cost: torch.Tensor              # (N,) tokens that were sampled for this row
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def __getitem__(self, rows):
+        return Traces(*(getattr(self, f.name)[rows] for f in fields(self)))
+
+    @property
+    def last(self):
+        """(N,) index of each trace's last step end."""
+        return (self.ends >= 0).sum(1) - 1
+
+    @staticmethod
+    def cat(parts, pad=0):
+        """All parts one after the other, padded to a common width."""
+        fill = dict(tokens=pad, ends=-1, q=0.0, n=0, labelled=False, exact=False)
+
+        def one(name):
+            ts = [getattr(p, name) for p in parts]
+            width = max(t.shape[-1] for t in ts)
+            return torch.cat([pad_right(t, (0, width - t.shape[1]), value=fill[name]) if name in fill else t for t in ts])
+        return Traces(*(one(f.name) for f in fields(Traces)))
+
+
+def step_ends(tokens, prompt_lengths, lengths, delimiters):
+    """Positions (N, S + 1) of the last token of the prompt and of every finished step; -1 beyond the last one.
+    A step ends with one of the tokens `delimiters`. tokens (N, T)."""
+    N, T = tokens.shape
+    t = torch.arange(T)
+    end = torch.isin(tokens, torch.tensor(delimiters)) & (t >= prompt_lengths[:, None]) & (t < lengths[:, None])
+    end[torch.arange(N), prompt_lengths - 1] = True
+    index = end.cumsum(1) - 1                                                   # (N, T) which step end a position is
+    out = torch.full((N, int(index.max()) + 1), -1)
+    row, pos = end.nonzero(as_tuple=True)
+    out[row, index[row, pos]] = pos
+    return out
+
+
+def responses(enc, tokens, lengths, prompt_lengths):
+    """The texts of the responses alone, end-of-text included."""
+    new = lengths - prompt_lengths
+    at = (prompt_lengths[:, None] + torch.arange(int(new.max()))).clamp(max=tokens.shape[1] - 1)
+    return decode_rows(enc, tokens.gather(1, at), new)
+
+
+def label_with_outcome(env, problems, which, tokens, lengths, prompt_lengths, since=None, sampled=True):
+    """Traces of finished rollouts: a rollout's outcome is an unbiased one-sample label for each of its prefixes.
+
+    which (N,) indexes `problems`; since (N,): the first step end whose continuation was sampled from the policy that
+    is being valued (default 0: the whole trace was); sampled: whether that cost tokens.
+    """
+    texts = responses(env.enc, tokens, lengths, prompt_lengths)
+    reward = torch.tensor([env.task.outcome(problems[i], t) for i, t in zip(which.tolist(), texts)]).float()
+    ends = step_ends(tokens, prompt_lengths, lengths, delimiter_tokens(env.enc, env.task.delimiter))
+    since = torch.zeros_like(which) if since is None else since
+    labelled = (ends >= 0) & (torch.arange(ends.shape[1]) >= since[:, None])
+    exact, last = torch.zeros_like(labelled), (ends >= 0).sum(1) - 1
+    exact[torch.arange(len(last)), last] = tokens.gather(1, lengths[:, None] - 1)[:, 0] == env.enc.eot_token
+    cost = (lengths - 1 - ends.gather(1, since[:, None])[:, 0]) * sampled
+    return Traces(which, tokens, lengths, ends, reward[:, None] * labelled, labelled.long(), labelled, exact, reward, cost)
