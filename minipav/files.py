@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from minipav.utils import Fail
 
-LOCKS = {}                                              # folders that this process holds
+LOCKS = {}                                              # folders that this process holds, with their open lock files
 
 
 def write_whole(path, write):
@@ -57,7 +57,7 @@ def damaged(path, why):
     """The error for a file that is there and is not what it should be, or is not there."""
     if isinstance(why, FileNotFoundError):
         return Fail(f"{path} does not exist: is this the right folder?")
-    return Fail(f"{path} is damaged or of another version ({why}): delete it, or start again in another folder")
+    return Fail(f"{path} is damaged or of another version ({str(why)[:200]}): delete it, or start again elsewhere")
 
 
 def read_text(path):
@@ -77,14 +77,17 @@ def read_json(path, **fields):
         raise damaged(path, f"a {type(value).__name__} where an object is expected")
     for name, kind in fields.items():
         if name not in value or not isinstance(value[name], kind):
-            raise damaged(path, f"{name} is {'missing' if name not in value else repr(value[name])[:40]}")
+            raise damaged(path, f"{name} is {repr(value.get(name, 'missing'))[:40]}")
     return value
 
 
 def read_csv(path, columns):
     """The rows of a table as dicts of text; it must have these columns, and a value for each in every row."""
-    rows = list(csv.DictReader(read_text(path).splitlines(keepends=True)))
-    for i, row in enumerate(rows):
+    try:
+        rows = list(csv.DictReader(read_text(path).splitlines(keepends=True)))
+    except csv.Error as e:
+        raise damaged(path, e) from None
+    for i, row in enumerate(rows or [{}]):
         if None in row or any(row.get(c) is None for c in columns):
             raise damaged(path, f"line {i + 2} lacks a column of {', '.join(columns)}")
     return rows
@@ -101,39 +104,30 @@ def read_tensors(path, dims=None):
     for name, dim in (dims or {}).items():
         if name not in tensors or tensors[name].dim() != dim:
             raise damaged(path, f"no tensor {name} of {dim} dimensions in it")
-    for name, t in tensors.items():
-        if not torch.isfinite(t).all():
-            raise damaged(path, f"{name} is not finite")
+    if wrong := [k for k, t in tensors.items() if not torch.isfinite(t).all()]:
+        raise damaged(path, f"{wrong[0]} is not finite")
     return tensors, metadata
 
 
-def make_folder(path):
-    """Raises Fail if this folder cannot be made."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise Fail(f"--out {path}: cannot make this folder ({e.strerror}); choose another") from None
-
-
 def lock(folder):
-    """Make the folder and hold it until the process ends; clear what dead processes left half-written.
-    Raises Fail, with its process number, if another process holds it."""
-    make_folder(folder)
+    """Make the folder and hold it until the process ends; clear what dead processes left half-written. Raises Fail
+    if it cannot be made, or, with its process number, if another process holds it."""
     folder = Path(folder).resolve()
     if folder in LOCKS:
         return
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         f = open(folder / ".lock", "a+")
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         f.seek(0)
-        raise Fail(f"{folder} is in use by process {f.read().strip() or '?'}: wait for it, or choose another "
-                   "folder") from None
+        raise Fail(f"{folder} is in use by process {f.read().strip() or '?'}: wait for it, or choose another folder"
+                   ) from None
     except OSError as e:
-        raise Fail(f"cannot write to {folder}: {e.strerror}") from None
+        raise Fail(f"--out {folder}: cannot make or write this folder ({e.strerror}); choose another") from None
     LOCKS[folder] = f
     f.truncate(0)
     f.write(str(os.getpid()))
     f.flush()
-    for left_over in folder.rglob(".*.tmp"):
+    for left_over in folder.rglob(".*.tmp"):                    # nobody else may write here: its process is dead
         left_over.unlink()

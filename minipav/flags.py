@@ -5,23 +5,20 @@
         steps: int = flag(400, "optimizer steps", low=1)
         widths: list = flag([1, 2, 4], "beam widths", low=1)
 
-    flags, dials = parse(Flags, __doc__)
+    flags = parse(Flags, __doc__)
 """
 import argparse
 import dataclasses
-from pathlib import Path
 
 from minipav.utils import Fail
 
 
 def flag(default, help, *, low=0, high=10**9, choices=None, kind=None):
-    """A field that is a flag. Numbers, and those of a list, must lie in low..high; kind: its type, if not that
-    of the default; a list takes several different values."""
-    kind = kind or type(default[0] if isinstance(default, list) and default else default)
-    meta = dict(help=help, low=low, high=high, choices=choices, kind=kind)
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=default.copy, metadata=meta)
-    return dataclasses.field(default=default, metadata=meta)
+    """A field that is a flag. Numbers, and those of a list, must lie in low..high; kind: its type, if not that of
+    the default; a list takes several different values."""
+    several = isinstance(default, list)
+    meta = dict(help=help, low=low, high=high, choices=choices, kind=kind or type(default[0] if several else default))
+    return dataclasses.field(**({"default_factory": default.copy} if several else {"default": default}), metadata=meta)
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,19 +26,18 @@ class Parser(argparse.ArgumentParser):
         raise Fail(f"{message}; --help lists all flags")
 
 
-def add(parser, cls, title):
-    group = parser.add_argument_group(title)
+def add(parser, cls):
+    group = parser.add_argument_group(f"flags of {cls.__name__}" if cls.__name__ != "Flags" else "flags")
     for f in dataclasses.fields(cls):
-        m = f.metadata
-        several = f.default is dataclasses.MISSING
-        default = f.default_factory() if several else f.default
+        m, several = f.metadata, f.default is dataclasses.MISSING
         if m["kind"] is bool:
             group.add_argument(f"--{f.name}", action="store_true", help=m["help"])
             continue
-        shown = "" if default in (None, []) else f" ({' '.join(map(str, default)) if several else default})"
+        default = f.default_factory() if several else f.default
+        shown = " ".join(map(str, default)) if several else default
         group.add_argument(f"--{f.name}", type=m["kind"], default=default, choices=m["choices"],
-                           nargs="+" if several else None, help=(m["help"] + shown).replace("%", "%%"),
-                           metavar=None if m["choices"] else m["kind"].__name__.upper())
+                           nargs="+" if several else None, metavar=None if m["choices"] else m["kind"].__name__.upper(),
+                           help=(m["help"] + (f" ({shown})" if default not in (None, []) else "")).replace("%", "%%"))
 
 
 def check(values):
@@ -52,7 +48,7 @@ def check(values):
         for x in several:
             if isinstance(x, int | float) and not isinstance(x, bool) and not m["low"] <= x <= m["high"]:
                 raise Fail(f"--{f.name} {x}: must lie between {m['low']} and {m['high']}")
-            if isinstance(x, Path | str) and "\0" in str(x):
+            if "\0" in str(x):
                 raise Fail(f"--{f.name} {x!r}: is no name")
         if len(set(several)) < len(several):
             raise Fail(f"--{f.name} {' '.join(map(str, several))}: a value stands there twice")
@@ -63,15 +59,14 @@ def parse(cls, doc, argv=None, more=None, defaults=None):
     """Flags from the command line, checked. more(flags so far): a second dataclass with flags of its own (of the
     task, say); defaults(flags so far): other defaults. -> an instance of cls, or of both.
     Raises Fail for whatever is wrong with them."""
-    first = Parser(add_help=False, allow_abbrev=False)
-    add(first, cls, "flags")
+    first, p = Parser(add_help=False, allow_abbrev=False), Parser(
+        description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add(first, cls)
     known, _ = first.parse_known_args(argv)
-    p = Parser(description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add(p, cls, "flags")
-    second = more(known) if more else None
-    if second:
-        add(p, second, f"flags of {second.__name__}")
+    classes = [cls, more(known)] if more else [cls]
+    for c in classes:
+        add(p, c)
     p.set_defaults(**(defaults(known) if defaults else {}))
     values = vars(p.parse_args(argv))
-    made = [check(c(**{f.name: values[f.name] for f in dataclasses.fields(c)})) for c in (cls, second) if c]
-    return made if second else made[0]
+    made = [check(c(**{f.name: values[f.name] for f in dataclasses.fields(c)})) for c in classes]
+    return made if more else made[0]

@@ -1,7 +1,7 @@
 """The compact GPT: one class for the policies and, with a scalar head, for the verifiers.
 
-Decoder-only: RMSNorm, rotary positions, grouped-query attention with optional q/k/v bias, SwiGLU, tied or untied
-head. One forward serves training (no cache) and cached decoding. Shapes are written beside the code with
+Decoder-only: RMSNorm, rotary positions, grouped-query attention with optional q/k/v bias, SwiGLU, tied or untied head.
+One forward serves training (no cache) and cached decoding. Shapes are written beside the code with
 
     B rows, T positions, C = n_embd, H = n_head, G = n_kv_head, D = C / H, V = vocab_size, S = slots of the KV cache.
 """
@@ -35,23 +35,23 @@ class GPTConfig:
     target: str = "bce"            # what a verifier was trained for: one of verifier.TARGETS
 
     def __post_init__(self):
-        for f in dataclasses.fields(self):
-            if not isinstance(getattr(self, f.name), f.type):
-                raise Fail(f"impossible size: {f.name} is {getattr(self, f.name)!r} and should be of type {f.type.__name__}")
-        if min(dataclasses.astuple(self)[:7]) < 1 or self.n_out < 1 or self.head not in ("lm", "scalar"):
-            raise Fail(f"impossible size: every size must be at least 1, and head lm or scalar, in {self}")
+        wrong = [f.name for f in dataclasses.fields(self) if not isinstance(getattr(self, f.name), f.type)]
+        sizes = None if wrong else (*dataclasses.astuple(self)[:7], self.n_out)
+        if wrong or min(sizes) < 1 or max(sizes) > 1 << 24 or self.head not in ("lm", "scalar"):
+            raise Fail(f"impossible size: {wrong[0] if wrong else 'a size below 1 or above 2^24, or an unknown head'} "
+                       f"in {self}")
         if self.n_embd % self.n_head or self.n_head % self.n_kv_head or (self.n_embd // self.n_head) % 2:
             raise Fail(f"impossible size: n_embd={self.n_embd} must be a multiple of n_head={self.n_head} with an even "
                        f"quotient, and n_head a multiple of n_kv_head={self.n_kv_head}")
 
 
 class KVCache:
-    """Static key and value buffers of shape (B, S, G, D), one pair a layer; slot = absolute position of the token."""
+    """Static key and value buffers (B, S, G, D), one pair a layer; slot = absolute position of the token."""
 
     def __init__(self, config, rows, slots, device, dtype=torch.float32):
         shape = (rows, slots, config.n_kv_head, config.n_embd // config.n_head)
-        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.k, self.v = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+                          for _ in range(2))
 
     def write(self, layer, k, v, pos):
         """Put k, v (B, T, G, D) at the slots pos (B, T)."""
@@ -99,12 +99,12 @@ class Attention(nn.Module):
         if cache is not None:
             cache.write(layer, k, v, pos)
         if mask is None:                                                        # training and prefill: causal
-            y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True,
-                                               enable_gqa=self.G < self.H)      # (B, H, T, D)
+            y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+                                               is_causal=True, enable_gqa=self.G < self.H)      # (B, H, T, D)
         else:                                                                   # decoding: read the cache
             S, R = mask.shape[-1], self.H // self.G
             k, v = cache.k[layer][:, :S].transpose(1, 2), cache.v[layer][:, :S].transpose(1, 2)     # (B, G, S, D)
-            # The R query heads of a group stand as R * T queries of one head: the cache is read once, never repeated.
+            # The R query heads of a group stand as R * T queries of one head: the cache is read once, not repeated.
             q = q.view(B, T, self.G, R, self.D).permute(0, 2, 3, 1, 4).reshape(B, self.G, R * T, self.D)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(1, 1, R, 1))
             y = y.view(B, self.H, T, self.D)
@@ -148,9 +148,8 @@ class GPT(nn.Module):
             self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
             if config.tied:
                 self.head.weight = self.embed.weight
-        cos, sin = rope_tables(config)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        for name, table in zip(("cos", "sin"), rope_tables(config)):
+            self.register_buffer(name, table, persistent=False)
         self.apply(self._init)
         for name, p in self.named_parameters():
             if name.endswith(("wo.weight", "down.weight")):                     # the two writes to the residual stream
@@ -158,7 +157,7 @@ class GPT(nn.Module):
 
     @staticmethod
     def _init(module):
-        if isinstance(module, (nn.Linear, nn.Embedding)):
+        if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
@@ -183,9 +182,8 @@ class GPT(nn.Module):
             rope = self.cos[None, :T], self.sin[None, :T]
             pos = torch.arange(T, device=idx.device).expand(len(idx), T)
         else:
-            kv_len = kv_len or cache.k[0].shape[1]
             rope = self.cos[pos], self.sin[pos]                                 # (B, T, D / 2)
-            seen = torch.arange(kv_len, device=idx.device) <= pos[:, :, None]     # (B, T, S)
+            seen = torch.arange(kv_len or cache.k[0].shape[1], device=idx.device) <= pos[:, :, None]    # (B, T, S)
             mask = torch.zeros(seen.shape, device=idx.device, dtype=self.embed.weight.dtype)
             mask = mask.masked_fill(~seen, float("-inf"))[:, None]              # (B, 1, T, S)
         x = self.embed(idx)                                                     # (B, T, C)
@@ -201,8 +199,7 @@ class GPT(nn.Module):
         """A new model with this trunk's weights and a fresh scalar head (section 4.2: verifiers start from an LM)."""
         config = dataclasses.replace(self.config, head="scalar", target=target, n_out=n_out)
         model = GPT(config).to(self.device)
-        trunk = {k: v for k, v in self.state_dict().items() if not k.startswith("head.")}
-        model.load_state_dict(trunk, strict=False)
+        model.load_state_dict({k: v for k, v in self.state_dict().items() if not k.startswith("head.")}, strict=False)
         return model
 
     def save(self, folder):
@@ -217,22 +214,22 @@ class GPT(nn.Module):
     def load(cls, folder, device="cpu"):
         """The model saved in `folder`. Raises Fail, naming the file, if it is missing, truncated, not finite or
         another model's."""
-        path = Path(folder) / "config.json"
-        fields, known = read_json(path, vocab_size=int), {f.name for f in dataclasses.fields(GPTConfig)}
-        if set(fields) - known:
-            raise damaged(path, f"unknown: {', '.join(sorted(set(fields) - known))}")
+        path, weights = Path(folder) / "config.json", Path(folder) / "model.safetensors"
+        fields = read_json(path, vocab_size=int)
+        if unknown := fields.keys() - {f.name for f in dataclasses.fields(GPTConfig)}:
+            raise damaged(path, f"unknown: {', '.join(sorted(unknown))}")
         try:
             config = GPTConfig(**fields)
         except Fail as e:
             raise damaged(path, e) from None
-        path = Path(folder) / "model.safetensors"
-        state, _ = read_tensors(path)
-        with torch.device("meta"):                                              # no time for weights that are replaced
-            shapes = {k: v.shape for k, v in cls(config).state_dict().items()}
+        state, _ = read_tensors(weights)
         if config.tied and config.head == "lm" and "embed.weight" in state:
             state["head.weight"] = state["embed.weight"]
-        if wrong := sorted(k for k in shapes.keys() | state.keys() if shapes.get(k) != getattr(state.get(k), "shape", None)):
-            raise Fail(f"{path} holds the weights of another model: {', '.join(wrong)[:160]}")
+        with torch.device("meta"):                                              # before memory is taken for it
+            want = {k: v.shape for k, v in cls(config).state_dict().items()}
+        have = {k: v.shape for k, v in state.items()}
+        if wrong := sorted(k for k in want.keys() | have.keys() if want.get(k) != have.get(k)):
+            raise Fail(f"{weights} holds the weights of another model: {', '.join(wrong)[:160]}")
         model = cls(config)
         model.load_state_dict(state)
         return model.to(device)

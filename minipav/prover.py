@@ -15,17 +15,15 @@ class Prover(NamedTuple):
     policy: str                     # "base", "weak", "strong", or a folder with a saved model
     K: int = 1
 
-    @property
-    def verifier(self):
-        return verifier_of(self.policy)
-
     @classmethod
     def parse(cls, text, base="base"):
-        """"bo4" is best-of-4 of the policy `base` ("bo1" is pi itself), "weak" and "strong" are policies of train.py,
-        and a folder holds a policy (for rollouts) or a verifier (of its Q). Raises Fail if it is none of these."""
+        """"bo4" is best-of-4 of the policy `base` ("bo1" is pi itself), "weak" and "strong" are policies of
+        train.py, and a folder holds a policy (for rollouts) or a verifier (of its Q). Raises Fail otherwise."""
         if m := re.fullmatch(r"bo([1-9][0-9]{0,5})", text, re.ASCII):
             return cls(base, int(m[1]))
-        if text in ("base", "weak", "strong") or (Path(text) / "model.safetensors").exists():
+        if text in ("base", "weak", "strong"):
             return cls(text)
+        if (Path(text) / "model.safetensors").exists():
+            return cls(str(Path(text).resolve()))
         raise Fail(f"--prover {text}: unknown; choose boK with K from 1 to 999999 (bo4), weak, strong, or the folder "
                    "of a saved model")

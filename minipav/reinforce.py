@@ -18,7 +18,7 @@ import torch
 from minipav.advantage import rollout_from, seed_rollouts
 from minipav.data import corrupted_steps, random_ends
 from minipav.files import damaged, read_tensors, write_csv, write_tensors
-from minipav.prover import Prover
+from minipav.prover import Prover, verifier_of
 from minipav.rewards import (
     REWARDS,
     VALUES,
@@ -90,7 +90,7 @@ class Reinforce:
         self.optimizers = {"policy": make_optimizers(self.policy, 0.0, a.lr),
                            "value": make_optimizers(self.value, a.value_lr_muon, a.value_lr)}
         if self.reward.values == "verifier":
-            self.verifier, c = run.model(self.mu.verifier), run.config
+            self.verifier, c = run.model(verifier_of(self.mu.policy)), run.config
             if a.refresh:
                 self.optimizers["verifier"] = make_optimizers(self.verifier, c["lr_muon_verifier"] / 4,
                                                               c["lr_adamw_verifier"] / 4)

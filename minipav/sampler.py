@@ -2,11 +2,11 @@
 
 What makes it fast, in the order of the code: requests are sorted by prompt length and cut into chunks that fit
 `max_tokens_in_flight`; each distinct prompt of a chunk is prefilled once and its cache copied to its samples; the KV
-buffers are static; every row stops by itself at any of several stop tokens; rows that have stopped are compacted away.
+buffers are static; every row stops by itself at any of several stop tokens; stopped rows are compacted away.
 
-What makes it exact: the randomness of the sample j of prompt b at its t-th token is one uniform number u[b, j, t], drawn
-from the call's own generator before anything else. So a sample does not depend on the batch it is computed in, on the
-chunks or on compaction, and the same seed gives the same samples on every device up to rounding in the logits.
+What makes it exact: the randomness of the sample j of prompt b at its t-th token is one uniform number u[b, j, t],
+drawn from the call's own generator before anything else. So a sample does not depend on the batch it is computed in,
+on the chunks or on compaction; the same seed gives the same samples on every device up to rounding in the logits.
 """
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ import torch
 from minipav.model import KVCache
 from minipav.utils import tokens_per_forward
 
-LENGTH = -1                       # Samples.finish_reason of a row that met no stop token
+LENGTH = -1                         # Samples.finish_reason of a row that met no stop token
 
 
 @dataclass
@@ -27,44 +27,49 @@ class Samples:
     finish_reason: torch.Tensor     # (B * n,) the stop token that ended the row, or LENGTH
 
 
+def _inverse_cdf(p, u):
+    """Index (R,) of the outcome in which u (R,) of the total of p (R, k) falls."""
+    cdf = p.cumsum(-1)
+    return torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0]
+
+
+def _nucleus(p, order, u, top_p, total):
+    """A token by u from p (R, k), the likeliest in falling order, cut at top_p of `total` probability."""
+    if top_p is not None:
+        p = p.masked_fill(p.cumsum(-1) - p >= top_p * total, 0.0)               # the likelier ones reach top_p already
+    index = torch.minimum(_inverse_cdf(p, u), (p > 0).sum(-1) - 1)
+    return order.gather(1, index[:, None])[:, 0]
+
+
 def choose(logits, u, temperature=1.0, top_k=None, top_p=None):
     """Token (R,) by inverse CDF at the uniform numbers u (R,) from logits (R, V). Temperature 0 is exact argmax.
 
-    top_k keeps the k likeliest tokens, then top_p the smallest set of likeliest tokens whose probability reaches top_p.
+    top_k keeps the k likeliest tokens, then top_p the smallest set of likeliest tokens whose probability reaches it.
     """
     if temperature == 0:
         return logits.argmax(-1)
     probs = (logits.float() / temperature).softmax(-1)                          # (R, V)
     if top_k is None and top_p is None:
-        cdf = probs.cumsum(-1)
-        return torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=probs.shape[1] - 1)
-    def pick(p, order, u, total):
-        """p (R, k) the likeliest tokens in falling order, of `total` probability before top_p."""
-        if top_p is not None:
-            p = p.masked_fill(p.cumsum(-1) - p >= top_p * total, 0.0)           # the likelier ones reach top_p already
-        cdf = p.cumsum(-1)
-        i = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)
-        return order.gather(1, torch.minimum(i, (p > 0).sum(-1, keepdim=True) - 1))[:, 0]
+        return _inverse_cdf(probs, u).clamp(max=probs.shape[1] - 1)
     p, order = probs.topk(min(top_k or 32, probs.shape[1]), dim=-1)             # a nucleus is seldom wider than 32
-    token = pick(p, order, u, 1.0 if top_k is None else p.sum(-1, keepdim=True))
+    token = _nucleus(p, order, u, top_p, 1.0 if top_k is None else p.sum(-1, keepdim=True))
     wide = (p.sum(-1) < top_p).nonzero()[:, 0] if top_k is None else []
     if len(wide):
-        token[wide] = pick(*probs[wide].sort(dim=-1, descending=True, stable=True), u[wide], 1.0)
+        token[wide] = _nucleus(*probs[wide].sort(dim=-1, descending=True, stable=True), u[wide], top_p, 1.0)
     return token
 
 
 @torch.no_grad()
-def sample(model, prompts, prompt_lengths, n=1, *, max_new_tokens, stop, seed=0, temperature=1.0, top_k=None, top_p=None,
-           max_tokens_in_flight=1 << 18, pad=0, compact=True, progress=None):
-    """n samples of each prompt.
+def sample(model, prompts, prompt_lengths, n=1, *, max_new_tokens, stop, seed=0, temperature=1.0, top_k=None,
+           top_p=None, max_tokens_in_flight=1 << 18, pad=0, compact=True, progress=None):
+    """n samples of each prompt. -> Samples on the CPU
 
     prompts (B, P) right-padded tokens, prompt_lengths (B,); stop: token ids that end a row and are kept in it;
-    max_tokens_in_flight bounds rows x slots of the KV buffers, so memory is flat however many samples are asked for;
-    progress(rows_done) is called after each chunk. Returns Samples on the CPU.
+    max_tokens_in_flight bounds rows x slots of the KV buffers (not the outputs, which grow with n);
+    progress(rows_done) is called after each chunk.
     Raises ValueError if a prompt is empty or a row would not fit the model's block_size.
     """
-    B, device = len(prompts), model.device
-    longest = int(prompt_lengths.max()) + max_new_tokens
+    B, device, longest = len(prompts), model.device, int(prompt_lengths.max()) + max_new_tokens
     if int(prompt_lengths.min()) < 1 or longest - 1 > model.config.block_size:
         raise ValueError(f"prompts must hold 1 token or more and {longest - 1} positions fit into the model's block_size "
                          f"{model.config.block_size}")
@@ -72,28 +77,21 @@ def sample(model, prompts, prompt_lengths, n=1, *, max_new_tokens, stop, seed=0,
     u = torch.rand(B * n, max_new_tokens if temperature else 1, generator=torch.Generator().manual_seed(seed))
     out = Samples(torch.full((B * n, max_new_tokens), pad), torch.zeros(B * n, dtype=torch.long),
                   torch.zeros(B * n, max_new_tokens), torch.full((B * n,), LENGTH))
-    order = prompt_lengths.repeat_interleave(n).argsort(stable=True)            # short prompts first
-    at = 0
-    while at < B * n:
-        rows = order[at:at + max(1, max_tokens_in_flight // longest)]
+    done = 0
+    for rows in prompt_lengths.repeat_interleave(n).argsort(stable=True).split(max(1, max_tokens_in_flight // longest)):
         which, copies = torch.unique_consecutive(rows // n, return_inverse=True)
-        lengths = prompt_lengths[which]
-        result = _chunk(model, prompts[which, :int(lengths.max())].to(device), lengths.to(device), copies.to(device),
-                        u[rows].to(device), max_new_tokens, torch.tensor(stop, device=device),
-                        dict(temperature=temperature, top_k=top_k, top_p=top_p), pad, compact)
+        lengths = prompt_lengths[which].to(device)
+        chunk = prompts[which, :int(lengths.max())].to(device)
+        cache = KVCache(model.config, len(chunk), chunk.shape[1] + max_new_tokens - 1, device, model.embed.weight.dtype)
+        hidden, copies = prefill(model, cache, chunk, lengths), copies.to(device)
+        result = decode(model, cache[copies], hidden[copies], lengths[copies], u[rows].to(device), max_new_tokens,
+                        torch.tensor(stop, device=device), pad, compact, temperature=temperature, top_k=top_k, top_p=top_p)
         for name, value in zip(("tokens", "lengths", "logprobs", "finish_reason"), result):
             getattr(out, name)[rows] = value.cpu()
-        at += len(rows)
+        done += len(rows)
         if progress:
-            progress(at)
+            progress(done)
     return out
-
-
-def _chunk(model, prompts, lengths, copies, u, max_new, stop, sampling, pad, compact):
-    """Rows that are decoded together: row r continues prompt copies[r]."""
-    cache = KVCache(model.config, len(prompts), prompts.shape[1] + max_new - 1, prompts.device, model.embed.weight.dtype)
-    hidden = prefill(model, cache, prompts, lengths)
-    return decode(model, cache[copies], hidden[copies], lengths[copies], u, max_new, stop, sampling, pad, compact)
 
 
 @torch.no_grad()
@@ -107,25 +105,21 @@ def prefill(model, cache, prompts, lengths):
 
 
 @torch.no_grad()
-def decode(model, cache, hidden, pos, u, max_new, stop, sampling, pad=0, compact=False):
+def decode(model, cache, hidden, pos, u, max_new, stop, pad=0, compact=False, **sampling):
     """Sample up to max_new tokens behind rows whose last token has the hidden state `hidden` (R, C) and whose next one
-    stands at `pos` (R,); u (R, max_new). -> tokens (R, max_new), lengths (R,), log-probabilities (R, max_new), reason (R,).
-    Without compaction the cache then holds every new token but the last one of each row."""
-    R, device = len(pos), pos.device
-    tokens = torch.full((R, max_new), pad, device=device)
-    logprobs = torch.zeros(R, max_new, device=device)
-    count = torch.zeros(R, dtype=torch.long, device=device)
-    reason = torch.full((R,), LENGTH, device=device)
+    stands at `pos` (R,); u (R, max_new). -> tokens (R, max_new), lengths (R,), log-probabilities (R, max_new),
+    finish reasons (R,). Without compaction the cache then holds every new token but the last one of each row."""
+    R, device, longest = len(pos), pos.device, int(pos.max())
+    tokens, logprobs = torch.full((R, max_new), pad, device=device), torch.zeros(R, max_new, device=device)
+    count, reason = torch.zeros(R, dtype=torch.long, device=device), torch.full((R,), LENGTH, device=device)
     row, alive = torch.arange(R, device=device), torch.ones(R, dtype=torch.bool, device=device)
-    longest = int(pos.max())
     every = 1 if device.type == "cpu" else 4                                    # asking who is alive waits for the GPU
 
     for t in range(max_new):
         logits = model.head(hidden)                                             # (rows, V)
-        token = choose(logits, u[row, min(t, u.shape[1] - 1)], **sampling)           # (rows,)
+        token = choose(logits, u[row, min(t, u.shape[1] - 1)], **sampling)      # (rows,)
         chosen = logits.float().log_softmax(-1).gather(1, token[:, None])[:, 0]
-        tokens[row, t] = torch.where(alive, token, pad)
-        logprobs[row, t] = torch.where(alive, chosen, 0.0)
+        tokens[row, t], logprobs[row, t] = torch.where(alive, token, pad), torch.where(alive, chosen, 0.0)
         count[row] += alive
         stopped = alive & torch.isin(token, stop)
         reason[row] = torch.where(stopped, token, reason[row])

@@ -18,8 +18,7 @@ END, PAD = "<|endoftext|>", "<|pad|>"
 def synthetic_encoding(phrases):
     """The tiktoken.Encoding of a task whose prompts and lines are made of numbers, operations and `phrases`."""
     words = [*phrases, *(f"{op}{d}" for op in "+-*/" for d in range(1, 10)), *(str(i) for i in range(10, 100))]
-    ranks = {bytes([b]): b for b in range(256)}
-    ranks.update((w.encode(), 256 + i) for i, w in enumerate(words))
+    ranks = {bytes([b]): b for b in range(256)} | {w.encode(): 256 + i for i, w in enumerate(words)}
     longest_first = sorted(map(re.escape, phrases), key=len, reverse=True)
     # tiktoken splits the text by this pattern first; a piece that is itself in the ranks is one token.
     pattern = "|".join([*longest_first, r"[+\-*/][1-9](?!\d)", r"[1-9]\d", r"\n", r"[\s\S]"])
@@ -30,13 +29,11 @@ def synthetic_encoding(phrases):
 def text_encoding(name="gpt2"):
     """A published encoding by name. tiktoken fetches it once; offline, point TIKTOKEN_CACHE_DIR at a filled cache.
     Raises Fail if it is unknown or cannot be had."""
-    if name not in tiktoken.list_encoding_names():
-        raise Fail(f"encoding {name!r} is unknown; choose one of {', '.join(tiktoken.list_encoding_names())}")
     try:
         return tiktoken.get_encoding(name)
-    except (OSError, ValueError) as e:                          # the download, or what is in the cache
-        raise Fail(f"encoding {name!r} could not be fetched ({type(e).__name__}); offline, set TIKTOKEN_CACHE_DIR "
-                   "to a folder that holds tiktoken's files") from None
+    except (OSError, ValueError) as e:                          # unknown; the download, or what is in the cache
+        raise Fail(f"encoding {name!r} is unknown or could not be fetched ({type(e).__name__}); offline, set "
+                   "TIKTOKEN_CACHE_DIR to a folder that holds tiktoken's files") from None
 
 
 def pad_token(enc):
@@ -48,8 +45,7 @@ def pad_token(enc):
 def delimiter_tokens(enc, delimiter):
     """The tokens that end a step: all whose text contains the delimiter (real encodings merge ".\\n" and "\\n\\n"),
     and end-of-text. With a delimiter of one byte none can hide between two tokens. -> ids, ascending"""
-    ids = [i for piece, i in enc._mergeable_ranks.items() if delimiter.encode() in piece]
-    return sorted([*ids, enc.eot_token])
+    return sorted([*(i for piece, i in enc._mergeable_ranks.items() if delimiter.encode() in piece), enc.eot_token])
 
 
 def encode_rows(enc, texts):
@@ -63,17 +59,15 @@ def encode_rows(enc, texts):
 
 def decode_rows(enc, tokens, lengths):
     """The texts of token rows (B, T), each cut at its length; END stays in the text."""
-    rows = [r[:n] for r, n in zip(tokens.tolist(), lengths.tolist())]
-    return [enc.decode(r) for r in rows]
+    return [enc.decode(r[:n]) for r, n in zip(tokens.tolist(), lengths.tolist())]
 
 
 def join(prefix, prefix_lengths, new, new_lengths, pad):
     """Rows of prefix (N, P) with new (N, M) behind each one's own end. -> tokens (N, <= P + M), lengths (N,)"""
-    N, lengths = len(prefix), prefix_lengths + new_lengths
-    out = torch.full((N, int(max(prefix.shape[1], lengths.max()))), pad)
+    lengths = prefix_lengths + new_lengths
+    out = torch.full((len(prefix), int(max(prefix.shape[1], lengths.max()))), pad)
     out[:, :prefix.shape[1]] = prefix
-    t = torch.arange(new.shape[1])
-    rows, cols = (t < new_lengths[:, None]).nonzero(as_tuple=True)
+    rows, cols = (torch.arange(new.shape[1]) < new_lengths[:, None]).nonzero(as_tuple=True)
     out[rows, prefix_lengths[rows] + cols] = new[rows, cols]
     t = torch.arange(out.shape[1])
     return out.masked_fill_(t >= lengths[:, None], pad)[:, :int(lengths.max())], lengths

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch.nn.functional import pad as pad_right
 
-from minipav.tokenizer import decode_rows, delimiter_tokens
+from minipav.tokenizer import END, decode_rows, delimiter_tokens
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Traces:
     q: torch.Tensor                 # (N, S + 1) label: Monte-Carlo estimate of Q at each step end
     n: torch.Tensor                 # (N, S + 1) number of outcomes it is the mean of
     labelled: torch.Tensor          # (N, S + 1) whether there is a label
-    exact: torch.Tensor             # (N, S + 1) whether it is known rather than estimated: a finished trace's outcome
+    exact: torch.Tensor             # (N, S + 1) whether it is known, not estimated: a finished trace's outcome
     reward: torch.Tensor            # (N,) Rex of the whole trace
     cost: torch.Tensor              # (N,) tokens that were sampled for this row
 
@@ -51,8 +51,10 @@ class Traces:
 
         def one(name):
             ts = [getattr(p, name) for p in parts]
-            width = max(t.shape[-1] for t in ts)
-            return torch.cat([pad_right(t, (0, width - t.shape[1]), value=fill[name]) if name in fill else t for t in ts])
+            if name in fill:
+                width = max(t.shape[1] for t in ts)
+                ts = [pad_right(t, (0, width - t.shape[1]), value=fill[name]) for t in ts]
+            return torch.cat(ts)
         return Traces(*(one(f.name) for f in fields(Traces)))
 
 
@@ -71,10 +73,13 @@ def step_ends(tokens, prompt_lengths, lengths, delimiters):
 
 
 def responses(enc, tokens, lengths, prompt_lengths):
-    """The texts of the responses alone, end-of-text included."""
+    """The texts of the responses alone. A text ends with END if its last token is end-of-text, and not if ordinary
+    tokens merely spell it."""
+    ended = tokens.gather(1, lengths[:, None] - 1)[:, 0] == enc.eot_token
     new = lengths - prompt_lengths
-    at = (prompt_lengths[:, None] + torch.arange(int(new.max()))).clamp(max=tokens.shape[1] - 1)
-    return decode_rows(enc, tokens.gather(1, at), new)
+    at = (prompt_lengths[:, None] + torch.arange(int(new.max()), device=new.device)).clamp(max=tokens.shape[1] - 1)
+    texts = decode_rows(enc, tokens.gather(1, at), new - ended.long())
+    return [t.replace(END, "\ufffd") + END * e for t, e in zip(texts, ended.tolist())]
 
 
 def label_with_outcome(env, problems, which, tokens, lengths, prompt_lengths, since=None, sampled=True):
@@ -86,9 +91,10 @@ def label_with_outcome(env, problems, which, tokens, lengths, prompt_lengths, si
     texts = responses(env.enc, tokens, lengths, prompt_lengths)
     reward = torch.tensor([env.task.outcome(problems[i], t) for i, t in zip(which.tolist(), texts)]).float()
     ends = step_ends(tokens, prompt_lengths, lengths, delimiter_tokens(env.enc, env.task.delimiter))
-    since = torch.zeros_like(which) if since is None else since
-    labelled = (ends >= 0) & (torch.arange(ends.shape[1]) >= since[:, None])
-    exact, last = torch.zeros_like(labelled), (ends >= 0).sum(1) - 1
-    exact[torch.arange(len(last)), last] = tokens.gather(1, lengths[:, None] - 1)[:, 0] == env.enc.eot_token
+    since, index = torch.zeros_like(which) if since is None else since, torch.arange(ends.shape[1])
+    labelled = (ends >= 0) & (index >= since[:, None])
+    ended = tokens.gather(1, lengths[:, None] - 1) == env.enc.eot_token
+    exact = ended & (index == (ends >= 0).sum(1, keepdim=True) - 1)
     cost = (lengths - 1 - ends.gather(1, since[:, None])[:, 0]) * sampled
-    return Traces(which, tokens, lengths, ends, reward[:, None] * labelled, labelled.long(), labelled, exact, reward, cost)
+    q = reward[:, None] * labelled
+    return Traces(which, tokens, lengths, ends, q, labelled.long(), labelled, exact, reward, cost)

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import zlib
+from contextlib import suppress
 
 import torch
 from tqdm import tqdm
@@ -24,42 +25,34 @@ def main_guard(main):
         main()
         sys.stdout.flush()
     except Fail as e:
-        tqdm.write(f"error: {' '.join(str(e).split())}", file=sys.stderr)       # on a line of its own
+        tqdm.write(f"error: {' '.join(str(e).split())}", file=sys.stderr)       # clear of a progress bar
         sys.exit(1)
     except KeyboardInterrupt:
-        tqdm.write("stopped: what was finished is on disk; the same command goes on from there (train.py: "
-                   "with --resume)", file=sys.stderr)
+        tqdm.write("stopped: what was finished is on disk; the same command goes on from there (train.py with "
+                   "--resume)", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:                                                     # piped into head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-# ---- devices and seeds ----------------------------------------------------------------------------------------
-
 def pick_device(name):
     """'auto' is CUDA, else Apple's MPS, else the CPU. Raises Fail if the device asked for is not there."""
-    have = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        return next(d for d in ("cuda", "mps", "cpu") if have[d])
+        return next(d for d in have if have[d])
     if not have[name]:
         raise Fail(f"--device {name}: torch {torch.__version__} finds no such device here; use --device auto")
     return name
 
 
 def tune_process():
-    """Two settings for speed.
-
-    glibc returns each large tensor's memory to the system and asks for it again at the next step; keeping it is
-    15-20% faster in training on a CPU. TF32 is a GPU's fast path for fp32 products; it rounds to 10 bits.
-    """
+    """Two settings for speed. glibc returns each large tensor's memory to the system and asks for it again at the
+    next step; keeping it is 15-20% faster in training on a CPU. TF32 is a GPU's fast path for fp32 products."""
     torch.set_float32_matmul_precision("high")
-    if sys.platform == "linux":
-        try:
-            libc = ctypes.CDLL("libc.so.6")
-            libc.mallopt(-3, 1 << 30)                   # M_MMAP_THRESHOLD: serve large blocks from the heap
-            libc.mallopt(-1, 2**31 - 1)                 # M_TRIM_THRESHOLD: keep the heap's top
-        except (OSError, AttributeError):               # not glibc: only slower
-            pass
+    with suppress(OSError, AttributeError):                                     # not glibc: only slower
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 1 << 30)                       # M_MMAP_THRESHOLD: serve large blocks from the heap
+        libc.mallopt(-1, 2**31 - 1)                     # M_TRIM_THRESHOLD: keep the heap's top
 
 
 def tokens_per_forward(device):
@@ -72,10 +65,8 @@ def derive_seed(seed, *names):
     return zlib.crc32(repr((seed, *names)).encode())
 
 
-# ---- optimization ---------------------------------------------------------------------------------------------
-
 def make_optimizers(model, lr_muon, lr_adamw):
-    """Muon for the matrices inside the blocks, AdamW for the rest; lr_muon 0: AdamW for all (the paper: Adam)."""
+    """Muon for the matrices in the blocks, AdamW for the rest; lr_muon 0: AdamW for all (the paper: Adam)."""
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2 and lr_muon]
     others = [p for p in model.parameters() if all(p is not q for q in matrices)]
     adamw = torch.optim.AdamW(others, lr=lr_adamw, weight_decay=0.0, betas=(0.9, 0.95))
@@ -83,7 +74,7 @@ def make_optimizers(model, lr_muon, lr_adamw):
 
 
 def schedule(step, steps, warmup=0.05, decay=0.5):
-    """Learning-rate factor: linear warm-up, constant, then linear to a twentieth over the last `decay` of the run."""
+    """Learning-rate factor: linear warm-up, constant, then linear to a twentieth over the last `decay`."""
     x = (step + 1) / steps
     return min(1.0, x / warmup, 0.05 + 0.95 * (1 - x) / decay)
 
@@ -95,13 +86,10 @@ def apply_step(model, optimizers, factor):
         raise NotFinite("the loss or its gradient is not a finite number: lower the learning rate")
     for opt in optimizers:
         for group in opt.param_groups:
-            group.setdefault("base_lr", group["lr"])
-            group["lr"] = group["base_lr"] * factor
+            group["lr"] = group.setdefault("base_lr", group["lr"]) * factor
         opt.step()
         opt.zero_grad(set_to_none=True)
 
-
-# ---- progress -------------------------------------------------------------------------------------------------
 
 class Bar(tqdm):
     def to(self, n):

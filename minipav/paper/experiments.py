@@ -109,7 +109,7 @@ def values(bench, policy, mus, tokens, ends):
     """Q^pi at these step ends, and {prover: Q^mu}."""
     q = score(bench.model(verifier_of(policy)), tokens, ends)
     parsed = {m: Prover.parse(m, policy) for m in mus}
-    return q, {m: q_best_of_k(q, p.K) if p.policy == policy else score(bench.model(p.verifier), tokens, ends)
+    return q, {m: q_best_of_k(q, p.K) if p.policy == policy else score(bench.model(verifier_of(p.policy)), tokens, ends)
                for m, p in parsed.items()}
 
 

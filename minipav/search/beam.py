@@ -137,7 +137,8 @@ def expand(s, live, cache, hidden, u, times):
     uniform = u[live.owner[parent], (s.C * rank[:, None] + torch.arange(n, device=rows.device)).flatten()]
     stop, grown = torch.tensor(delimiter_tokens(enc, task.delimiter), device=rows.device), cache[parent]
     new, count, logprob, reason = decode(s.policy, grown, hidden[parent], live.lengths[parent], uniform,
-                                         task.max_step_tokens, stop, {"top_p": s.env.sampling.get("top_p")}, pad_token(enc))
+                                         task.max_step_tokens, stop, pad_token(enc),
+                                         top_p=s.env.sampling.get("top_p"))
     return parent, new, count, logprob, reason, grown, distinct(parent, new, reason)
 
 

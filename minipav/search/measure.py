@@ -62,7 +62,7 @@ class Bench:
             s.verifier = self.model(verifier_of(cell.policy) if score.verifier == "q_pi" else score.verifier)
         if cell.prover:
             mu = Prover.parse(cell.prover, cell.policy)
-            s.K, s.mu_verifier = mu.K, None if mu.policy == cell.policy else self.model(mu.verifier)
+            s.K, s.mu_verifier = mu.K, None if mu.policy == cell.policy else self.model(verifier_of(mu.policy))
         return s
 
     def measure(self, cell):

@@ -20,16 +20,17 @@ TOP = 100
 
 
 class Problem(NamedTuple):
-    numbers: tuple                                              # ascending
+    numbers: tuple                  # ascending
     target: int
-    hint: tuple                                                 # the steps (a, sign, b) of one solution, for the demos
+    hint: tuple                     # the steps (a, sign, b) of one solution, for the demonstrations
 
 
 @lru_cache(1 << 16)
 def parse(line):
     """(a, sign, b, result, left) of '19 - 12 = 7 (left: 3 5 7)', or None if it is malformed."""
     number = "[1-9][0-9]?"
-    m = re.fullmatch(rf"({number}) ([+\-*/]) ({number}) = ({number}) \(left: ({number}(?: {number})*)\)", line, re.ASCII)
+    m = re.fullmatch(rf"({number}) ([+\-*/]) ({number}) = ({number}) \(left: ({number}(?: {number}){{0,5}})\)", line,
+                     re.ASCII)
     return m and (int(m[1]), m[2], int(m[3]), int(m[4]), tuple(map(int, m[5].split(" "))))
 
 
@@ -64,6 +65,21 @@ def value(numbers, target):
     return v(tuple(sorted(numbers)))
 
 
+def play(numbers, rng):
+    """Uniformly random legal steps until one number, or no step, is left. -> (steps, numbers left)"""
+    steps = []
+    while len(numbers) > 1 and (ways := moves(numbers)):
+        steps.append(ways[rng.integers(len(ways))])
+        numbers = after(numbers, steps[-1])
+    return steps, numbers
+
+
+def as_lines(numbers, steps):
+    for a, s, b in steps:
+        numbers = after(numbers, (a, s, b))
+        yield f"{a} {s} {b} = {apply(a, s, b)} (left: {' '.join(map(str, numbers))})"
+
+
 @dataclass
 class Countdown(Task):
     numbers: int = flag(4, "how many numbers", low=3, high=6)
@@ -76,20 +92,11 @@ class Countdown(Task):
         self.max_step_tokens = 2 * self.numbers + 8             # a + b = c (left: x y z) and the newline
         self.max_new_tokens = self.max_steps * self.max_step_tokens
 
-    @staticmethod
-    def _play(numbers, rng):
-        """Uniformly random legal steps until one number, or no step, is left."""
-        steps = []
-        while len(numbers) > 1 and (ways := moves(numbers)):
-            steps.append(ways[rng.integers(len(ways))])
-            numbers = after(numbers, steps[-1])
-        return steps, numbers
-
     def draw(self, n, rng):
         problems = []
         while len(problems) < n:
             numbers = tuple(sorted(map(int, rng.integers(1, 26, self.numbers))))
-            steps, left = self._play(numbers, rng)
+            steps, left = play(numbers, rng)
             if len(left) == 1 and left[0] >= 10:
                 problems.append(Problem(numbers, left[0], tuple(steps)))
         return problems
@@ -97,52 +104,48 @@ class Countdown(Task):
     def prompt(self, problem):
         return f"using {' '.join(map(str, problem.numbers))} make {problem.target}\n"
 
-    @staticmethod
-    def _text(numbers, steps):
-        lines = []
-        for a, s, b in steps:
-            numbers = after(numbers, (a, s, b))
-            lines.append(f"{a} {s} {b} = {apply(a, s, b)} (left: {' '.join(map(str, numbers))})")
-        return "\n".join(lines) + END
-
     def demonstrations(self, problems, expert_fraction, rng):
-        return [self._text(p.numbers, p.hint if rng.random() < expert_fraction else self._play(p.numbers, rng)[0])
-                for p in problems]
+        steps = [p.hint if rng.random() < expert_fraction else play(p.numbers, rng)[0] for p in problems]
+        return ["\n".join(as_lines(p.numbers, x)) + END for p, x in zip(problems, steps)]
+
+    def left(self, problem, lines):
+        """The numbers that are left from the start on, up to the first line that is malformed or wrong."""
+        out = [problem.numbers]
+        for line in lines:
+            a, sign, b, result, left = parse(line) or (0, "+", 0, 0, ())
+            enough = a in out[-1] and b in out[-1] and (a != b or out[-1].count(a) > 1)
+            if not enough or apply(a, sign, b) != result or tuple(sorted(left)) != after(out[-1], (a, sign, b)):
+                break
+            out.append(after(out[-1], (a, sign, b)))
+        return out
 
     def judge(self, problem, response):
-        numbers, lines = problem.numbers, self.steps(response)
+        lines = self.steps(response)
         if not response.endswith(END) or len(lines) > self.max_steps:
             return "illegal"
-        for line in lines:
-            step = parse(line)
-            if step is None:
-                return "illegal"
-            a, sign, b, result, left = step
-            enough = numbers.count(a) and numbers.count(b) and (a != b or numbers.count(a) > 1)
-            if not enough or apply(a, sign, b) != result or tuple(sorted(left)) != after(numbers, step[:3]):
-                return "illegal"
-            numbers = after(numbers, step[:3])
-        return "right" if numbers == (problem.target,) else "planning"
+        left = self.left(problem, lines)
+        return "illegal" if len(left) <= len(lines) else "right" if left[-1] == (problem.target,) else "planning"
 
     def corrupt(self, problems, responses, rng):
-        texts, wrong = [], []
-        for p, r in zip(problems, responses):
-            lines = [ln for ln in self.steps(r) if parse(ln)][:self.max_steps] or ["1 + 1 = 1 (left: 1)"]
-            w = int(rng.integers(len(lines)))
-            numbers = parse(lines[w - 1])[4] if w else p.numbers
-            a, sign, b, result, left = parse(lines[w])
-            if rng.random() < 0.5:                              # wrong arithmetic; on the last step it hits the target
-                new = p.target if len(left) == 1 and result != p.target else result - 1 if result > 1 else 2
-            else:                                               # a number that is not there, used all the same
-                a = next((k for k in range(a + 1, TOP) if k not in numbers and apply(k, sign, b)), a)
-                new = apply(a, sign, b)
-                new = new if new and a not in numbers else result % 98 + 1
-            left = list(left)
-            if result in left:
-                left.remove(result)
-            left = tuple(sorted([*left, new]))
-            head = [*lines[:w], f"{a} {sign} {b} = {new} (left: {' '.join(map(str, left))})"]
-            rest = self._text(left, self._play(left, rng)[0])
-            texts.append("\n".join(head) + ("\n" + rest if rest != END else END))
-            wrong.append(w)
-        return texts, wrong
+        """Wrong arithmetic, on the last step often the target, or a number that is not there; then on at random. What
+        comes before the corrupted step is legal."""
+        texts, where = [], []
+        for p, response in zip(problems, responses):
+            lines = self.steps(response)[:self.max_steps]
+            kept = self.left(p, lines)
+            where.append(int(rng.integers(max(1, len(kept) - 1))))
+            numbers = kept[where[-1]]
+            a, sign, b = parse(lines[where[-1]])[:3] if len(kept) > 1 else (numbers[-1], "+", numbers[0])
+            truth, left = apply(a, sign, b), list(numbers)
+            left.remove(a)
+            left.remove(b)
+            absent = [k for k in range(1, TOP) if k not in numbers and apply(k, sign, b)]
+            if absent and rng.random() < 0.5:
+                a = int(rng.choice(absent))
+                result = apply(a, sign, b)
+            else:
+                result = p.target if not left and truth != p.target else truth - 1 if truth > 1 else 2
+            left = tuple(sorted([*left, result]))
+            line = f"{a} {sign} {b} = {result} (left: {' '.join(map(str, left))})"
+            texts.append("\n".join([*lines[:where[-1]], line, *as_lines(left, play(left, rng)[0])]) + END)
+        return texts, where

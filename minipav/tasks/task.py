@@ -20,25 +20,16 @@ class Task:
     max_step_tokens: int           # room for the longest step, delimiter included
     max_new_tokens: int            # room for the longest response, END included
 
-    def draw(self, n, rng):
-        """About n random solvable problems, of any split."""
-        raise NotImplementedError
-
-    def prompt(self, problem):
-        """The question as text, ended by the delimiter."""
-        raise NotImplementedError
-
-    def judge(self, problem, response):
-        """'right', 'planning' (every step legal and computed right, the target missed) or 'illegal' (all else)."""
-        raise NotImplementedError
-
-    # Optional: what needs them is left out, with a word, where a task says None.
-
-    demonstrations = None          # (problems, expert_fraction, rng) -> a text with END for each problem: with that
-    #                                chance one that is right, else legal steps in no particular direction
-    corrupt = None                 # (problems, responses, rng) -> texts, each with an illegal step put in, and the index
-    #                                of that step, from which on the value is 0
-    exact = None                   # (problems) -> f(i, prefix of a response): exact Q of a tabular reference policy
+    # draw(n, rng) -> about n random solvable problems, of any split
+    # prompt(problem) -> the question as text, ended by the delimiter
+    # judge(problem, response) -> 'right', 'planning' (all legal and computed right, the target missed) or 'illegal'
+    # and, optional (None: what needs them is left out, with a word):
+    # (problems, expert_fraction, rng) -> a text with END each: with that chance a right one, else legal steps
+    demonstrations = None
+    # (problems, responses, rng) -> texts, each with an illegal step put in, and the index of that step
+    corrupt = None
+    # (problems) -> f(i, prefix of a response): exact Q of a tabular reference policy
+    exact = None
 
     def outcome(self, problem, response):
         """Rex(problem, response) in {0, 1}. No eval: each line must match the grammar, or the answer is wrong."""
@@ -53,7 +44,7 @@ class Task:
         return response.removesuffix(END).split(self.delimiter)
 
     def split_of(self, problem):
-        """Every problem belongs to one split for ever, by a hash of its prompt: 5% test, 5% validation, 90% train."""
+        """Every problem belongs to one split for ever, by a hash of its prompt: 5% test, 5% validation, else train."""
         h = zlib.crc32(self.prompt(problem).encode()) % 20
         return ("test", "validation")[h] if h < 2 else "train"
 
