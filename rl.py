@@ -18,7 +18,7 @@ from minipav.files import write_csv
 from minipav.flags import flag, parse
 from minipav.model import GPT
 from minipav.paper.experiments import GRID, SWEEPS
-from minipav.paper.report import report_rl
+from minipav.paper.rl_report import report_rl
 from minipav.prover import Prover
 from minipav.reinforce import Reinforce, outcomes
 from minipav.rewards import REWARDS, check_prover

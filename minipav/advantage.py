@@ -11,8 +11,6 @@ from minipav.sampler import sample
 from minipav.tokenizer import encode_rows, join, pad_token
 from minipav.traces import label_with_outcome
 
-# ---- equations ------------------------------------------------------------------------------------------------
-
 
 def advantage(q):
     """Eq. 2: A(s_h, a_h) = Q(s_h, a_h) - Q(s_{h-1}, a_{h-1}), from q (..., S + 1) whose first is V(x). -> (..., S)"""
@@ -53,7 +51,7 @@ def _sample(policy, env, rows, lengths, n, seed, **sampling):
 
 
 def seed_rollouts(policy, env, problems, n_cov, seed, **sampling):
-    """n_cov seed rollouts a problem, each labelled with its own outcome at every step end. -> Traces (problem-major)"""
+    """n_cov seed rollouts a problem, each labelled with its own outcome. -> Traces (problem-major)"""
     prompts, prompt_lengths = encode_rows(env.enc, [env.task.prompt(p) for p in problems])
     s = _sample(policy, env, prompts, prompt_lengths, n_cov, seed, **sampling)
     which = torch.arange(len(problems)).repeat_interleave(n_cov)
@@ -79,7 +77,8 @@ def monte_carlo(mu, env, problems, traces, wanted, n_mc, seed, **sampling):
     end of a trace is known: its outcome, and no completion is spent on it."""
     row, last = torch.arange(len(traces)), traces.last
     q, n, cost = torch.zeros_like(traces.q), torch.zeros_like(traces.n), torch.zeros_like(traces.cost)
-    q[row, last], n[row, last] = traces.reward, n_mc
+    exact = torch.zeros_like(traces.exact)
+    q[row, last], n[row, last], exact[row, last] = traces.reward, 1, traces.exact[row, last]
     ask = wanted & (traces.ends >= 0)
     ask[row, last] = False
     rows, ends = ask.nonzero(as_tuple=True)
@@ -87,4 +86,4 @@ def monte_carlo(mu, env, problems, traces, wanted, n_mc, seed, **sampling):
         done = rollout_from(mu, env, problems, traces, rows, ends, n_mc, seed, **sampling)
         q[rows, ends], n[rows, ends] = done.reward.view(-1, n_mc).mean(1), n_mc
         cost.index_add_(0, rows, done.cost.view(-1, n_mc).sum(1))
-    return replace(traces, q=q, n=n, labelled=n > 0, exact=torch.zeros_like(n > 0), cost=cost)
+    return replace(traces, q=q, n=n, labelled=n > 0, exact=exact, cost=cost)

@@ -44,17 +44,11 @@ def corrupted_steps(env, problems, traces, rng):
     one). Nothing if the task does not say how."""
     if env.task.corrupt is None or len(traces) == 0:
         return traces[:0]
-    prompt_lengths = traces.ends[:, 0] + 1
-    chosen = [problems[i] for i in traces.problem.tolist()]
+    chosen, prompt_lengths = [problems[i] for i in traces.problem.tolist()], traces.ends[:, 0] + 1
     texts, first = env.task.corrupt(chosen, responses(env.enc, traces.tokens, traces.lengths, prompt_lengths), rng)
-    ok = [env.task.judge(p, t) == "illegal" for p, t in zip(chosen, texts)]     # two wrongs may have made a right
-    if not any(ok):
-        return traces[:0]
-    chosen, texts, first = ([x for x, keep in zip(xs, ok) if keep] for xs in (chosen, texts, list(first)))
-    which, prompt_lengths = traces.problem[torch.tensor(ok)], prompt_lengths[torch.tensor(ok)]
     tokens, lengths = encode_rows(env.enc, [env.task.prompt(p) + t for p, t in zip(chosen, texts)])
-    since = torch.as_tensor(first) + 1
-    return label_with_outcome(env, problems, which, tokens, lengths, prompt_lengths, since, sampled=False)
+    return label_with_outcome(env, problems, traces.problem, tokens, lengths, prompt_lengths,
+                              torch.as_tensor(first) + 1, sampled=False)
 
 
 def first_pits(mu, env, problems, probed, n_mc, threshold, seed):
@@ -87,13 +81,14 @@ def dense(c, policies, seeds):
     step, and first pits on wrong branches off a high-value state. A prover: its seeds, its completions of pi's
     prefixes, which the search will ask about, and some of the corrupted copies."""
     pad, pi, own = pad_token(c.env.enc), policies["base"], seeds["base"]
-    branches, q = own[:0], torch.zeros(0)
+    branches, q, corrupted = own[:0], torch.zeros(0), own[:0]
     if c.branches:
-        branches, q = high_value_branches(pi, c, Traces.cat([own, *(seeds[k] for k in seeds if k == "strong")], pad))
-    corrupted = own[:0]
+        found = [own, *(seeds[k] for k in seeds if k == "strong")]
+        branches, q = high_value_branches(pi, c, Traces.cat(found, pad))
     if c.corrupted_fraction:
         copied = own[c.pick(len(own), max(1, round(c.corrupted_fraction * len(own))))]
-        corrupted = corrupted_steps(c.env, c.problems, Traces.cat([copied, branches[branches.reward == 1]], pad), c.rng)
+        copied = Traces.cat([copied, branches[branches.reward == 1]], pad)
+        corrupted = corrupted_steps(c.env, c.problems, copied, c.rng)
     data = {"base": [own, branches, corrupted]}
     if c.pit_traces and len(branches):
         fell = ((q.repeat_interleave(c.n_mc) > c.pit_threshold) & (branches.reward == 0)).nonzero()[:, 0]
@@ -106,8 +101,8 @@ def dense(c, policies, seeds):
     visited = Traces.cat([own, branches], pad)
     for name in [k for k in seeds if k != "base"]:
         rows = c.pick(len(visited), c.prover_rollouts)
-        again = rollout_from(policies[name], c.env, c.problems, visited, rows, random_ends(visited.ends[rows], c.rng),
-                             1, c.seed + 4)
+        ends = random_ends(visited.ends[rows], c.rng)
+        again = rollout_from(policies[name], c.env, c.problems, visited, rows, ends, 1, c.seed + 4)
         few = corrupted[c.pick(len(corrupted), max(1, round(2 * c.corrupted_fraction * c.prover_rollouts)))]
         data[name] = [seeds[name], again, few]
     return {name: Traces.cat(parts, pad) for name, parts in data.items()}

@@ -7,7 +7,7 @@
     log       accuracy on held-out problems, every eval_every iterations
 """
 import copy
-import json
+import functools
 import math
 import sys
 import time
@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 from minipav.advantage import rollout_from, seed_rollouts
+from minipav.checkpoint import load, save
 from minipav.data import corrupted_steps, random_ends
-from minipav.files import damaged, read_tensors, write_csv, write_tensors
+from minipav.files import write_csv, write_tensors
 from minipav.prover import Prover, verifier_of
 from minipav.rewards import (
     REWARDS,
@@ -236,36 +237,15 @@ class Reinforce:
         write_csv(self.folder / "log.csv", COLUMNS, [list(r.values()) for r in self.rows])
         return self.rows[-1]
 
-    def modules(self):
-        verifier = {"verifier": self.verifier} if "verifier" in self.optimizers else {}
-        return {"policy": self.policy, "value": self.value} | verifier
+    def checkpoint(self, act):
+        """Save or load (checkpoint.py) all of the state: one file, written whole."""
+        modules = {"policy": self.policy, "value": self.value} | (
+            {"verifier": self.verifier} if "verifier" in self.optimizers else {})
+        return act(self.folder / "checkpoint.safetensors", modules, self.optimizers)
 
     def save(self):
-        """All of the state in one file, written whole."""
-        tensors = {"curve": self.curve}
-        for name, module in self.modules().items():
-            tensors |= {f"{name}.{k}": v for k, v in module.state_dict().items()}
-            for j, opt in enumerate(self.optimizers[name]):
-                tensors |= {f"opt.{name}.{j}.{p}.{k}": v for p, st in opt.state_dict()["state"].items()
-                            for k, v in st.items()}
-        meta = {"state": json.dumps(self.state), "rows": json.dumps(self.rows)}
-        write_tensors(self.folder / "checkpoint.safetensors", tensors, meta)
+        self.checkpoint(functools.partial(save, curve=self.curve, state=self.state, rows=self.rows))
 
     def load(self):
-        path = self.folder / "checkpoint.safetensors"
-        tensors, meta = read_tensors(path, {"curve": 2})
-        try:
-            for name, module in self.modules().items():
-                module.load_state_dict({k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")})
-                for j, opt in enumerate(self.optimizers[name]):
-                    state = {}
-                    for k, v in tensors.items():
-                        if k.startswith(f"opt.{name}.{j}."):
-                            p, key = k.split(".")[3:]
-                            state.setdefault(int(p), {})[key] = v
-                    opt.load_state_dict(opt.state_dict() | {"state": state})
-            self.state.update(json.loads(meta["state"]))
-            self.rows, self.curve = json.loads(meta["rows"]), tensors["curve"]
-            self.rows[-1]["iteration"], len(self.curve[:, self.a.problems - 1])
-        except (RuntimeError, ValueError, KeyError, IndexError, TypeError) as e:
-            raise damaged(path, str(e).splitlines()[0]) from None
+        self.curve, state, self.rows = self.checkpoint(load)
+        self.state.update(state)

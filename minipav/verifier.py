@@ -12,7 +12,6 @@ import torch.nn.functional as F
 
 from minipav.model import KVCache
 from minipav.sampler import prefill
-from minipav.tokenizer import decode_rows
 from minipav.traces import responses
 from minipav.utils import Fail, apply_step, make_optimizers, schedule, tokens_per_forward
 
@@ -104,7 +103,7 @@ class ExactValues:
         self.q = torch.tensor([self.value(*row) for row in self.rows], dtype=torch.float32, device=self.device)
 
     def children(self, parent, new, new_lengths):
-        child, texts = copy.copy(self), decode_rows(self.enc, new, new_lengths)
+        child, texts = copy.copy(self), responses(self.enc, new, new_lengths, torch.zeros_like(new_lengths))
         child.rows = [(self.rows[r][0], self.rows[r][1] + t) for r, t in zip(parent.tolist(), texts)]
         child._read()
         return child

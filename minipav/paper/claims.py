@@ -156,7 +156,7 @@ SEARCH = [
     Claim("with the advantage a step's score mispredicts the outcome less often", "Fig. 10", error_drop)]
 
 
-# ---- RL: measured is a report.Trained --------------------------------------------------------------------------
+# ---- RL: measured is a rl_report.Trained --------------------------------------------------------------------------
 
 def over(a, b, N=1):
     """Points of pass@N of training a over b in the end; b None: over the training with outcome reward and all else the same."""

@@ -157,7 +157,7 @@ def data_figure(rows, draw):
 # ---- RL -------------------------------------------------------------------------------------------------------
 
 def rl_figures(t, draw):
-    """Draw every figure whose trainings are there: t is a report.Trained."""
+    """Draw every figure whose trainings are there: t is a rl_report.Trained."""
     main, p = [n for n in ("outcome", "pav") if t.curve(n)], PAPER["fig7b_2B"]
     if main:
         draw("fig7", "Fig. 7: RL with outcome reward and with process advantages", [

@@ -9,7 +9,8 @@ from minipav.advantage import q_best_of_k
 from minipav.model import KVCache
 from minipav.sampler import decode, prefill
 from minipav.search.score import Result, Step
-from minipav.tokenizer import decode_rows, delimiter_tokens, encode_rows, pad_token
+from minipav.tokenizer import delimiter_tokens, encode_rows, pad_token
+from minipav.traces import responses
 from minipav.utils import progress
 from minipav.verifier import ExactValues, Values
 
@@ -68,8 +69,9 @@ def beam(s, problems, widths, seed):
 
 def search_all(s, problems, width, seed):
     task, enc, device, start, P = s.env.task, s.env.enc, s.policy.device, time.time(), len(problems)
-    texts = [task.prompt(p) for p in problems]
-    prompts, lengths = (x.to(device) for x in encode_rows(enc, texts))
+    if width < 1 or s.C < 1 or s.alpha < 0:
+        raise ValueError(f"a beam needs width >= 1, C >= 1 and alpha >= 0, not {width}, {s.C}, {s.alpha}")
+    prompts, lengths = encode_rows(enc, [task.prompt(p) for p in problems])
     u = torch.rand(task.max_steps, P, width * s.C, task.max_step_tokens,
                    generator=torch.Generator().manual_seed(seed)).to(device)    # one uniform number for each token
     slots = prompts.shape[1] + task.max_steps * task.max_step_tokens
@@ -78,11 +80,12 @@ def search_all(s, problems, width, seed):
     for i in range(0, P, batch):
         at = slice(i, i + batch)
         finished, r.tokens[at], r.verifier_tokens[at] = search_batch(
-            s, problems[at], prompts[at], lengths[at], u[:, at], slots, width, i)
+            s, problems[at], prompts[at].to(device), lengths[at].to(device), u[:, at], slots, width, i)
+        if len(finished.owner) == 0:
+            continue
         best = set(top(finished.q_pi[:, -1], finished.owner, 1).tolist())
-        for row, text in enumerate(decode_rows(enc, finished.tokens, finished.lengths)):
-            p = i + int(finished.owner[row])
-            text = text.removeprefix(texts[p])
+        texts = responses(enc, finished.tokens, finished.lengths, lengths[at][finished.owner])
+        for row, (p, text) in enumerate(zip((finished.owner + i).tolist(), texts)):
             right = float(task.outcome(problems[p], text))
             r.solved[p] = max(r.solved[p], right)
             if row in best:
@@ -92,59 +95,58 @@ def search_all(s, problems, width, seed):
 
 def search_batch(s, problems, prompts, lengths, u, slots, width, offset=0):
     """-> the finished traces of the last beams (a Beam), policy tokens (P,), verifier tokens (P,)"""
-    P, H, device, enc = len(prompts), len(u), prompts.device, s.env.enc
+    P, H, device, eot = len(prompts), len(u), prompts.device, s.env.enc.eot_token
     cache = KVCache(s.policy.config, P, slots, device, s.policy.embed.weight.dtype)
     hidden = prefill(s.policy, cache, prompts, lengths)                         # (P, C)
     pi = Values(s.verifier, prompts, lengths, slots) if s.verifier else ExactValues(s.env, problems, device)
     judges = Judges(pi, s.mu_verifier and Values(s.mu_verifier, prompts, lengths, slots), s.K)
-    live = Beam(torch.arange(P, device=device), pad_right(prompts, (0, slots - prompts.shape[1]), value=pad_token(enc)),
-                lengths, pi.q[:, None].expand(P, H + 1), pi.q)
+    tokens = pad_right(prompts, (0, slots - prompts.shape[1]), value=pad_token(s.env.enc))
+    live = Beam(torch.arange(P, device=device), tokens, lengths, pi.q[:, None].expand(P, H + 1), pi.q)
     finished, spent = live[:0], torch.zeros(P, dtype=torch.long, device=device)
     readers = (s.verifier is not None) + (s.mu_verifier is not None)
     read = readers * lengths
     for level in range(H):
-        if len(live.owner) == 0:
-            break
-        parent, new, count, logprob, stop, grown, kept = expand(s, live, cache, hidden, u[level], width if level == 0 else 1)
-        spent.index_add_(0, live.owner[parent], count)
+        steps, grown = expand(s, live, cache, hidden, u[level], width if level == 0 else 1)
+        spent.index_add_(0, live.owner[steps[0]], steps[2])
+        kept = distinct(*steps[:2], steps[-1])
         if len(kept) == 0:                                                      # no step of any problem came to its end
             break
-        parent, new, count, logprob = parent[kept], new[kept], count[kept], logprob[kept].sum(1)
+        parent, new, count, logprob, stop = (x[kept] for x in steps)
         read = read.index_add(0, live.owner[parent], readers * count)
         before, judges = judges, judges.children(parent, new, count)
-        step = Step(judges.pi.q, judges.q_mu, before.pi.q[parent], before.q_mu[parent], live.q_pi[parent, :level + 1],
-                    level + 1, logprob, s.alpha)
+        step = Step(judges.pi.q, judges.q_mu, before.pi.q[parent], before.q_mu[parent],
+                    live.q_pi[parent, :level + 1], level + 1, logprob.sum(1), s.alpha)
         child = grow(live[parent], new, count, step, s.score.of(step))
-        rows, top_rows = prune(finished, child, stop[kept] == enc.eot_token, width)
+        best, on = prune(finished, child, stop == eot, width)
         if s.log is not None:
-            chosen = torch.isin(torch.arange(len(parent), device=device) + len(finished.owner), top_rows)
+            chosen = torch.isin(torch.arange(len(parent), device=device) + len(finished.owner), best)
             s.log.append({"beam": replace(child, owner=child.owner + offset), "step": step, "kept": chosen})
-        finished, live = (finished + child)[top_rows[~torch.isin(top_rows - len(finished.owner), rows)]], child[rows]
-        cache, judges = grown[kept[rows]], judges[rows]
-        if len(rows):                                                           # the delimiter has not been read yet
-            last = live.lengths[:, None] - 1
-            hidden = s.policy.trunk(live.tokens.gather(1, last), cache, last, kv_len=int(last.max()) + 1)[:, 0]
+        rows, finished = best[on] - len(finished.owner), (finished + child)[best[~on]]
+        live, cache, judges = child[rows], grown[kept[rows]], judges[rows]
+        if len(rows) == 0:
+            break
+        last = live.lengths[:, None] - 1                                        # the delimiter has not been read yet
+        hidden = s.policy.trunk(live.tokens.gather(1, last), cache, last, kv_len=int(last.max()) + 1)[:, 0]
     return Beam(*(getattr(finished, f.name).cpu() for f in fields(Beam))), spent.cpu(), read.cpu()
 
 
 def expand(s, live, cache, hidden, u, times):
-    """times * C next steps of every live prefix. u (P, width * C, max_step_tokens): a prefix draws by its rank in the
-    beam of its problem. -> parent, tokens, lengths, log-probabilities, stop token of each, the cache behind them, and
-    the indices of those that are distinct and came to an end"""
-    task, enc, n = s.env.task, s.env.enc, times * s.C
-    rows = torch.arange(len(live.owner), device=live.owner.device)
+    """times * C next steps of every live prefix. u (P, width * C, max_step_tokens): a prefix draws by its rank in
+    the beam of its problem. -> (parent, tokens, lengths, log-probabilities, stop token) of each, the cache behind"""
+    task, enc, device, n = s.env.task, s.env.enc, u.device, times * s.C
+    rows = torch.arange(len(live.owner), device=device)
     parent, rank = rows.repeat_interleave(n), rows - torch.searchsorted(live.owner, live.owner)
-    uniform = u[live.owner[parent], (s.C * rank[:, None] + torch.arange(n, device=rows.device)).flatten()]
-    stop, grown = torch.tensor(delimiter_tokens(enc, task.delimiter), device=rows.device), cache[parent]
-    new, count, logprob, reason = decode(s.policy, grown, hidden[parent], live.lengths[parent], uniform,
-                                         task.max_step_tokens, stop, pad_token(enc),
-                                         top_p=s.env.sampling.get("top_p"))
-    return parent, new, count, logprob, reason, grown, distinct(parent, new, reason)
+    uniform = u[live.owner[parent], (s.C * rank[:, None] + torch.arange(n, device=device)).flatten()]
+    stop, grown = torch.tensor(delimiter_tokens(enc, task.delimiter), device=device), cache[parent]
+    new = decode(s.policy, grown, hidden[parent], live.lengths[parent], uniform, task.max_step_tokens, stop,
+                 pad_token(enc), top_p=s.env.sampling.get("top_p"))
+    return (parent, *new), grown
 
 
 def distinct(parent, new, reason):
     """Indices of the children without duplicates (same parent, same step) and without steps that never ended."""
-    salt = torch.randint(-2**62, 2**62, (new.shape[1] + 1,), generator=torch.Generator().manual_seed(0)).to(new.device)
+    generator = torch.Generator().manual_seed(0)
+    salt = torch.randint(-2**62, 2**62, (new.shape[1] + 1,), generator=generator).to(new.device)
     key = (torch.cat([parent[:, None], new + 1], 1) * salt).sum(1)              # a 64-bit hash of the row
     order = key.argsort(stable=True)
     first = torch.ones(len(key), dtype=torch.bool, device=new.device)
@@ -161,11 +163,10 @@ def grow(rows, new, count, step, score):
 
 
 def prune(finished, child, ended, width):
-    """The best `width` of each problem, of its finished traces and its children. -> rows of `child` that live on, and
-    all chosen rows of finished + child"""
+    """The best `width` of each problem, of its finished traces and its children. -> their rows of finished + child,
+    and which of them live on"""
     best = top(torch.cat([finished.score, child.score]), torch.cat([finished.owner, child.owner]), width)
-    rows = best - len(finished.owner)
-    return rows[(rows >= 0) & ~ended[rows.clamp(min=0)]], best
+    return best, torch.cat([torch.zeros_like(finished.owner, dtype=torch.bool), ~ended])[best]
 
 
 def top(value, owner, k):
