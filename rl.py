@@ -4,12 +4,13 @@
     python rl.py --all                    # every reward
     python rl.py --sweep                  # other alphas, provers, difficulties; without what keeps it stable
     python rl.py --reward pav --alpha 1 --prover bo16 --policy weak         # one training with other flags
-    python rl.py --tune lr --all          # the learning rate (or the KL) of each reward, on validation problems
-    python rl.py --run runs/calculator-seed? --all --out results/rl         # several seeds, and their mean
+    python rl.py --tune lr --all          # the learning rate (or the KL) of each reward, on validation
+    problems python rl.py --run runs/calculator-seed? --all --out results/rl         # several seeds, and
+    their mean
 
-Each training has a folder RUN/rl/REWARD-HASH with log.csv, rows.csv, the policy, and while it runs a checkpoint; it
-goes on where it was stopped, and what is finished is not done again. The loop is in minipav/reinforce.py, the rewards
-in minipav/rewards.py, the sweep in minipav/paper/experiments.py.
+Each training has a folder RUN/rl/REWARD-HASH with log.csv, rows.csv, the policy, and while it runs a
+checkpoint; it goes on where it was stopped, and what is finished is not done again. The loop is in
+minipav/reinforce.py, the rewards in minipav/rewards.py, the sweep in minipav/paper/experiments.py.
 """
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +27,8 @@ from minipav.run import keyed, open_runs
 from minipav.sft import rft
 from minipav.utils import Fail, main_guard, pick_device, progress, tune_process
 
-ROWS = ("iteration", "problem", "n", "right", "greedy")         # of rows.csv: right of n samples; greedy only at the end
+# of rows.csv: right of n samples; greedy only at the end
+ROWS = ("iteration", "problem", "n", "right", "greedy")
 
 
 @dataclass
@@ -87,14 +89,15 @@ def used(reward, a, split):
 
 
 def label(reward, a, default):
-    """The name of a training in tables: its reward and the flags in which it differs from the others of this call."""
+    """The name of a training in tables: its reward and the flags in which it differs from the others of this
+    call."""
     one, other = (used(reward, x, "") for x in (a, default))
     return "-".join([reward, *(f"{k}{v}".removesuffix("True") for k, v in one.items() if v != other[k])])
 
 
 def evaluate(run, folder, policy, a, n, split, curve=()):
-    """rows.csv of a finished policy: n samples of every problem and greedy decoding; before that, what it was while it
-    was trained. -> facts"""
+    """rows.csv of a finished policy: n samples of every problem and greedy decoding; before that, what it was
+    while it was trained. -> facts"""
     problems = run.problems(split, a.problems)
     with progress(f"{folder.name}, {n} samples", a.problems * n) as bar:
         reward = outcomes(policy, run, problems, n, run.seed("rl final", a.seed), progress=bar.to)
@@ -106,8 +109,8 @@ def evaluate(run, folder, policy, a, n, split, curve=()):
 
 
 def start(run, a, split):
-    """The policy that RL starts from: RFT of --policy, or with --no_rft that policy. On the way SFT and RFT are
-    evaluated. -> (policy, their stages by name)"""
+    """The policy that RL starts from: RFT of --policy, or with --no_rft that policy. On the way SFT and RFT
+    are evaluated. -> (policy, their stages by name)"""
     stages = {}
     for kind in ("sft", "rft")[:1 if a.no_rft else 2]:
         spec = {"policy": a.policy, "seed": a.seed, "problems": a.problems, "n": a.n * (4 if kind == "sft" else 1), "split": split}
@@ -125,7 +128,8 @@ def start(run, a, split):
 
 
 def train(run, reward, a, split, micro_batch):
-    """One training, unless it is done already; where it was stopped it goes on. -> (name of its stage, its accuracy)"""
+    """One training, unless it is done already; where it was stopped it goes on. -> (name of its stage, its
+    accuracy)"""
     spec = used(reward, a, split)
     name = keyed(f"rl/{reward}", spec)
     folder, initial = run.out / name, start(run, a, split)
@@ -168,7 +172,7 @@ def main():
     if not wanted:
         raise Fail(f"--reward pav_exact: task {runs[0].task.name} has no exact values")
     for reward, t in wanted:
-        check_prover(reward, Prover.parse(t.prover, t.policy), t)               # now, not after the first trainings
+        check_prover(reward, Prover.parse(t.prover, t.policy), t)  # now, not after the first trainings
     done = [{} for _ in runs]                                                   # of each run: label -> stage
     scores = {}
     for run, stages in zip(runs, done):

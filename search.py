@@ -1,13 +1,15 @@
 """Test-time search with what train.py left, on held-out problems (section 4.1 of the paper).
 
-    python search.py                      # runs/calculator-seed0: re-ranking and beams, alpha chosen on validation problems
-    python search.py --all                # the paper's figures: other scores, bases, provers, data sizes (Fig. 4, 5, 6, 10, 11)
-    python search.py --show 3             # three problems, every candidate step with its values, and what the beam kept
-    python search.py --search beam:effective --alpha 0.5 --prover bo16      # one method and score with other flags
-    python search.py --run runs/calculator-seed? --all --out results/search     # several seeds, and their mean
+    python search.py                      # runs/calculator-seed0: re-ranking and beams, alpha chosen on
+    validation problems python search.py --all                # the paper's figures: other scores, bases,
+    provers, data sizes (Fig. 4, 5, 6, 10, 11) python search.py --show 3             # three problems, every
+    candidate step with its values, and what the beam kept python search.py --search beam:effective --alpha
+    0.5 --prover bo16      # one method and score with other flags python search.py --run
+    runs/calculator-seed? --all --out results/search     # several seeds, and their mean
 
-Each search (method, score, policy, prover, alpha, budgets) is one table of rows in RUN/search; what is there is not
-searched again. The methods and scores are in minipav/search/, the experiments of --all in minipav/paper/experiments.py.
+Each search (method, score, policy, prover, alpha, budgets) is one table of rows in RUN/search; what is there
+is not searched again. The methods and scores are in minipav/search/, the experiments of --all in
+minipav/paper/experiments.py.
 """
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,7 +46,8 @@ class Flags:
 
 
 def choose_alpha(bench, a):
-    """The paper's rule: the best alpha of the grid on validation problems, at beam 16 with mu = pi. Ties: the smaller.
+    """The paper's rule: the best alpha of the grid on validation problems, at beam 16 with mu = pi. Ties: the
+    smaller.
     -> (alpha, the tables)"""
     cells = [Cell("beam", "effective", (16,), prover="bo1", alpha=x, split="validation", problems=a.validation, seed=a.seeds[0])
              for x in ALPHAS]

@@ -1,8 +1,9 @@
 """The whole of minipav, from nothing to a figure, in the order of the paper.
 
-    python train.py                       # calculator, 2 CPU cores: 11 to 15 minutes; a GPU is used if there is one
-    python train.py --smoke --out /tmp/x  # every stage at toy size, seconds
-    python train.py --resume              # go on where an interrupted run stopped: same result as uninterrupted
+    python train.py                       # calculator, 2 CPU cores: 11 to 15 minutes; a GPU is used if there
+    is one python train.py --smoke --out /tmp/x  # every stage at toy size, seconds
+    python train.py --resume              # go on where an interrupted run stopped: same result as
+    uninterrupted
 
 1 policies    SFT of the base policy pi, and of a weaker and a stronger prover
 2 rollouts    seed rollouts, and from them the labelled traces of each policy (section 4.2, App. D)
@@ -32,7 +33,7 @@ from minipav.tasks import TASKS
 from minipav.utils import Fail, derive_seed, main_guard, pick_device, progress, tune_process
 from minipav.verifier import TARGETS, outcome_only, train_verifier
 
-SIZES = {"nano": dict(n_layer=2, n_head=2, n_kv_head=1, n_embd=64, n_ffn=128),          # 0.1M parameters: the tests
+SIZES = {"nano": dict(n_layer=2, n_head=2, n_kv_head=1, n_embd=64, n_ffn=128),  # 0.1M parameters: the tests
          "mini": dict(),                                                                # 0.5M: the default
          "midi": dict(n_layer=6, n_head=8, n_kv_head=2, n_embd=256, n_ffn=640),         # 4M
          "maxi": dict(n_layer=12, n_head=12, n_kv_head=4, n_embd=768, n_ffn=2048)}      # 76M: a GPU
@@ -87,13 +88,15 @@ class Flags:
     max_tokens_in_flight: int = flag(None, "bound on rows x slots of the KV buffers", low=1, high=1 << 40, kind=int)
 
 
-# ---- 1 policies -----------------------------------------------------------------------------------------------
+# ---- 1 policies
+# -----------------------------------------------------------------------------------------------
 
 def policies(run, a):
-    """pi; the weaker prover is pi early in its training, the stronger one pi trained on with expert demonstrations."""
+    """pi; the weaker prover is pi early in its training, the stronger one pi trained on with expert
+    demonstrations."""
     seed = run.seed("policies")
     torch.manual_seed(seed)
-    room = 32 + 2 * run.task.max_new_tokens                     # a prompt, a long prefix, a whole completion behind it
+    room = 32 + 2 * run.task.max_new_tokens  # a prompt, a long prefix, a whole completion behind it
     model = GPT(GPTConfig(vocab_size=run.enc.n_vocab, block_size=max(128, room), **SIZES[a.size])).to(a.device)
     print(f"  {sum(p.numel() for p in model.parameters()):,} parameters on {a.device}")
     show, weak_at = run.logger("base", a.sft_steps), max(1, int(a.weak_at * a.sft_steps))
@@ -115,7 +118,8 @@ def policies(run, a):
     train("strong", a.strong_expert_fraction, a.strong_steps, seed + 1, run.logger("strong", a.strong_steps))
 
 
-# ---- 2 rollouts -----------------------------------------------------------------------------------------------
+# ---- 2 rollouts
+# -----------------------------------------------------------------------------------------------
 
 def rollouts(run, a):
     """Of every policy: its seed rollouts, and by --recipe the labelled traces of its verifier."""
@@ -145,7 +149,8 @@ def rollouts(run, a):
     return {"tokens": tokens}
 
 
-# ---- 3 verifiers ----------------------------------------------------------------------------------------------
+# ---- 3 verifiers
+# ----------------------------------------------------------------------------------------------
 
 def verifier(run, a, name, data, init, steps, select=lambda traces: traces):
     """Train one verifier and report it on held-out problems."""
@@ -164,7 +169,8 @@ def verifier(run, a, name, data, init, steps, select=lambda traces: traces):
     return {"brier": round(r.brier, 5), "auc": round(r.auc, 5), "loss": round(r.loss, 5)}
 
 
-# ---- 4 evaluation ---------------------------------------------------------------------------------------------
+# ---- 4 evaluation
+# ---------------------------------------------------------------------------------------------
 
 def cells(a, seed):
     """Every method at every budget."""
@@ -183,7 +189,7 @@ def main():
     a, dials = parse(Flags, __doc__, more=lambda known: TASKS[known.task], defaults=lambda known: SMOKE if known.smoke else {})
     tune_process()
     a.device, a.widths = pick_device(a.device), sorted(a.widths)
-    if a.max_tokens_in_flight is None:                          # fp32 keys and values: 0.4 GB on a CPU, 4 GB on a GPU
+    if a.max_tokens_in_flight is None:  # fp32 keys and values: 0.4 GB on a CPU, 4 GB on a GPU
         c = GPTConfig(vocab_size=1, **SIZES[a.size])
         slot = 8 * c.n_layer * c.n_kv_head * c.n_embd // c.n_head
         a.max_tokens_in_flight = (4 << 30 if a.device == "cuda" else 400 << 20) // slot

@@ -1,7 +1,7 @@
 """The idea: process advantages, first as equations, then estimated from Monte-Carlo rollouts.
 
-The upper half is pure functions over tensors, one an equation, in the paper's symbols. The lower half samples:
-seed rollouts, completions of prefixes, and the values that their outcomes estimate (section 4.2).
+The upper half is pure functions over tensors, one an equation, in the paper's symbols. The lower half
+samples: seed rollouts, completions of prefixes, and the values that their outcomes estimate (section 4.2).
 """
 from dataclasses import replace
 
@@ -13,12 +13,14 @@ from minipav.traces import label_with_outcome
 
 
 def advantage(q):
-    """Eq. 2: A(s_h, a_h) = Q(s_h, a_h) - Q(s_{h-1}, a_{h-1}), from q (..., S + 1) whose first is V(x). -> (..., S)"""
+    """Eq. 2: A(s_h, a_h) = Q(s_h, a_h) - Q(s_{h-1}, a_{h-1}), from q (..., S + 1) whose first is V(x). ->
+    (..., S)"""
     return q[..., 1:] - q[..., :-1]
 
 
 def q_best_of_k(q, K):
-    """Eq. 30: the value of the prover that samples K continuations of pi and keeps a right one if there is one."""
+    """Eq. 30: the value of the prover that samples K continuations of pi and keeps a right one if there is
+    one."""
     return 1 - (1 - q) ** K
 
 
@@ -28,21 +30,23 @@ def effective_reward(q_pi, adv_mu, alpha):
 
 
 def standard_error(q, n):
-    """Of a Monte-Carlo mean q of n outcomes in {0, 1}; with half a success and half a failure added, so that 0 of n
-    and n of n do not claim to be exact."""
+    """Of a Monte-Carlo mean q of n outcomes in {0, 1}; with half a success and half a failure added, so that
+    0 of n and n of n do not claim to be exact."""
     p = (q * n + 0.5) / (n + 1)
     return (p * (1 - p) / n).sqrt()
 
 
 def first_pit(q, reward, threshold):
-    """The first pit of each trace (App. D): the first step with Q = 0 after a step end with Q > threshold, in a trace
-    that ends wrong. q (N, S + 1) with NaN where there is no estimate, reward (N,). -> index (N,), or -1 for none."""
+    """The first pit of each trace (App. D): the first step with Q = 0 after a step end with Q > threshold, in
+    a trace that ends wrong. q (N, S + 1) with NaN where there is no estimate, reward (N,). -> index (N,), or
+    -1 for none."""
     high = torch.cummax((q > threshold).int(), 1).values.bool()
     pit = high & (q == 0) & (reward[:, None] == 0)
     return torch.where(pit.any(1), pit.int().argmax(1), -1)
 
 
-# ---- Monte-Carlo estimates ------------------------------------------------------------------------------------
+# ---- Monte-Carlo estimates
+# ------------------------------------------------------------------------------------
 
 def _sample(policy, env, rows, lengths, n, seed, **sampling):
     task, enc = env.task, env.enc
@@ -61,8 +65,9 @@ def seed_rollouts(policy, env, problems, n_cov, seed, **sampling):
 
 
 def rollout_from(mu, env, problems, traces, rows, ends, n_mc, seed, **sampling):
-    """n_mc completions by mu of each prefix of traces[rows[i]] up to its step end ends[i]. -> Traces (prefix-major),
-    labelled with their outcomes from there on; their mean is the prefix's estimate of Q^mu (Eq. 1)."""
+    """n_mc completions by mu of each prefix of traces[rows[i]] up to its step end ends[i]. -> Traces
+    (prefix-major), labelled with their outcomes from there on; their mean is the prefix's estimate of Q^mu
+    (Eq. 1)."""
     t, since = traces[rows], ends.repeat_interleave(n_mc)
     prefix_lengths = t.ends.gather(1, ends[:, None])[:, 0] + 1
     prefix = t.tokens[:, :int(prefix_lengths.max())]
@@ -73,8 +78,8 @@ def rollout_from(mu, env, problems, traces, rows, ends, n_mc, seed, **sampling):
 
 
 def monte_carlo(mu, env, problems, traces, wanted, n_mc, seed, **sampling):
-    """Traces whose labels at the step ends marked in `wanted` (N, S + 1) are the means of n_mc completions by mu. The
-    end of a trace is known: its outcome, and no completion is spent on it."""
+    """Traces whose labels at the step ends marked in `wanted` (N, S + 1) are the means of n_mc completions by
+    mu. The end of a trace is known: its outcome, and no completion is spent on it."""
     row, last = torch.arange(len(traces)), traces.last
     q, n, cost = torch.zeros_like(traces.q), torch.zeros_like(traces.n), torch.zeros_like(traces.cost)
     exact = torch.zeros_like(traces.exact)

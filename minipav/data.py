@@ -1,10 +1,11 @@
 """The verifiers' data (section 4.2, App. D): from seed rollouts to labelled traces of every policy.
 
-A recipe is a function (c, policies, seeds) -> {policy: Traces}: c says how much of what, `policies` are the models
-by name ("base" is pi, the others provers), `seeds` their own seed rollouts.
+A recipe is a function (c, policies, seeds) -> {policy: Traces}: c says how much of what, `policies` are the
+models by name ("base" is pi, the others provers), `seeds` their own seed rollouts.
 
     paper   n_mc completions at every prefix of every seed, first pits                     (the paper's)
-    dense   a seed's outcome labels all of its prefixes; completions where the values are   (ours, the default)
+    dense   a seed's outcome labels all of its prefixes; completions where the values are   (ours, the
+    default)
 """
 from dataclasses import dataclass, replace
 
@@ -40,8 +41,8 @@ def random_ends(ends, rng):
 
 
 def corrupted_steps(env, problems, traces, rng):
-    """Each trace with a corrupted step put in, labelled 0 from there on (a verifier that has seen none is fooled by
-    one). Nothing if the task does not say how."""
+    """Each trace with a corrupted step put in, labelled 0 from there on (a verifier that has seen none is
+    fooled by one). Nothing if the task does not say how."""
     if env.task.corrupt is None or len(traces) == 0:
         return traces[:0]
     chosen, prompt_lengths = [problems[i] for i in traces.problem.tolist()], traces.ends[:, 0] + 1
@@ -52,8 +53,8 @@ def corrupted_steps(env, problems, traces, rng):
 
 
 def first_pits(mu, env, problems, probed, n_mc, threshold, seed):
-    """App. D: the first pits of wrong traces whose prefixes have been probed, and the prefixes up to them estimated
-    again with n_mc completions. -> Traces of the rows that have a pit, labelled up to it."""
+    """App. D: the first pits of wrong traces whose prefixes have been probed, and the prefixes up to them
+    estimated again with n_mc completions. -> Traces of the rows that have a pit, labelled up to it."""
     pit = first_pit(probed.q.masked_fill(~probed.labelled, float("nan")), probed.reward, threshold)
     rows = (pit >= 0).nonzero()[:, 0]
     upto = torch.arange(probed.ends.shape[1]) <= pit[rows, None]
@@ -62,24 +63,25 @@ def first_pits(mu, env, problems, probed, n_mc, threshold, seed):
 
 
 def high_value_branches(mu, c, seeds):
-    """Where the values are: n_mc completions by mu of prefixes of the seeds that came out right, `branches` in all.
+    """Where the values are: n_mc completions by mu of prefixes of the seeds that came out right, `branches`
+    in all.
 
-    At a low success rate almost every seed says "wrong" at every step end, and a verifier learns little from it.
-    App. D spends an initial budget on finding high-value states; the prefixes of right seeds are such states,
-    whichever policy found them, and fresh completions by mu are unbiased labels of Q^mu.
+    At a low success rate almost every seed says "wrong" at every step end, and a verifier learns little from
+    it. App. D spends an initial budget on finding high-value states; the prefixes of right seeds are such
+    states, whichever policy found them, and fresh completions by mu are unbiased labels of Q^mu.
     -> Traces (prefix-major), estimates (prefixes,)
     """
     right = (seeds.reward == 1).nonzero()[:, 0] if seeds.reward.any() else torch.arange(len(seeds))
-    rows, ends = (seeds.ends[right, 1:] >= 0).nonzero(as_tuple=True)            # every step end but the last one
+    rows, ends = (seeds.ends[right, 1:] >= 0).nonzero(as_tuple=True)  # every step end but the last one
     picked = c.pick(len(rows), max(1, c.branches // c.n_mc))
     t = rollout_from(mu, c.env, c.problems, seeds, right[rows[picked]], ends[picked], c.n_mc, c.seed + 1)
     return t, t.reward.view(-1, c.n_mc).mean(1)
 
 
 def dense(c, policies, seeds):
-    """Ours. pi: its seeds, branches off right seeds (its own and the stronger policy's), copies with a corrupted
-    step, and first pits on wrong branches off a high-value state. A prover: its seeds, its completions of pi's
-    prefixes, which the search will ask about, and some of the corrupted copies."""
+    """Ours. pi: its seeds, branches off right seeds (its own and the stronger policy's), copies with a
+    corrupted step, and first pits on wrong branches off a high-value state. A prover: its seeds, its
+    completions of pi's prefixes, which the search will ask about, and some of the corrupted copies."""
     pad, pi, own = pad_token(c.env.enc), policies["base"], seeds["base"]
     branches, q, corrupted = own[:0], torch.zeros(0), own[:0]
     if c.branches:
@@ -109,8 +111,8 @@ def dense(c, policies, seeds):
 
 
 def paper(c, policies, seeds):
-    """The paper's: of every policy, n_mc completions by itself at every prefix of its seeds, and first pits on its
-    wrong seeds."""
+    """The paper's: of every policy, n_mc completions by itself at every prefix of its seeds, and first pits
+    on its wrong seeds."""
     data = {}
     for k, (name, t) in enumerate(seeds.items()):
         mu, seed = policies[name], c.seed + 10 * k

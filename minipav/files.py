@@ -12,12 +12,12 @@ from safetensors.torch import save_file
 
 from minipav.utils import Fail
 
-LOCKS = {}                                              # folders that this process holds, with their open lock files
+LOCKS = {}  # folders that this process holds, with their open lock files
 
 
 def write_whole(path, write):
-    """Call write(temporary path), flush it to the disk, then rename it to `path`: readers see the old file or the
-    whole new one. Raises Fail if it cannot be written."""
+    """Call write(temporary path), flush it to the disk, then rename it to `path`: readers see the old file or
+    the whole new one. Raises Fail if it cannot be written."""
     path = Path(path)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -94,8 +94,8 @@ def read_csv(path, columns):
 
 
 def read_tensors(path, dims=None):
-    """({name: tensor}, metadata) of a safetensors file; dims: the names it must have, and of how many dimensions.
-    Every number must be finite."""
+    """({name: tensor}, metadata) of a safetensors file; dims: the names it must have, and of how many
+    dimensions. Every number must be finite."""
     try:
         with safe_open(path, "pt") as f:
             tensors, metadata = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
@@ -110,8 +110,8 @@ def read_tensors(path, dims=None):
 
 
 def lock(folder):
-    """Make the folder and hold it until the process ends; clear what dead processes left half-written. Raises Fail
-    if it cannot be made, or, with its process number, if another process holds it."""
+    """Make the folder and hold it until the process ends; clear what dead processes left half-written. Raises
+    Fail if it cannot be made, or, with its process number, if another process holds it."""
     folder = Path(folder).resolve()
     if folder in LOCKS:
         return
@@ -129,5 +129,5 @@ def lock(folder):
     f.truncate(0)
     f.write(str(os.getpid()))
     f.flush()
-    for left_over in folder.rglob(".*.tmp"):                    # nobody else may write here: its process is dead
+    for left_over in folder.rglob(".*.tmp"):  # nobody else may write here: its process is dead
         left_over.unlink()

@@ -14,8 +14,8 @@ from minipav.utils import Fail
 
 
 def flag(default, help, *, low=0, high=10**9, choices=None, kind=None):
-    """A field that is a flag. Numbers, and those of a list, must lie in low..high; kind: its type, if not that of
-    the default; a list takes several different values."""
+    """A field that is a flag. Numbers, and those of a list, must lie in low..high; kind: its type, if not
+    that of the default; a list takes several different values."""
     several = isinstance(default, list)
     meta = dict(help=help, low=low, high=high, choices=choices, kind=kind or type(default[0] if several else default))
     return dataclasses.field(**({"default_factory": default.copy} if several else {"default": default}), metadata=meta)
@@ -41,7 +41,8 @@ def add(parser, cls):
 
 
 def check(values):
-    """Raises Fail if a number of these flags (a dataclass) is out of its bounds, or a list has a value twice."""
+    """Raises Fail if a number of these flags (a dataclass) is out of its bounds, or a list has a value
+    twice."""
     for f in dataclasses.fields(values):
         value, m = getattr(values, f.name), f.metadata
         several = value if isinstance(value, list) else [value]
@@ -56,9 +57,9 @@ def check(values):
 
 
 def parse(cls, doc, argv=None, more=None, defaults=None):
-    """Flags from the command line, checked. more(flags so far): a second dataclass with flags of its own (of the
-    task, say); defaults(flags so far): other defaults. -> an instance of cls, or of both.
-    Raises Fail for whatever is wrong with them."""
+    """Flags from the command line, checked. more(flags so far): a second dataclass with flags of its own (of
+    the task, say); defaults(flags so far): other defaults. -> an instance of cls, or of both. Raises Fail for
+    whatever is wrong with them."""
     first, p = Parser(add_help=False, allow_abbrev=False), Parser(
         description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     add(first, cls)

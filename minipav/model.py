@@ -1,9 +1,11 @@
 """The compact GPT: one class for the policies and, with a scalar head, for the verifiers.
 
-Decoder-only: RMSNorm, rotary positions, grouped-query attention with optional q/k/v bias, SwiGLU, tied or untied head.
-One forward serves training (no cache) and cached decoding. Shapes are written beside the code with
+Decoder-only: RMSNorm, rotary positions, grouped-query attention with optional q/k/v bias, SwiGLU, tied or
+untied head. One forward serves training (no cache) and cached decoding. Shapes are written beside the code
+with
 
-    B rows, T positions, C = n_embd, H = n_head, G = n_kv_head, D = C / H, V = vocab_size, S = slots of the KV cache.
+    B rows, T positions, C = n_embd, H = n_head, G = n_kv_head, D = C / H, V = vocab_size, S = slots of the KV
+    cache.
 """
 import dataclasses
 from dataclasses import dataclass
@@ -30,7 +32,7 @@ class GPTConfig:
     norm_eps: float = 1e-6
     qkv_bias: bool = False         # Qwen2 has it, Llama does not
     tied: bool = True              # the language-model head is the embedding
-    head: str = "lm"               # "lm": logits over the vocabulary; "scalar": n_out numbers a position (a verifier)
+    head: str = "lm"  # "lm": logits over the vocabulary; "scalar": n_out numbers a position (a verifier)
     n_out: int = 1
     target: str = "bce"            # what a verifier was trained for: one of verifier.TARGETS
 
@@ -103,8 +105,10 @@ class Attention(nn.Module):
                                                is_causal=True, enable_gqa=self.G < self.H)      # (B, H, T, D)
         else:                                                                   # decoding: read the cache
             S, R = mask.shape[-1], self.H // self.G
-            k, v = cache.k[layer][:, :S].transpose(1, 2), cache.v[layer][:, :S].transpose(1, 2)     # (B, G, S, D)
-            # The R query heads of a group stand as R * T queries of one head: the cache is read once, not repeated.
+            # (B, G, S, D)
+            k, v = cache.k[layer][:, :S].transpose(1, 2), cache.v[layer][:, :S].transpose(1, 2)
+            # The R query heads of a group stand as R * T queries of one head: the cache is read once, not
+            # repeated.
             q = q.view(B, T, self.G, R, self.D).permute(0, 2, 3, 1, 4).reshape(B, self.G, R * T, self.D)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(1, 1, R, 1))
             y = y.view(B, self.H, T, self.D)
@@ -152,7 +156,7 @@ class GPT(nn.Module):
             self.register_buffer(name, table, persistent=False)
         self.apply(self._init)
         for name, p in self.named_parameters():
-            if name.endswith(("wo.weight", "down.weight")):                     # the two writes to the residual stream
+            if name.endswith(("wo.weight", "down.weight")):  # the two writes to the residual stream
                 nn.init.normal_(p, std=0.02 / (2 * config.n_layer) ** 0.5)
 
     @staticmethod
@@ -169,10 +173,10 @@ class GPT(nn.Module):
     def trunk(self, idx, cache=None, pos=None, kv_len=None):
         """Hidden states (B, T, C) of the tokens idx (B, T).
 
-        cache None: training. cache with pos None: prefill, the tokens are positions 0..T-1 of every row (rows shorter
-        than T are right-padded; what the padding writes is overwritten before it can be read). cache with pos (B, T):
-        the tokens stand at those positions and see the slots 0..pos of their own row; kv_len is the number of slots
-        that are read, at least max(pos) + 1 (default: all of them).
+        cache None: training. cache with pos None: prefill, the tokens are positions 0..T-1 of every row (rows
+        shorter than T are right-padded; what the padding writes is overwritten before it can be read). cache
+        with pos (B, T): the tokens stand at those positions and see the slots 0..pos of their own row; kv_len
+        is the number of slots that are read, at least max(pos) + 1 (default: all of them).
         """
         mask = None
         if pos is None:
@@ -183,7 +187,8 @@ class GPT(nn.Module):
             pos = torch.arange(T, device=idx.device).expand(len(idx), T)
         else:
             rope = self.cos[pos], self.sin[pos]                                 # (B, T, D / 2)
-            seen = torch.arange(kv_len or cache.k[0].shape[1], device=idx.device) <= pos[:, :, None]    # (B, T, S)
+            # (B, T, S)
+            seen = torch.arange(kv_len or cache.k[0].shape[1], device=idx.device) <= pos[:, :, None]
             mask = torch.zeros(seen.shape, device=idx.device, dtype=self.embed.weight.dtype)
             mask = mask.masked_fill(~seen, float("-inf"))[:, None]              # (B, 1, T, S)
         x = self.embed(idx)                                                     # (B, T, C)
@@ -196,7 +201,8 @@ class GPT(nn.Module):
         return self.head(self.trunk(idx, cache, pos))
 
     def as_verifier(self, target="bce", n_out=1):
-        """A new model with this trunk's weights and a fresh scalar head (section 4.2: verifiers start from an LM)."""
+        """A new model with this trunk's weights and a fresh scalar head (section 4.2: verifiers start from an
+        LM)."""
         config = dataclasses.replace(self.config, head="scalar", target=target, n_out=n_out)
         model = GPT(config).to(self.device)
         model.load_state_dict({k: v for k, v in self.state_dict().items() if not k.startswith("head.")}, strict=False)
@@ -212,8 +218,8 @@ class GPT(nn.Module):
 
     @classmethod
     def load(cls, folder, device="cpu"):
-        """The model saved in `folder`. Raises Fail, naming the file, if it is missing, truncated, not finite or
-        another model's."""
+        """The model saved in `folder`. Raises Fail, naming the file, if it is missing, truncated, not finite
+        or another model's."""
         path, weights = Path(folder) / "config.json", Path(folder) / "model.safetensors"
         fields = read_json(path, vocab_size=int)
         if unknown := fields.keys() - {f.name for f in dataclasses.fields(GPTConfig)}:
@@ -225,7 +231,7 @@ class GPT(nn.Module):
         state, _ = read_tensors(weights)
         if config.tied and config.head == "lm" and "embed.weight" in state:
             state["head.weight"] = state["embed.weight"]
-        with torch.device("meta"):                                              # before memory is taken for it
+        with torch.device("meta"):  # before memory is taken for it
             want = {k: v.shape for k, v in cls(config).state_dict().items()}
         have = {k: v.shape for k, v in state.items()}
         if wrong := sorted(k for k in want.keys() | have.keys() if want.get(k) != have.get(k)):

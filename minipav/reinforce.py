@@ -2,7 +2,8 @@
 
     sample    problems, and a group of traces of each, from the whole distribution of the policy
     credit    a return for each step, Rex + alpha A^mu(s_h, a_h), and from it the weight of each of its tokens
-    update    one step of policy and value network: sum_h grad log pi(a_h | s_h) (return_h - b(s_h)) (Eq. 5), with a
+    update    one step of policy and value network: sum_h grad log pi(a_h | s_h) (return_h - b(s_h)) (Eq. 5),
+    with a
               KL to the initial policy
     log       accuracy on held-out problems, every eval_every iterations
 """
@@ -37,22 +38,25 @@ from minipav.utils import Fail, NotFinite, apply_step, make_optimizers, progress
 from minipav.verifier import label_weights, verifier_loss
 
 
-# a row of log.csv: sampled so far; of held-out problems; means over the iterations since the row before, a trace
-# (length, kl), a token (entropy, value_error) or a share of the traces: right, with an illegal step, with return 0
+# a row of log.csv: sampled so far; of held-out problems; means over the iterations since the row before, a
+# trace (length, kl), a token (entropy, value_error) or a share of the traces: right, with an illegal step,
+# with return 0
 COLUMNS = ("iteration", "tokens", "seconds", "accuracy", "greedy", "pass_n", "length", "kl", "entropy", "value_error",
            "train_reward", "illegal", "zero_return", "tokens_per_s")
 
 
-# ---- losses ---------------------------------------------------------------------------------------------------
+# ---- losses
+# ---------------------------------------------------------------------------------------------------
 
 def policy_loss(policy, ref, tokens, step, weight, kl_coef):
-    """REINFORCE with KL to the initial policy, summed over rows: (loss, KL, entropy, tokens). Arguments (N, T).
+    """REINFORCE with KL to the initial policy, summed over rows: (loss, KL, entropy, tokens). Arguments (N,
+    T).
 
-    The KL of each token is exact, over the whole vocabulary, at the states that were visited. Padding and prompt have
-    no part in the loss; the end token has.
+    The KL of each token is exact, over the whole vocabulary, at the states that were visited. Padding and
+    prompt have no part in the loss; the end token has.
     """
-    rows, cols = (step[:, 1:] >= 0).nonzero(as_tuple=True)                      # predicted one position before it
-    logp = policy.head(policy.trunk(tokens[:, :-1])[rows, cols]).log_softmax(-1)        # (tokens of responses, V)
+    rows, cols = (step[:, 1:] >= 0).nonzero(as_tuple=True)  # predicted one position before it
+    logp = policy.head(policy.trunk(tokens[:, :-1])[rows, cols]).log_softmax(-1)  # (tokens of responses, V)
     with torch.no_grad():
         ref_logp = ref.head(ref.trunk(tokens[:, :-1])[rows, cols]).log_softmax(-1)
     chosen = logp.gather(1, tokens[rows, cols + 1][:, None])[:, 0]
@@ -62,8 +66,8 @@ def policy_loss(policy, ref, tokens, step, weight, kl_coef):
 
 
 def value_loss(value, tokens, step, target):
-    """Squared error of the value network, which sees all before a token, against the token's return, summed: (loss,
-    its predictions (N, T), 0 outside of the response)."""
+    """Squared error of the value network, which sees all before a token, against the token's return, summed:
+    (loss, its predictions (N, T), 0 outside of the response)."""
     rows, cols = (step[:, 1:] >= 0).nonzero(as_tuple=True)
     v = value.head(value.trunk(tokens[:, :-1])[rows, cols])[:, 0]
     out = torch.zeros(tokens.shape, device=tokens.device)
@@ -76,11 +80,13 @@ def outcomes(policy, env, problems, n, seed, **sampling):
     return seed_rollouts(policy, env, problems, n, seed, **sampling).reward.view(len(problems), n)
 
 
-# ---- the loop -------------------------------------------------------------------------------------------------
+# ---- the loop
+# -------------------------------------------------------------------------------------------------
 
 class Reinforce:
-    """One training; `folder` gets log.csv and the checkpoint. init: the initial policy; a: a Trial; split: of the
-    problems it is evaluated on; micro_batch: traces in one backward pass (0: all), which changes no result."""
+    """One training; `folder` gets log.csv and the checkpoint. init: the initial policy; a: a Trial; split: of
+    the problems it is evaluated on; micro_batch: traces in one backward pass (0: all), which changes no
+    result."""
 
     def __init__(self, run, init, folder, reward, a, split="test", micro_batch=0):
         self.run, self.a, self.folder, self.split, self.micro_batch = run, a, folder, split, micro_batch
@@ -98,7 +104,7 @@ class Reinforce:
                 self.old = run.traces(f"{a.policy}_train")
         if self.reward.values == "rollouts":
             self.mu_policy = run.model(self.mu.policy)
-        self.curve = torch.zeros(0, a.problems)                                 # accuracy on each problem, by evaluation
+        self.curve = torch.zeros(0, a.problems)  # accuracy on each problem, by evaluation
         self.state = {"iteration": 0, "tokens": 0, "seconds": 0.0, "running": 0.0}
         self.rows, self.facts = [], []
 
@@ -159,8 +165,8 @@ class Reinforce:
         return q_mu, step_returns(self.reward, traces.reward, q_mu, self.a.alpha)
 
     def update(self, i, traces, step, returns):
-        """One step of the policy, and one of the value network if it is the baseline. -> sums over the batch of KL,
-        entropy, tokens, squared value error"""
+        """One step of the policy, and one of the value network if it is the baseline. -> sums over the batch
+        of KL, entropy, tokens, squared value error"""
         a, n, device, sums = self.a, len(traces), self.policy.device, torch.zeros(4)
         target, learned = to_tokens(returns, step), a.baseline == "value" and self.reward.baseline
         if not learned:
@@ -187,9 +193,10 @@ class Reinforce:
         return sums
 
     def refresh(self, i, problems, traces):
-        """One step of the verifier, on rollouts of the policy as it now is: this iteration's traces, and completions
-        of prefixes that are hotter, which show it what the policy may try next; and on corrupted steps and old
-        rollouts. The prover is then best-of-K of a policy between the initial and the present one."""
+        """One step of the verifier, on rollouts of the policy as it now is: this iteration's traces, and
+        completions of prefixes that are hotter, which show it what the policy may try next; and on corrupted
+        steps and old rollouts. The prover is then best-of-K of a policy between the initial and the present
+        one."""
         a, run, seed = self.a, self.run, self.run.seed("refresh", self.a.seed, i)
         rng = np.random.default_rng(seed)
         hot = seed_rollouts(self.policy, run, problems, a.group, seed, temperature=2.0, top_p=None)
@@ -212,13 +219,15 @@ class Reinforce:
                 "illegal": judged.count("illegal") / n, "zero_return": float((returns == 0).all(1).float().mean())}
 
     def stop(self, i, traces, q_mu):
-        """A number is not finite: keep the batch for inspection and the last checkpoint, and end with an error."""
+        """A number is not finite: keep the batch for inspection and the last checkpoint, and end with an
+        error."""
         path = self.folder / "bad_batch.safetensors"
         write_tensors(path, {"tokens": traces.tokens, "ends": traces.ends, "reward": traces.reward, "q_mu": q_mu})
         raise Fail(f"{self.folder.name}: the loss is not finite at iteration {i}: its batch is in {path}, the state of "
                    f"iteration {self.rows[-1]['iteration']} in checkpoint.safetensors; lower --lr or --alpha")
 
-    # ---- log and checkpoint -----------------------------------------------------------------------------------
+    # ---- log and checkpoint
+    # -----------------------------------------------------------------------------------
 
     def log(self, problems):
         """Evaluate on held-out problems, and write one row. -> the row"""

@@ -1,8 +1,8 @@
 """What a step is worth in RL: from outcomes and values to the weight of each token (section 5 of the paper).
 
-The tokens of step h all get that step's own return, by default Rex + alpha A^mu(s_h, a_h) (Eq. 5; Rex is an unbiased
-sample of Q^pi). A^mu is never summed along the trace: such a sum telescopes to the outcome minus a function of the
-state (pav_sum).
+The tokens of step h all get that step's own return, by default Rex + alpha A^mu(s_h, a_h) (Eq. 5; Rex is an
+unbiased sample of Q^pi). A^mu is never summed along the trace: such a sum telescopes to the outcome minus a
+function of the state (pav_sum).
 """
 from dataclasses import dataclass, replace
 
@@ -17,11 +17,11 @@ from minipav.verifier import exact_q, score
 
 @dataclass
 class Reward:
-    returns: object                 # (Rex, Q^mu after the step, A^mu, alpha), each (N, S) -> return of each step (N, S)
+    returns: object  # (Rex, Q^mu after the step, A^mu, alpha), each (N, S) -> return of each step (N, S)
     values: str = None              # where Q^mu comes from: one of VALUES, or nowhere
     uses: tuple = ()                # the flags of rl.py that it depends on, beside those of the loop
     baseline: bool = True           # False: the return is an advantage of pi itself and needs none
-    scaled: bool = False            # 1 + alpha times outcome reward's gradient: to be held against it at so small a KL
+    scaled: bool = False  # 1 + alpha times outcome reward's gradient: to be held against it at so small a KL
 
 
 def pav(rex, q, adv, alpha):
@@ -36,24 +36,28 @@ VERIFIER = ("alpha", "prover", "refresh", "trust_verifier")
 REWARDS = {
     "outcome": Reward(lambda rex, q, adv, alpha: rex),                                              # ORM-RL
     "pav": Reward(pav, "verifier", VERIFIER),                                                       # PAV-RL
-    "pav_rollout": Reward(pav, "rollouts", ("alpha", "prover", "n_mc")),        # no verifier: fresh rollouts of mu
+    "pav_rollout": Reward(pav, "rollouts", ("alpha", "prover", "n_mc")),  # no verifier: fresh rollouts of mu
     "pav_exact": Reward(pav, "exact", ("alpha", "prover")),                     # no error at all
-    "vine": Reward(lambda rex, q, adv, alpha: adv, "current", ("n_mc",), baseline=False),           # VinePPO's A^pi
-    "q_bonus": Reward(lambda rex, q, adv, alpha: rex + alpha * q, "verifier", VERIFIER),            # App. G's control
+    "vine": Reward(lambda rex, q, adv, alpha: adv, "current", ("n_mc",), baseline=False),  # VinePPO's A^pi
+    "q_bonus": Reward(lambda rex, q, adv, alpha: rex + alpha * q, "verifier", VERIFIER),  # App. G's control
     "pav_sum": Reward(summed, "verifier", VERIFIER, scaled=True),               # outcome reward again
-    "pav_pi": Reward(pav, "current", ("alpha", "n_mc"), scaled=True)}           # mu = pi: outcome reward in expectation
+    # mu = pi: outcome reward in expectation
+    "pav_pi": Reward(pav, "current", ("alpha", "n_mc"), scaled=True)}
 
 
-# ---- from values to token weights -----------------------------------------------------------------------------
+# ---- from values to token weights
+# -----------------------------------------------------------------------------
 
 def step_returns(reward, rex, q_mu, alpha):
-    """The return (N, S) of each step, from Rex (N,) and Q^mu (N, S + 1), NaN behind the last step end: 0 there."""
+    """The return (N, S) of each step, from Rex (N,) and Q^mu (N, S + 1), NaN behind the last step end: 0
+    there."""
     rex = rex[:, None].expand(-1, q_mu.shape[1] - 1)
     return reward.returns(rex, q_mu[:, 1:], advantage(q_mu), alpha).masked_fill(q_mu[:, 1:].isnan(), 0.0)
 
 
 def close(traces):
-    """Traces in which a row that was truncated within a step has a step end at its last token too; without labels."""
+    """Traces in which a row that was truncated within a step has a step end at its last token too; without
+    labels."""
     row, last = torch.arange(len(traces)), traces.last
     cut = traces.ends[row, last] < traces.lengths - 1
     ends = pad_right(traces.ends, (0, 1), value=-1)
@@ -64,10 +68,11 @@ def close(traces):
 
 
 def step_of_token(tokens, ends):
-    """The step (N, T) that each token of a response belongs to, its delimiter included; -1 in prompt and padding."""
+    """The step (N, T) that each token of a response belongs to, its delimiter included; -1 in prompt and
+    padding."""
     t, last = torch.arange(tokens.shape[1]), ends.max(1, keepdim=True).values
     sorted_ends = ends.masked_fill(ends < 0, tokens.shape[1])
-    before = torch.searchsorted(sorted_ends, t.expand(len(ends), -1).contiguous())          # step ends before a token
+    before = torch.searchsorted(sorted_ends, t.expand(len(ends), -1).contiguous())  # step ends before a token
     return torch.where((t > ends[:, :1]) & (t <= last), before - 1, -1)
 
 
@@ -77,8 +82,9 @@ def to_tokens(x, step):
 
 
 def step_baseline(kind, returns, ends, group, running):
-    """What is subtracted from the returns (N, S) of --baseline group, mean and none. None of it depends on the step
-    that it is subtracted from: the group's mean, at each step, is that of the problem's *other* traces."""
+    """What is subtracted from the returns (N, S) of --baseline group, mean and none. None of it depends on
+    the step that it is subtracted from: the group's mean, at each step, is that of the problem's *other*
+    traces."""
     if kind == "group":
         there = (ends[:, 1:] >= 0).float()
         total, n = (x.view(-1, group, x.shape[1]) for x in (returns * there, there))
@@ -86,7 +92,8 @@ def step_baseline(kind, returns, ends, group, running):
     return torch.full_like(returns, running if kind == "mean" else 0.0)
 
 
-# ---- where Q^mu comes from: (loop, problems, traces, seed) -> Q^mu (N, S + 1) at every step end, tokens sampled -----
+# ---- where Q^mu comes from: (loop, problems, traces, seed) -> Q^mu (N, S + 1) at every step end, tokens
+# sampled -----
 
 def by_verifier(loop, problems, traces, seed):
     return q_best_of_k(score(loop.verifier, traces.tokens, traces.ends), loop.mu.K), 0
@@ -124,7 +131,8 @@ def check_prover(reward, mu, a):
 
 
 def unknown(traces, H):
-    """The step ends (N, S + 1) whose value has to be estimated: at the last it is Rex, and after H steps 0."""
+    """The step ends (N, S + 1) whose value has to be estimated: at the last it is Rex, and after H steps
+    0."""
     index = torch.arange(traces.ends.shape[1])
     return (index < traces.last[:, None]) & (index < H)
 

@@ -1,11 +1,13 @@
-"""A run folder: its configuration, its stages, its models and traces. train.py starts it; search.py and rl.py go on.
+"""A run folder: its configuration, its stages, its models and traces. train.py starts it; search.py and rl.py
+go on.
 
     run = Run(Path("runs/calculator-seed0"), config)      # start, or with resume=True go on
-    run.stage("orm", work)                                # work() unless it is done; what it wrote is then final
-    run.model("q_pi"), run.traces("base_train"), run.problems("test", 500)
+    run.stage("orm", work)                                # work() unless it is done; what it wrote is then
+    final run.model("q_pi"), run.traces("base_train"), run.problems("test", 500)
 
-A stage is done once stages/NAME.json is there, which is written last. A stage that was killed is run again from its
-start, from its own seed and the files of the stages before it: the result is that of the uninterrupted run.
+A stage is done once stages/NAME.json is there, which is written last. A stage that was killed is run again
+from its start, from its own seed and the files of the stages before it: the result is that of the
+uninterrupted run.
 """
 import dataclasses
 import json
@@ -32,8 +34,8 @@ CONFIG = dict(task=str, dials=dict, seed=int, device=str, top_p=(int, float), ma
 
 class Run:
     def __init__(self, out, config, resume=False):
-        """config: all flags of train.py but --out and --resume. Raises Fail if the folder cannot be made, is in use,
-        already holds a run that is not to be resumed, or one that was started with other flags."""
+        """config: all flags of train.py but --out and --resume. Raises Fail if the folder cannot be made, is
+        in use, already holds a run that is not to be resumed, or one that was started with other flags."""
         self.out, path = Path(out), Path(out) / "config.json"
         lock(self.out)
         if path.exists() or (self.out / "stages").exists():
@@ -57,7 +59,8 @@ class Run:
 
     @classmethod
     def open(cls, out, device):
-        """The run in a folder, to go on with on any device. Raises Fail if train.py has not trained its models."""
+        """The run in a folder, to go on with on any device. Raises Fail if train.py has not trained its
+        models."""
         run = object.__new__(cls)
         run.out = Path(out)
         if not (run.out / "config.json").exists():
@@ -74,11 +77,13 @@ class Run:
             raise damaged(run.out / "config.json", e) from None
         return run
 
-    # ---- stages -----------------------------------------------------------------------------------------------
+    # ---- stages
+    # -----------------------------------------------------------------------------------------------
 
     def stage(self, name, work, spec=None):
-        """Do work(), which may return facts, unless stages/NAME.json says that it was done. spec: what it depends on
-        beside the run's configuration. -> the record: facts, seconds, memory, command, commit, hardware"""
+        """Do work(), which may return facts, unless stages/NAME.json says that it was done. spec: what it
+        depends on beside the run's configuration. -> the record: facts, seconds, memory, command, commit,
+        hardware"""
         path, spec = self.out / "stages" / f"{name}.json", json.loads(json.dumps(spec or {}))
         if path.exists():
             record = read_json(path, spec=dict, seconds=(int, float), peak_memory_gb=(int, float), command=str,
@@ -117,7 +122,8 @@ class Run:
                 bar.close()
         return log
 
-    # ---- what it holds ----------------------------------------------------------------------------------------
+    # ---- what it holds
+    # ----------------------------------------------------------------------------------------
 
     def seed(self, *names):
         return derive_seed(self.config["seed"], *names)

@@ -1,12 +1,14 @@
 """KV-cached, batched sampling: many prompts of different lengths, n samples of each, in one batch.
 
-What makes it fast, in the order of the code: requests are sorted by prompt length and cut into chunks that fit
-`max_tokens_in_flight`; each distinct prompt of a chunk is prefilled once and its cache copied to its samples; the KV
-buffers are static; every row stops by itself at any of several stop tokens; stopped rows are compacted away.
+What makes it fast, in the order of the code: requests are sorted by prompt length and cut into chunks that
+fit `max_tokens_in_flight`; each distinct prompt of a chunk is prefilled once and its cache copied to its
+samples; the KV buffers are static; every row stops by itself at any of several stop tokens; stopped rows are
+compacted away.
 
-What makes it exact: the randomness of the sample j of prompt b at its t-th token is one uniform number u[b, j, t],
-drawn from the call's own generator before anything else. So a sample does not depend on the batch it is computed in,
-on the chunks or on compaction; the same seed gives the same samples on every device up to rounding in the logits.
+What makes it exact: the randomness of the sample j of prompt b at its t-th token is one uniform number u[b,
+j, t], drawn from the call's own generator before anything else. So a sample does not depend on the batch it
+is computed in, on the chunks or on compaction; the same seed gives the same samples on every device up to
+rounding in the logits.
 """
 from dataclasses import dataclass
 
@@ -23,7 +25,7 @@ class Samples:
     """Rows are prompt-major: row b * n + j is sample j of prompt b."""
     tokens: torch.Tensor            # (B * n, T) new tokens, the stop token included, right-padded
     lengths: torch.Tensor           # (B * n,) number of new tokens
-    logprobs: torch.Tensor          # (B * n, T) log-probability of each under the model (temperature 1, no filter)
+    logprobs: torch.Tensor  # (B * n, T) log-probability of each under the model (temperature 1, no filter)
     finish_reason: torch.Tensor     # (B * n,) the stop token that ended the row, or LENGTH
 
 
@@ -36,22 +38,24 @@ def _inverse_cdf(p, u):
 def _nucleus(p, order, u, top_p, total):
     """A token by u from p (R, k), the likeliest in falling order, cut at top_p of `total` probability."""
     if top_p is not None:
-        p = p.masked_fill(p.cumsum(-1) - p >= top_p * total, 0.0)               # the likelier ones reach top_p already
+        p = p.masked_fill(p.cumsum(-1) - p >= top_p * total, 0.0)  # the likelier ones reach top_p already
     index = torch.minimum(_inverse_cdf(p, u), (p > 0).sum(-1) - 1)
     return order.gather(1, index[:, None])[:, 0]
 
 
 def choose(logits, u, temperature=1.0, top_k=None, top_p=None):
-    """Token (R,) by inverse CDF at the uniform numbers u (R,) from logits (R, V). Temperature 0 is exact argmax.
+    """Token (R,) by inverse CDF at the uniform numbers u (R,) from logits (R, V). Temperature 0 is exact
+    argmax.
 
-    top_k keeps the k likeliest tokens, then top_p the smallest set of likeliest tokens whose probability reaches it.
+    top_k keeps the k likeliest tokens, then top_p the smallest set of likeliest tokens whose probability
+    reaches it.
     """
     if temperature == 0:
         return logits.argmax(-1)
     probs = (logits.float() / temperature).softmax(-1)                          # (R, V)
     if top_k is None and top_p is None:
         return _inverse_cdf(probs, u).clamp(max=probs.shape[1] - 1)
-    p, order = probs.topk(min(top_k or 32, probs.shape[1]), dim=-1)             # a nucleus is seldom wider than 32
+    p, order = probs.topk(min(top_k or 32, probs.shape[1]), dim=-1)  # a nucleus is seldom wider than 32
     token = _nucleus(p, order, u, top_p, 1.0 if top_k is None else p.sum(-1, keepdim=True))
     wide = (p.sum(-1) < top_p).nonzero()[:, 0] if top_k is None else []
     if len(wide):
@@ -64,8 +68,8 @@ def sample(model, prompts, prompt_lengths, n=1, *, max_new_tokens, stop, seed=0,
            top_p=None, max_tokens_in_flight=1 << 18, pad=0, compact=True, progress=None):
     """n samples of each prompt. -> Samples on the CPU
 
-    prompts (B, P) right-padded tokens, prompt_lengths (B,); stop: token ids that end a row and are kept in it;
-    max_tokens_in_flight bounds rows x slots of the KV buffers (not the outputs, which grow with n);
+    prompts (B, P) right-padded tokens, prompt_lengths (B,); stop: token ids that end a row and are kept in
+    it; max_tokens_in_flight bounds rows x slots of the KV buffers (not the outputs, which grow with n);
     progress(rows_done) is called after each chunk.
     Raises ValueError if a prompt is empty or a row would not fit the model's block_size.
     """
@@ -106,14 +110,15 @@ def prefill(model, cache, prompts, lengths):
 
 @torch.no_grad()
 def decode(model, cache, hidden, pos, u, max_new, stop, pad=0, compact=False, **sampling):
-    """Sample up to max_new tokens behind rows whose last token has the hidden state `hidden` (R, C) and whose next one
-    stands at `pos` (R,); u (R, max_new). -> tokens (R, max_new), lengths (R,), log-probabilities (R, max_new),
-    finish reasons (R,). Without compaction the cache then holds every new token but the last one of each row."""
+    """Sample up to max_new tokens behind rows whose last token has the hidden state `hidden` (R, C) and whose
+    next one stands at `pos` (R,); u (R, max_new). -> tokens (R, max_new), lengths (R,), log-probabilities (R,
+    max_new), finish reasons (R,). Without compaction the cache then holds every new token but the last one of
+    each row."""
     R, device, longest = len(pos), pos.device, int(pos.max())
     tokens, logprobs = torch.full((R, max_new), pad, device=device), torch.zeros(R, max_new, device=device)
     count, reason = torch.zeros(R, dtype=torch.long, device=device), torch.full((R,), LENGTH, device=device)
     row, alive = torch.arange(R, device=device), torch.ones(R, dtype=torch.bool, device=device)
-    every = 1 if device.type == "cpu" else 4                                    # asking who is alive waits for the GPU
+    every = 1 if device.type == "cpu" else 4  # asking who is alive waits for the GPU
 
     for t in range(max_new):
         logits = model.head(hidden)                                             # (rows, V)

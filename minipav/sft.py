@@ -1,7 +1,7 @@
 """Supervised fine-tuning of a policy on demonstrations, and rejection fine-tuning on its own right samples.
 
-expert_fraction of the demonstrations reach the target: the rest compute faithfully and go nowhere in particular, and
-so will the policy. Every step sees new problems.
+expert_fraction of the demonstrations reach the target: the rest compute faithfully and go nowhere in
+particular, and so will the policy. Every step sees new problems.
 """
 import copy
 
@@ -14,7 +14,8 @@ from minipav.utils import Fail, apply_step, derive_seed, make_optimizers, schedu
 
 
 def sft_loss(model, tokens, lengths, prompt_lengths):
-    """Mean cross-entropy of the response tokens, END included; prompt and padding give none. tokens (B, T)."""
+    """Mean cross-entropy of the response tokens, END included; prompt and padding give none. tokens (B,
+    T)."""
     hidden = model.trunk(tokens[:, :-1])                                        # (B, T - 1, C)
     t = torch.arange(1, tokens.shape[1], device=tokens.device)
     inside = (t >= prompt_lengths[:, None]) & (t < lengths[:, None])            # (B, T - 1)
@@ -34,7 +35,7 @@ def _train(model, batches, steps, lr_muon, lr_adamw, log=lambda *x: None):
 
 def train_policy(model, env, expert_fraction, *, steps, batch_size, lr_muon, lr_adamw, seed, log):
     """Train `model` in place. log(step, steps, loss) is called after every step."""
-    def batches(ahead=20):                                                      # demonstrations for 20 steps at once
+    def batches(ahead=20):  # demonstrations for 20 steps at once
         task, enc, rng = env.task, env.enc, np.random.default_rng(derive_seed(seed, "sft"))
         for step in range(0, steps, ahead):
             problems = task.problems("train", batch_size * ahead, derive_seed(seed, "sft problems", step))
@@ -46,8 +47,8 @@ def train_policy(model, env, expert_fraction, *, steps, batch_size, lr_muon, lr_
 
 
 def rft(policy, seeds, seed, name="", epochs=2, batch_size=64, lr=3e-4):
-    """Rejection fine-tuning: a copy of `policy`, trained on with the right ones of its seed rollouts (App. E; there
-    with the settings of SFT). Raises Fail if none is right."""
+    """Rejection fine-tuning: a copy of `policy`, trained on with the right ones of its seed rollouts (App. E;
+    there with the settings of SFT). Raises Fail if none is right."""
     policy, right = copy.deepcopy(policy), seeds[seeds.reward == 1]
     if len(right) == 0:
         raise Fail(f"no seed rollout of the policy {name} is right: there is nothing to fine-tune on; use --no_rft")

@@ -1,8 +1,9 @@
-"""tiktoken encodings: our own for the synthetic tasks, built offline, and published ones by name for real text.
+"""tiktoken encodings: our own for the synthetic tasks, built offline, and published ones by name for real
+text.
 
-The synthetic vocabulary is: all 256 bytes (so that no input is untokenizable), the integers 10-99, every operation
-such as *2, and the phrases of the task (" reach ", " = "), each one token. <|endoftext|> and <|pad|> are special:
-ordinary text can never encode to them.
+The synthetic vocabulary is: all 256 bytes (so that no input is untokenizable), the integers 10-99, every
+operation such as *2, and the phrases of the task (" reach ", " = "), each one token. <|endoftext|> and
+<|pad|> are special: ordinary text can never encode to them.
 """
 import functools
 import re
@@ -16,7 +17,8 @@ END, PAD = "<|endoftext|>", "<|pad|>"
 
 
 def synthetic_encoding(phrases):
-    """The tiktoken.Encoding of a task whose prompts and lines are made of numbers, operations and `phrases`."""
+    """The tiktoken.Encoding of a task whose prompts and lines are made of numbers, operations and
+    `phrases`."""
     words = [*phrases, *(f"{op}{d}" for op in "+-*/" for d in range(1, 10)), *(str(i) for i in range(10, 100))]
     ranks = {bytes([b]): b for b in range(256)} | {w.encode(): 256 + i for i, w in enumerate(words)}
     longest_first = sorted(map(re.escape, phrases), key=len, reverse=True)
@@ -27,30 +29,33 @@ def synthetic_encoding(phrases):
 
 
 def text_encoding(name="gpt2"):
-    """A published encoding by name. tiktoken fetches it once; offline, point TIKTOKEN_CACHE_DIR at a filled cache.
-    Raises Fail if it is unknown or cannot be had."""
+    """A published encoding by name. tiktoken fetches it once; offline, point TIKTOKEN_CACHE_DIR at a filled
+    cache. Raises Fail if it is unknown or cannot be had."""
     try:
         return tiktoken.get_encoding(name)
-    except (OSError, ValueError) as e:                          # unknown; the download, or what is in the cache
+    except (OSError, ValueError) as e:  # unknown; the download, or what is in the cache
         raise Fail(f"encoding {name!r} is unknown or could not be fetched ({type(e).__name__}); offline, set "
                    "TIKTOKEN_CACHE_DIR to a folder that holds tiktoken's files") from None
 
 
 def pad_token(enc):
-    """The padding token; an encoding without one pads with end-of-text (lengths are kept beside the tokens)."""
+    """The padding token; an encoding without one pads with end-of-text (lengths are kept beside the
+    tokens)."""
     return enc._special_tokens.get(PAD, enc.eot_token)
 
 
 @functools.lru_cache
 def delimiter_tokens(enc, delimiter):
-    """The tokens that end a step: all whose text contains the delimiter (real encodings merge ".\\n" and "\\n\\n"),
-    and end-of-text. With a delimiter of one byte none can hide between two tokens. -> ids, ascending"""
+    """The tokens that end a step: all whose text contains the delimiter (real encodings merge ".\\n" and
+    "\\n\\n"), and end-of-text. With a delimiter of one byte none can hide between two tokens. -> ids,
+    ascending"""
     return sorted([*(i for piece, i in enc._mergeable_ranks.items() if delimiter.encode() in piece), enc.eot_token])
 
 
 def encode_rows(enc, texts):
     """Token rows (B, T) right-padded and their lengths (B,); END in a text becomes the end-of-text token."""
-    rows = [enc.encode(t, allowed_special={END}, disallowed_special=()) for t in texts]     # its threads cost more
+    # its threads cost more
+    rows = [enc.encode(t, allowed_special={END}, disallowed_special=()) for t in texts]
     lengths = torch.tensor([len(r) for r in rows])
     out = torch.full((len(rows), int(lengths.max())), pad_token(enc))
     out[torch.arange(out.shape[1]) < lengths[:, None]] = torch.tensor([t for r in rows for t in r])
@@ -63,7 +68,8 @@ def decode_rows(enc, tokens, lengths):
 
 
 def join(prefix, prefix_lengths, new, new_lengths, pad):
-    """Rows of prefix (N, P) with new (N, M) behind each one's own end. -> tokens (N, <= P + M), lengths (N,)"""
+    """Rows of prefix (N, P) with new (N, M) behind each one's own end. -> tokens (N, <= P + M), lengths
+    (N,)"""
     lengths = prefix_lengths + new_lengths
     out = torch.full((len(prefix), int(max(prefix.shape[1], lengths.max()))), pad)
     out[:, :prefix.shape[1]] = prefix

@@ -1,7 +1,7 @@
 """Labelled traces: reasoning steps as token rows, with a value at every step end.
 
-A trace has S + 1 step ends, h = 0..S: step end 0 is the bare prompt, where Q is V(x), and step end h the last token
-of step h, where Q is Q(s_h, a_h). A step is what lies between two delimiters (a line).
+A trace has S + 1 step ends, h = 0..S: step end 0 is the bare prompt, where Q is V(x), and step end h the last
+token of step h, where Q is Q(s_h, a_h). A step is what lies between two delimiters (a line).
 """
 from dataclasses import dataclass, field, fields
 
@@ -16,7 +16,7 @@ class Env:
     """What every sampling function needs to know of the world; a Run is one too."""
     task: object
     enc: object
-    sampling: dict = field(default_factory=dict)        # top_p, max_tokens_in_flight: of every call of the sampler
+    sampling: dict = field(default_factory=dict)  # top_p, max_tokens_in_flight: of every call of the sampler
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Traces:
     q: torch.Tensor                 # (N, S + 1) label: Monte-Carlo estimate of Q at each step end
     n: torch.Tensor                 # (N, S + 1) number of outcomes it is the mean of
     labelled: torch.Tensor          # (N, S + 1) whether there is a label
-    exact: torch.Tensor             # (N, S + 1) whether it is known, not estimated: a finished trace's outcome
+    exact: torch.Tensor  # (N, S + 1) whether it is known, not estimated: a finished trace's outcome
     reward: torch.Tensor            # (N,) Rex of the whole trace
     cost: torch.Tensor              # (N,) tokens that were sampled for this row
 
@@ -59,13 +59,13 @@ class Traces:
 
 
 def step_ends(tokens, prompt_lengths, lengths, delimiters):
-    """Positions (N, S + 1) of the last token of the prompt and of every finished step; -1 beyond the last one.
-    A step ends with one of the tokens `delimiters`. tokens (N, T)."""
+    """Positions (N, S + 1) of the last token of the prompt and of every finished step; -1 beyond the last
+    one. A step ends with one of the tokens `delimiters`. tokens (N, T)."""
     N, T = tokens.shape
     t = torch.arange(T)
     end = torch.isin(tokens, torch.tensor(delimiters)) & (t >= prompt_lengths[:, None]) & (t < lengths[:, None])
     end[torch.arange(N), prompt_lengths - 1] = True
-    index = end.cumsum(1) - 1                                                   # (N, T) which step end a position is
+    index = end.cumsum(1) - 1  # (N, T) which step end a position is
     out = torch.full((N, int(index.max()) + 1), -1)
     row, pos = end.nonzero(as_tuple=True)
     out[row, index[row, pos]] = pos
@@ -73,8 +73,8 @@ def step_ends(tokens, prompt_lengths, lengths, delimiters):
 
 
 def responses(enc, tokens, lengths, prompt_lengths):
-    """The texts of the responses alone. A text ends with END if its last token is end-of-text, and not if ordinary
-    tokens merely spell it."""
+    """The texts of the responses alone. A text ends with END if its last token is end-of-text, and not if
+    ordinary tokens merely spell it."""
     ended = tokens.gather(1, lengths[:, None] - 1)[:, 0] == enc.eot_token
     new = lengths - prompt_lengths
     at = (prompt_lengths[:, None] + torch.arange(int(new.max()), device=new.device)).clamp(max=tokens.shape[1] - 1)
@@ -83,10 +83,11 @@ def responses(enc, tokens, lengths, prompt_lengths):
 
 
 def label_with_outcome(env, problems, which, tokens, lengths, prompt_lengths, since=None, sampled=True):
-    """Traces of finished rollouts: a rollout's outcome is an unbiased one-sample label for each of its prefixes.
+    """Traces of finished rollouts: a rollout's outcome is an unbiased one-sample label for each of its
+    prefixes.
 
-    which (N,) indexes `problems`; since (N,): the first step end whose continuation was sampled from the policy that
-    is being valued (default 0: the whole trace was); sampled: whether that cost tokens.
+    which (N,) indexes `problems`; since (N,): the first step end whose continuation was sampled from the
+    policy that is being valued (default 0: the whole trace was); sampled: whether that cost tokens.
     """
     texts = responses(env.enc, tokens, lengths, prompt_lengths)
     reward = torch.tensor([env.task.outcome(problems[i], t) for i, t in zip(which.tolist(), texts)]).float()

@@ -1,8 +1,9 @@
-"""The verifier trainer: the ORM, Q^pi and Q^mu are a policy's trunk with a scalar head, fitted to soft labels.
+"""The verifier trainer: the ORM, Q^pi and Q^mu are a policy's trunk with a scalar head, fitted to soft
+labels.
 
-The network predicts Q, never A (App. D): A is a difference of two of its predictions, best-of-K a function of one.
-Every labelled step end of a trace is supervised in one forward pass, and no other position is. The ORM is the same
-network with the end of each trace as its only label (section 2).
+The network predicts Q, never A (App. D): A is a difference of two of its predictions, best-of-K a function of
+one. Every labelled step end of a trace is supervised in one forward pass, and no other position is. The ORM
+is the same network with the end of each trace as its only label (section 2).
 """
 import copy
 from dataclasses import dataclass, replace
@@ -21,12 +22,12 @@ EXACT_COUNT = 16                    # a label that is exact weighs as one from s
 @dataclass
 class Target:
     """What the head is trained to say."""
-    loss: object                    # (outputs (K, n_out), labels q (K,), counts n (K,)) -> loss (K,) of each label
+    loss: object  # (outputs (K, n_out), labels q (K,), counts n (K,)) -> loss (K,) of each label
     value: object                   # outputs (..., n_out) -> Q (...)
     n_out: int = 1
 
 
-TARGETS = {"bce": Target(                                                       # soft labels, cross-entropy (App. D)
+TARGETS = {"bce": Target(  # soft labels, cross-entropy (App. D)
     loss=lambda out, q, n: F.binary_cross_entropy_with_logits(out[:, 0], q, reduction="none"),
     value=lambda out: out[..., 0].sigmoid())}
 
@@ -38,7 +39,8 @@ def target_of(model):
     return TARGETS[model.config.target]
 
 
-# ---- reading --------------------------------------------------------------------------------------------------
+# ---- reading
+# --------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def score(model, tokens, ends, batch_tokens=None):
@@ -74,7 +76,7 @@ class Values:
     @torch.no_grad()
     def children(self, parent, new, new_lengths):
         """Values of the rows `parent` (N,) with new (N, T), right-padded, behind them."""
-        child, new = self[parent], new[:, :int(new_lengths.max())]              # no time for columns of padding
+        child, new = self[parent], new[:, :int(new_lengths.max())]  # no time for columns of padding
         pos = child.lengths[:, None] + torch.arange(new.shape[1], device=new.device)
         hidden = self.model.trunk(new, child.cache, pos, kv_len=int(pos.max()) + 1)
         child.q = self.value(self.model.head(hidden[torch.arange(len(new), device=new.device), new_lengths - 1]))
@@ -89,8 +91,8 @@ class Values:
 
 
 class ExactValues:
-    """Behind the interface of Values: exact Q of the task's tabular reference policy (calculator: the uniform legal
-    walk, which a base policy that does not plan is close to). Not the best possible value."""
+    """Behind the interface of Values: exact Q of the task's tabular reference policy (calculator: the uniform
+    legal walk, which a base policy that does not plan is close to). Not the best possible value."""
 
     def __init__(self, env, problems, device):
         if env.task.exact is None:
@@ -115,7 +117,8 @@ class ExactValues:
 
 
 def exact_q(env, problems, traces):
-    """Exact Q (N, S + 1) of the task's reference policy at every step end of traces; NaN where there is none."""
+    """Exact Q (N, S + 1) of the task's reference policy at every step end of traces; NaN where there is
+    none."""
     if env.task.exact is None:
         raise Fail(f"task {env.task.name} has no exact values")
     value, q = env.task.exact(problems), torch.full(traces.ends.shape, float("nan"))
@@ -126,7 +129,8 @@ def exact_q(env, problems, traces):
     return q
 
 
-# ---- training -------------------------------------------------------------------------------------------------
+# ---- training
+# -------------------------------------------------------------------------------------------------
 
 def outcome_only(traces):
     """The ORM's data: of each trace the end alone, labelled with Rex."""
@@ -135,9 +139,9 @@ def outcome_only(traces):
 
 
 def label_weights(traces, balance=False):
-    """Weight (N, S + 1) of each label in the loss. An estimate from many completions counts more than one outcome,
-    but not in proportion: labels of one trace are few views of one problem. balance: the two buckets Q < .5 and
-    Q >= .5 weigh the same (section 4.2)."""
+    """Weight (N, S + 1) of each label in the loss. An estimate from many completions counts more than one
+    outcome, but not in proportion: labels of one trace are few views of one problem. balance: the two buckets
+    Q < .5 and Q >= .5 weigh the same (section 4.2)."""
     w = torch.where(traces.exact, EXACT_COUNT, traces.n).float().sqrt() * traces.labelled
     if balance:
         for bucket in (traces.q < 0.5, traces.q >= 0.5):
@@ -147,7 +151,8 @@ def label_weights(traces, balance=False):
 
 
 def verifier_loss(model, tokens, ends, q, n, weight):
-    """Weighted mean of the target's loss at the step ends of positive weight. tokens (B, T); the rest (B, S + 1)."""
+    """Weighted mean of the target's loss at the step ends of positive weight. tokens (B, T); the rest (B, S +
+    1)."""
     hidden = model.trunk(tokens)                                                # (B, T, C)
     at = (weight > 0).nonzero(as_tuple=True)
     loss = target_of(model).loss(model.head(hidden[at[0], ends[at]]), q[at], n[at])
@@ -160,12 +165,12 @@ class Report:
     brier: float                    # mean squared error against the label
     auc: float                      # chance that a step end with the better outcome gets the higher score
     loss: float                     # binary cross-entropy
-    steps: list                     # a (step, labels, mean predicted, mean label, Brier) row for each step index
+    steps: list  # a (step, labels, mean predicted, mean label, Brier) row for each step index
 
 
 def auc(value, label, weight):
-    """Weighted area under the ROC curve of 1-d tensors; each soft label counts as `label` positives and 1 - label
-    negatives, ties as one half."""
+    """Weighted area under the ROC curve of 1-d tensors; each soft label counts as `label` positives and 1 -
+    label negatives, ties as one half."""
     values, index = value.unique(return_inverse=True)
     pos = torch.zeros(len(values), dtype=torch.double).index_add(0, index, (weight * label).double())
     neg = torch.zeros(len(values), dtype=torch.double).index_add(0, index, (weight * (1 - label)).double())
@@ -189,8 +194,9 @@ def evaluate(model, traces):
 
 def train_verifier(init, train, held_out, *, steps, batch_size, lr_muon, lr_adamw, seed, log, balance=False,
                    target="bce", checks=6):
-    """Fit a verifier that starts from `init` (a policy, or another verifier) to `train`; the checkpoint with the
-    lowest cross-entropy on `held_out` (traces of other problems) is kept. -> (model, its Report on those traces)
+    """Fit a verifier that starts from `init` (a policy, or another verifier) to `train`; the checkpoint with
+    the lowest cross-entropy on `held_out` (traces of other problems) is kept. -> (model, its Report on those
+    traces)
 
     log(step, steps, loss, held-out loss) is called at every step.
     """

@@ -1,15 +1,16 @@
-"""Every claim of the paper that can be tested here: what it says, what is measured, and the rule for the verdict.
+"""Every claim of the paper that can be tested here: what it says, what is measured, and the rule for the
+verdict.
 
-A claim measures one or several quantities, each with an interval, and says in which range they must lie. One meaning
-of the verdicts, everywhere:
+A claim measures one or several quantities, each with an interval, and says in which range they must lie. One
+meaning of the verdicts, everywhere:
 
     reproduced        every interval lies in the range
     partly            some do
     not reproduced    none does
     untested          not measured, or measured outside of the range that the claim is about
 
-A claim that something is *not* different has a range around 0 (an equivalence margin), which the whole interval must
-lie in: an interval that merely touches 0 shows nothing.
+A claim that something is *not* different has a range around 0 (an equivalence margin), which the whole
+interval must lie in: an interval that merely touches 0 shows nothing.
 """
 from dataclasses import dataclass
 
@@ -57,7 +58,8 @@ def sentence(judged):
     return f"{judged['claim']} ({judged['where']})\n    {judged['verdict']}: {values} {judged['unit']}"
 
 
-# ---- search: measured is a report.Searched ---------------------------------------------------------------------
+# ---- search: measured is a report.Searched
+# ---------------------------------------------------------------------
 
 def ahead(s, a, b):
     """{N: points of beam a ahead of b at the tokens of N samples}."""
@@ -69,7 +71,8 @@ def ahead(s, a, b):
 
 
 def token_ratio(s):
-    """Tokens of best-of-N by the ORM at its best over those of the PAV beam at that accuracy; 0 if it never gets there."""
+    """Tokens of best-of-N by the ORM at its best over those of the PAV beam at that accuracy; 0 if it never
+    gets there."""
     orm, pav = s.main("best_of_n:orm"), s.main("beam:effective")
     if not (orm and pav):
         return None
@@ -132,7 +135,8 @@ def data_gain(s, a, b):
 
 
 def error_drop(s):
-    """Points by which the error of predicting the outcome falls with A^mu, after each step, with the extreme runs."""
+    """Points by which the error of predicting the outcome falls with A^mu, after each step, with the extreme
+    runs."""
     each = s.fact("steps", lambda f: [100 * (q - e) for q, e in zip(f["q_pi"], f["effective"])])
     return each and {f"step {h + 1}": spread(x) for h, x in enumerate(zip(*each))}
 
@@ -156,10 +160,12 @@ SEARCH = [
     Claim("with the advantage a step's score mispredicts the outcome less often", "Fig. 10", error_drop)]
 
 
-# ---- RL: measured is a rl_report.Trained --------------------------------------------------------------------------
+# ---- RL: measured is a rl_report.Trained
+# --------------------------------------------------------------------------
 
 def over(a, b, N=1):
-    """Points of pass@N of training a over b in the end; b None: over the training with outcome reward and all else the same."""
+    """Points of pass@N of training a over b in the end; b None: over the training with outcome reward and all
+    else the same."""
     def measure(t):
         end, other = t.end(a, N), t.end(b or t.control(a), N)
         return None if end is None or other is None else {f"pass@{N}" if N > 1 else "": interval(100 * (end - other))}
@@ -167,8 +173,8 @@ def over(a, b, N=1):
 
 
 def sample_efficiency(orm, pav):
-    """Iterations that ORM-RL needs for its best accuracy over those in which PAV-RL first has it (R + 1,); 0 if it never
-    does, NaN if ORM-RL is best at the start. Curves."""
+    """Iterations that ORM-RL needs for its best accuracy over those in which PAV-RL first has it (R + 1,); 0
+    if it never does, NaN if ORM-RL is best at the start. Curves."""
     best, reached = orm.n[orm.acc.argmax(1)], first_reach(pav.n, pav.acc, orm.acc.max(1))
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(best == 0, np.nan, np.where(np.isnan(reached), 0.0, best / reached))
@@ -196,7 +202,8 @@ RL = [
         "pav_exact", "pav_rollout", "vine", "pav-policyweak", "pav-policystrong"))]
 
 
-# ---- the didactic example and the theory: measured is their JSON ------------------------------------------------
+# ---- the didactic example and the theory: measured is their JSON
+# ------------------------------------------------
 
 def point(x):
     return x is not None and {"mean": x, "lo": x, "hi": x}

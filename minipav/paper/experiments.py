@@ -1,5 +1,6 @@
-"""The paper's experiments beyond one search and one training: lists of searches for search.py --all, lists of trials
-for rl.py --sweep and --tune. An experiment is a function (bench, flags, prover, alpha) -> ([(group, table)], facts)."""
+"""The paper's experiments beyond one search and one training: lists of searches for search.py --all, lists of
+trials for rl.py --sweep and --tune. An experiment is a function (bench, flags, prover, alpha) -> ([(group,
+table)], facts)."""
 from dataclasses import replace
 
 import numpy as np
@@ -40,8 +41,9 @@ def controls(bench, a, mu, alpha):
 
 
 def errors_by_step(bench, a, mu, alpha, n=8):
-    """Fig. 10: how often a threshold on the score after step h mispredicts the outcome of a rollout. The threshold is
-    chosen on validation problems; right and wrong rollouts weigh the same, so guessing is .5 (the paper does not say)."""
+    """Fig. 10: how often a threshold on the score after step h mispredicts the outcome of a rollout. The
+    threshold is chosen on validation problems; right and wrong rollouts weigh the same, so guessing is .5
+    (the paper does not say)."""
     def scores(split):
         t = seed_rollouts(bench.model("base"), bench.run, bench.run.problems(split, a.problems), n, a.seeds[0])
         q, q_mu = values(bench, "base", [mu], t.tokens, t.ends)
@@ -63,8 +65,9 @@ def errors_by_step(bench, a, mu, alpha, n=8):
 
 
 def other_bases(bench, a, mu, alpha):
-    """Fig. 4 for a weaker and a stronger base policy, at the base's alpha. Each has its own Q; the ORM is the base's, since at
-    the end of a trace the outcome does not depend on who wrote it. (Its own Q re-ranks them too.)"""
+    """Fig. 4 for a weaker and a stronger base policy, at the base's alpha. Each has its own Q; the ORM is the
+    base's, since at the end of a trace the outcome does not depend on who wrote it. (Its own Q re-ranks them
+    too.)"""
     ns, widths = tuple(2 ** k for k in range(max(1, a.n // 2).bit_length())), tuple(w for w in sorted(a.widths) if w <= 16)
     out = []
     for policy in ("weak", "strong"):
@@ -78,8 +81,8 @@ def other_bases(bench, a, mu, alpha):
 
 
 def provers(bench, a, mu, alpha):
-    """Fig. 5b: best-of-K for every K; 5c: each base with each prover; and before any search, from logged values alone, the
-    two terms of Theorem 3.1 for each (base, prover)."""
+    """Fig. 5b: best-of-K for every K; 5c: each base with each prover; and before any search, from logged
+    values alone, the two terms of Theorem 3.1 for each (base, prover)."""
     out, facts, config = [], [], bench.run.config
     for policy in ("base", "weak", "strong"):
         others = [p for p in ("weak", "strong") if p != policy]
@@ -95,11 +98,11 @@ def provers(bench, a, mu, alpha):
 
 
 def theorem_terms(q_mu, q_pi):
-    """The two terms of Theorem 3.1 from values (states, actions) after actions drawn from pi: distinguishability
-    E_s Var_{a~pi} A^mu and alignment E_s E_{a~pi}[A^mu A^pi].
+    """The two terms of Theorem 3.1 from values (states, actions) after actions drawn from pi:
+    distinguishability E_s Var_{a~pi} A^mu and alignment E_s E_{a~pi}[A^mu A^pi].
 
-    A^mu is taken against V^mu, which the prover's own actions define; subtracting pi's mean instead changes neither
-    the variance nor the product, since E_pi[A^pi] = 0.
+    A^mu is taken against V^mu, which the prover's own actions define; subtracting pi's mean instead changes
+    neither the variance nor the product, since E_pi[A^pi] = 0.
     """
     adv_mu, adv_pi = (q - q.mean(-1, keepdim=True) for q in (q_mu, q_pi))
     return float((adv_mu ** 2).mean()), float((adv_mu * adv_pi).mean())
@@ -114,12 +117,12 @@ def values(bench, policy, mus, tokens, ends):
 
 
 def logged_values(bench, a, policy, mus, states=400, actions=16):
-    """Q^mu, Q^pi (states, actions) after `actions` next steps that the policy samples at states of its own rollouts on
-    validation problems. A step counts as often as it was drawn."""
+    """Q^mu, Q^pi (states, actions) after `actions` next steps that the policy samples at states of its own
+    rollouts on validation problems. A step counts as often as it was drawn."""
     run, enc, pi = bench.run, bench.run.enc, bench.model(policy)
     t = seed_rollouts(pi, run, run.problems("validation", states), 1, a.seeds[0])
     u = torch.rand(len(t), generator=torch.Generator().manual_seed(a.seeds[0]))
-    end = (u * t.last).long()                                                   # any state but the finished one
+    end = (u * t.last).long()  # any state but the finished one
     lengths = t.ends.gather(1, end[:, None])[:, 0] + 1
     s = sample(pi, t.tokens, lengths, actions, max_new_tokens=run.task.max_step_tokens, seed=a.seeds[0] + 1,
                stop=delimiter_tokens(enc, run.task.delimiter), pad=pad_token(enc), **run.sampling)
@@ -130,7 +133,8 @@ def logged_values(bench, a, policy, mus, states=400, actions=16):
 
 
 def exact_values(bench, a, mu, alpha):
-    """Is it the verifier's error? The PAV beam with exact Q^pi, and A^mu of best-of-K from it, by alpha and K."""
+    """Is it the verifier's error? The PAV beam with exact Q^pi, and A^mu of best-of-K from it, by alpha and
+    K."""
     if not bench.run.task.exact:
         return [], {}
     pairs = [(0.0, "bo1"), *((x, f"bo{k}") for k in (1, 4, 16) for x in (0.2, 0.5, 1.0))]
@@ -138,10 +142,10 @@ def exact_values(bench, a, mu, alpha):
 
 
 def data_sizes(bench, a, mu, alpha, shares=(0.05, 0.4), width=8):
-    """Fig. 6b and 11: Q^pi trained anew, from the stronger policy, on fresh rollouts of pi (as many as a share of the
-    seeds of train.py): seeds with n_mc completions of each of their prefixes (n_mc = 0: a seed's own outcome is its
-    prefixes' label), or spent on first pits. Each sees its data at least once, and 100 batches of 128. Judged by a beam
-    by Q^pi."""
+    """Fig. 6b and 11: Q^pi trained anew, from the stronger policy, on fresh rollouts of pi (as many as a
+    share of the seeds of train.py): seeds with n_mc completions of each of their prefixes (n_mc = 0: a seed's
+    own outcome is its prefixes' label), or spent on first pits. Each sees its data at least once, and 100
+    batches of 128. Judged by a beam by Q^pi."""
     def work():
         return {"rows": list(train_on_sizes(bench, a, shares, width))}
     return [], bench.run.stage("search/data", work, {"shares": shares, "width": width, "problems": a.problems,
@@ -168,7 +172,8 @@ def train_on_sizes(bench, a, shares, width):
         if n == 0 or not upto.any():
             return t
         again = monte_carlo(base, run, problems, t, upto, n, run.seed("data", "pits"))
-        return replace(t, q=torch.where(upto, again.q, t.q), n=torch.where(upto, again.n, t.n))    # the probe chose it
+        # the probe chose it
+        return replace(t, q=torch.where(upto, again.q, t.q), n=torch.where(upto, again.n, t.n))
     ways = {f"n_mc = {n}": lambda r, n=n: labelled(r, n) for n in (0, 4, 16)} | {"first pits": with_pits}
     for size in sizes:
         for way, collect in ways.items():

@@ -1,5 +1,6 @@
-"""The figures. Each is a PNG and a CSV of the same name with the numbers that are drawn: panel, line, x, y, lo, hi.
-Where the paper has a curve, it stands in a panel of its own beside ours (paper.json, read off its figures)."""
+"""The figures. Each is a PNG and a CSV of the same name with the numbers that are drawn: panel, line, x, y,
+lo, hi. Where the paper has a curve, it stands in a panel of its own beside ours (paper.json, read off its
+figures)."""
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,8 @@ def name_of(search):
 
 
 def draw(path, title, panels):
-    """panels: [(title, xlabel, ylabel, {line: (x, y, lo, hi)})]; lo and hi may be None; string x make bars."""
+    """panels: [(title, xlabel, ylabel, {line: (x, y, lo, hi)})]; lo and hi may be None; string x make
+    bars."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -71,7 +73,8 @@ def theirs(x, of, names):
     return {label: (x, of[key], None, None) for label, key in names.items() if key in of}
 
 
-# ---- search ---------------------------------------------------------------------------------------------------
+# ---- search
+# ---------------------------------------------------------------------------------------------------
 
 def search_figures(s, draw):
     """Draw every figure whose curves were measured: s is a report.Searched, draw(name, title, panels)."""
@@ -154,7 +157,8 @@ def data_figure(rows, draw):
          | {"first pits": (q["size_k"], q["first_pit"], None, None)})])
 
 
-# ---- RL -------------------------------------------------------------------------------------------------------
+# ---- RL
+# -------------------------------------------------------------------------------------------------------
 
 def rl_figures(t, draw):
     """Draw every figure whose trainings are there: t is a rl_report.Trained."""
@@ -176,7 +180,7 @@ def rl_figures(t, draw):
         draw("rewards", "Every training", spent(t, t.trained))
     if len(main) == 2:
         by = {}
-        for n in t.trained:                                     # those that differ from pav in reward and KL alone
+        for n in t.trained:  # those that differ from pav in reward and KL alone
             if t.differs(n, "pav") <= {"kl"}:
                 by.setdefault(TRAININGS.get(t.spec(n)["reward"], t.spec(n)["reward"]), []).append((t.mean(n, "kl")[-1], n))
         draw("kl", "How far from the initial policy: every reward, with other KL coefficients too", [
@@ -186,7 +190,8 @@ def rl_figures(t, draw):
 
 
 def spent(t, names):
-    """Panels of accuracy against iterations, and against all that was spent, the verifier's data and training included."""
+    """Panels of accuracy against iterations, and against all that was spent, the verifier's data and training
+    included."""
     curves = {TRAININGS.get(n, n): (n, line(t.curve(n).n, t.curve(n).acc)) for n in names}
 
     def panel(title, xlabel, x):
@@ -197,7 +202,8 @@ def spent(t, names):
 
 
 def sweep_figure(t, draw):
-    """One panel a flag: what trainings that differ from `outcome` or `pav` in this flag alone come to in the end."""
+    """One panel a flag: what trainings that differ from `outcome` or `pav` in this flag alone come to in the
+    end."""
     by = {}
     for n in t.trained:
         base = t.spec(n)["reward"]

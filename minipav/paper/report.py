@@ -1,10 +1,11 @@
 """From the rows of one run, or of several seeds, to tables, figures, claims and a summary.
 
-    python -m minipav.paper.report runs/a runs/b runs/c --out results/train      # the same training with three seeds
-    python -m minipav.paper.report --claims runs/didactic                        # of the didactic example and the theory
+    python -m minipav.paper.report runs/a runs/b runs/c --out results/train      # the same training with
+    three seeds python -m minipav.paper.report --claims runs/didactic                        # of the didactic
+    example and the theory
 
-Intervals are 95% bootstrap intervals over problems, the same resampled problems for every method (paired); with several
-runs the runs are resampled too, so that the spread over seeds is in them.
+Intervals are 95% bootstrap intervals over problems, the same resampled problems for every method (paired);
+with several runs the runs are resampled too, so that the spread over seeds is in them.
 """
 import shutil
 import sys
@@ -45,7 +46,8 @@ def finish(out, summary, claims, text, made, after):
     print(f"\nin {out}: table.txt, summary.json, {', '.join(made)}\nnext: {after}")
 
 
-# ---- search and training --------------------------------------------------------------------------------------
+# ---- search and training
+# --------------------------------------------------------------------------------------
 
 class Searched:
     """Curves of several runs: tables {run's seed: [(group, path)]}, facts {experiment: facts} of each run."""
@@ -82,8 +84,8 @@ class Searched:
 
 
 def report_training(runs, out):
-    """Of finished runs of train.py (folders), in `out`; the first one's base and q_pi are copied there if it is not
-    the run itself."""
+    """Of finished runs of train.py (folders), in `out`; the first one's base and q_pi are copied there if it
+    is not the run itself."""
     configs = [read_json(run / "config.json", seed=int, task=str, alpha=(int, float), K=int) for run in runs]
     if len({c["seed"] for c in configs}) < len(runs):
         raise Fail("two of these runs have the same seed: each counts once")
@@ -93,7 +95,7 @@ def report_training(runs, out):
     tables = {c["seed"]: [("train", run / t) for t in x["tables"]] for c, run, x in zip(configs, runs, examples)}
     s = Searched(tables, [{} for _ in runs], "train")
     for (*key, prover, alpha), c in list(s.curves.by.items()):
-        if prover == mu:                                        # the prover of the PAV beam is not named in claims
+        if prover == mu:  # the prover of the PAV beam is not named in claims
             s.curves.by[(*key, "", alpha)] = c if mu else s.curves.by[(*key, prover, alpha)]
     text = s.write(out)
     draw(out / "accuracy", f"{configs[0]['task']}, seed {', '.join(str(c['seed']) for c in configs)}", [
@@ -119,7 +121,8 @@ def report_training(runs, out):
 
 
 def report_search(runs, measured, alphas, out):
-    """Of the searches of search.py: measured has, for each run, its tables and the facts of its experiments."""
+    """Of the searches of search.py: measured has, for each run, its tables and the facts of its
+    experiments."""
     tables = {run.config["seed"]: t for run, (t, _) in zip(runs, measured)}
     s, made = Searched(tables, [f for _, f in measured]), []
 
@@ -138,7 +141,8 @@ def report_search(runs, measured, alphas, out):
            f"python rl.py --run {runs[0].out}; or --all; or other seeds, then --run RUN RUN ... --out DIR for their mean")
 
 
-# ---- command line ---------------------------------------------------------------------------------------------
+# ---- command line
+# ---------------------------------------------------------------------------------------------
 
 @dataclass
 class Flags:

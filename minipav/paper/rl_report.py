@@ -30,7 +30,7 @@ class Trained:
                     log = read_csv(run / names[n] / "log.csv", ["iteration", "kl", "tokens", "seconds"])
                     self.logs.setdefault(n, []).append(pd.DataFrame(log).apply(pd.to_numeric))
             each.append(pd.DataFrame(columns))
-            if ("sft", "end", 1) in columns:                                    # problems that no sample of SFT solves
+            if ("sft", "end", 1) in columns:  # problems that no sample of SFT solves
                 self.hard.append(columns["sft", "end", 1] == 0)
         self.each, self.boot = each, bootstrap(each)
         self.most = max(N for n, kind, N in self.boot if kind == "end" and n in self.trained)
@@ -44,7 +44,8 @@ class Trained:
         return {k for k in one.keys() & other.keys() if one[k] != other[k]}
 
     def control(self, n):
-        """The training with outcome reward that differs in nothing else; for pav_sum and pav_pi, whose gradient is
+        """The training with outcome reward that differs in nothing else; for pav_sum and pav_pi, whose
+        gradient is
         1 + alpha times as large, one whose KL counts so much less. None if there is none."""
         if n not in self.trained:
             return None
@@ -72,7 +73,8 @@ class Trained:
         return sum(int(h.sum()) for h in self.hard)
 
     def on_unsolved(self, n):
-        """(N, mean, lo, hi) of pass@N on the problems that no sample of SFT solves; lo, hi: the extreme runs."""
+        """(N, mean, lo, hi) of pass@N on the problems that no sample of SFT solves; lo, hi: the extreme
+        runs."""
         ns = [N for m, kind, N in self.boot if (m, kind) == (n, "end")]
         each = [x[[(n, "end", N) for N in ns]][hard].to_numpy() for x, hard in zip(self.each, self.hard) if hard.any()]
         by_run = [x.mean(0) for x in each] or [np.zeros(len(ns))]
@@ -83,9 +85,10 @@ class Trained:
         return np.mean([log[column] for log in self.logs[n]], 0)
 
     def before(self, n):
-        """(tokens, seconds) that a training had cost before its first iteration, mean of the runs: the rollouts that RFT
-        is trained on, and for a verifier all of its data and its training. What every training starts from (SFT, the
-        stronger policy) is not in it; of the time of all rollouts the share is that of the tokens."""
+        """(tokens, seconds) that a training had cost before its first iteration, mean of the runs: the
+        rollouts that RFT is trained on, and for a verifier all of its data and its training. What every
+        training starts from (SFT, the stronger policy) is not in it; of the time of all rollouts the share is
+        that of the tokens."""
         f, out = self.spec(n), []
         for run in self.runs:
             rollouts = stage(run, "rollouts")
@@ -103,7 +106,8 @@ class Trained:
         return np.mean(out, 0)
 
     def table(self):
-        """Rows (training, iterations, minutes, KL to where RL started, accuracy, lo, hi, greedy, pass@16, pass@64)."""
+        """Rows (training, iterations, minutes, KL to where RL started, accuracy, lo, hi, greedy, pass@16,
+        pass@64)."""
         for n in self.labels:
             x, minutes = interval(self.end(n)), spread(r.get("training_seconds", 0) / 60 for r in self.records[n])["mean"]
             kl = round(self.mean(n, "kl")[-1], 3) if n in self.trained else ""

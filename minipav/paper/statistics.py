@@ -1,7 +1,8 @@
 """From tidy rows to curves with paired bootstrap intervals.
 
-Row 0 of every array of shape (R + 1, ...) is the data, the others are two-level resamples: runs first, then problems
-within each, the same ones for every curve. A statistic is a function of such arrays; `interval` reads it off.
+Row 0 of every array of shape (R + 1, ...) is the data, the others are two-level resamples: runs first, then
+problems within each, the same ones for every curve. A statistic is a function of such arrays; `interval`
+reads it off.
 """
 from typing import NamedTuple
 
@@ -29,8 +30,8 @@ def read_table(path, columns):
 
 
 def load(tables):
-    """The rows of all runs: tables {run's seed: [(group, path)]}. Searches that differ only in an alpha or a prover that was
-    chosen for each run by one rule are one curve."""
+    """The rows of all runs: tables {run's seed: [(group, path)]}. Searches that differ only in an alpha or a
+    prover that was chosen for each run by one rule are one curve."""
     columns, frames = [*KEY[1:], "split", "n", "problem", "right", "solved", "tokens", "verifier_tokens"], []
     for run, named in tables.items():
         for group, path in named:
@@ -41,7 +42,8 @@ def load(tables):
 
 
 def bootstrap(each, R=1000, seed=0):
-    """each: for every run a DataFrame (problems x columns), the same columns. -> DataFrame (R + 1, columns)"""
+    """each: for every run a DataFrame (problems x columns), the same columns. -> DataFrame (R + 1,
+    columns)"""
     rng, runs = np.random.default_rng(seed), len(each)
     means = np.mean([x.to_numpy().mean(0) for x in each], 0)
     drawn = []
@@ -73,8 +75,8 @@ class Curves:
 
 
 def interval(x):
-    """{"mean", "lo", "hi"} of x (R + 1,), rounded; None where it is not defined. A resample in which it is not defined
-    counts as infinite, and an infinite bound is None."""
+    """{"mean", "lo", "hi"} of x (R + 1,), rounded; None where it is not defined. A resample in which it is
+    not defined counts as infinite, and an infinite bound is None."""
     if not np.isfinite(x[0]):
         return None
     lo, hi = np.percentile(np.where(np.isfinite(x[1:]), x[1:], np.inf), [2.5, 97.5], method="nearest")
@@ -88,9 +90,9 @@ def spread(values):
 
 
 def at_tokens(curve, tokens, beyond=True):
-    """Accuracy (R + 1,) of a curve at a budget of `tokens` (R + 1,), linear in log tokens between measured points. A
-    method never has to spend its whole budget, so its best affordable point counts; a budget below the cheapest point
-    is NaN, and so is one beyond the last point (by more than 5%) where beyond is False."""
+    """Accuracy (R + 1,) of a curve at a budget of `tokens` (R + 1,), linear in log tokens between measured
+    points. A method never has to spend its whole budget, so its best affordable point counts; a budget below
+    the cheapest point is NaN, and so is one beyond the last point (by more than 5%) where beyond is False."""
     out = np.full(len(tokens), np.nan)
     for r, (acc, tok, t) in enumerate(zip(curve.acc, curve.tokens, tokens)):
         if t >= tok[0] * (1 - 1e-9) and (beyond or t <= 1.05 * tok[-1]):
@@ -99,8 +101,8 @@ def at_tokens(curve, tokens, beyond=True):
 
 
 def first_reach(x, acc, level):
-    """Where the curves acc (R + 1, k) over x (R + 1, k) first reach level (R + 1,), linear between points; NaN if they
-    do not."""
+    """Where the curves acc (R + 1, k) over x (R + 1, k) first reach level (R + 1,), linear between points;
+    NaN if they do not."""
     out = np.full(len(acc), np.nan)
     for r, (xs, ys) in enumerate(zip(np.broadcast_to(x, acc.shape), acc)):
         k = int((ys >= level[r]).argmax())
@@ -110,7 +112,8 @@ def first_reach(x, acc, level):
 
 
 def tokens_to_reach(curve, level):
-    """The fewest tokens (R + 1,) at which the curve reaches `level` (R + 1,), linear in log tokens; NaN if never."""
+    """The fewest tokens (R + 1,) at which the curve reaches `level` (R + 1,), linear in log tokens; NaN if
+    never."""
     return np.exp(first_reach(np.log(curve.tokens), curve.acc, level))
 
 

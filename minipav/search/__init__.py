@@ -1,6 +1,7 @@
 """Test-time search: a method is a function (Search, problems, budgets, seed) -> a Result for each budget.
 
-To add one: a file with such a function, and its line in METHODS. To add a score: its line in SCORES (score.py).
+To add one: a file with such a function, and its line in METHODS. To add a score: its line in SCORES
+(score.py).
 """
 from minipav.search.beam import beam
 from minipav.search.best_of_n import at_n, best_of_n, greedy, majority

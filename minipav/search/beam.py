@@ -1,4 +1,5 @@
-"""Step-level beam search (section 4.1): sample steps, score them by progress, keep the best, all problems at once."""
+"""Step-level beam search (section 4.1): sample steps, score them by progress, keep the best, all problems at
+once."""
 import time
 from dataclasses import dataclass, fields, replace
 
@@ -52,10 +53,10 @@ class Judges:
 def beam(s, problems, widths, seed):
     """Beam search at each width. -> [Result]
 
-    Each step samples C next steps for every prefix of the beam (width * C at the first level), drops duplicates,
-    scores, and keeps the best `width` of each problem. A finished trace stays in the beam with its score frozen. The
-    answer is the finished trace with the highest Q^pi. The problems go in batches whose KV buffers have at most
-    max_tokens_in_flight slots.
+    Each step samples C next steps for every prefix of the beam (width * C at the first level), drops
+    duplicates, scores, and keeps the best `width` of each problem. A finished trace stays in the beam with
+    its score frozen. The answer is the finished trace with the highest Q^pi. The problems go in batches whose
+    KV buffers have at most max_tokens_in_flight slots.
     """
     out = []
     with progress(f"beam, {s.score.label}", sum(widths)) as bar:
@@ -73,7 +74,8 @@ def search_all(s, problems, width, seed):
         raise ValueError(f"a beam needs width >= 1, C >= 1 and alpha >= 0, not {width}, {s.C}, {s.alpha}")
     prompts, lengths = encode_rows(enc, [task.prompt(p) for p in problems])
     u = torch.rand(task.max_steps, P, width * s.C, task.max_step_tokens,
-                   generator=torch.Generator().manual_seed(seed)).to(device)    # one uniform number for each token
+                   # one uniform number for each token
+                   generator=torch.Generator().manual_seed(seed)).to(device)
     slots = prompts.shape[1] + task.max_steps * task.max_step_tokens
     batch = max(1, s.env.sampling.get("max_tokens_in_flight", 1 << 18) // (slots * width * s.C))
     r = Result(torch.zeros(P), torch.zeros(P), torch.zeros(P), torch.zeros(P), [""] * P)
@@ -109,7 +111,7 @@ def search_batch(s, problems, prompts, lengths, u, slots, width, offset=0):
         steps, grown = expand(s, live, cache, hidden, u[level], width if level == 0 else 1)
         spent.index_add_(0, live.owner[steps[0]], steps[2])
         kept = distinct(*steps[:2], steps[-1])
-        if len(kept) == 0:                                                      # no step of any problem came to its end
+        if len(kept) == 0:  # no step of any problem came to its end
             break
         parent, new, count, logprob, stop = (x[kept] for x in steps)
         read = read.index_add(0, live.owner[parent], readers * count)
@@ -125,14 +127,15 @@ def search_batch(s, problems, prompts, lengths, u, slots, width, offset=0):
         live, cache, judges = child[rows], grown[kept[rows]], judges[rows]
         if len(rows) == 0:
             break
-        last = live.lengths[:, None] - 1                                        # the delimiter has not been read yet
+        last = live.lengths[:, None] - 1  # the delimiter has not been read yet
         hidden = s.policy.trunk(live.tokens.gather(1, last), cache, last, kv_len=int(last.max()) + 1)[:, 0]
     return Beam(*(getattr(finished, f.name).cpu() for f in fields(Beam))), spent.cpu(), read.cpu()
 
 
 def expand(s, live, cache, hidden, u, times):
-    """times * C next steps of every live prefix. u (P, width * C, max_step_tokens): a prefix draws by its rank in
-    the beam of its problem. -> (parent, tokens, lengths, log-probabilities, stop token) of each, the cache behind"""
+    """times * C next steps of every live prefix. u (P, width * C, max_step_tokens): a prefix draws by its
+    rank in the beam of its problem. -> (parent, tokens, lengths, log-probabilities, stop token) of each, the
+    cache behind"""
     task, enc, device, n = s.env.task, s.env.enc, u.device, times * s.C
     rows = torch.arange(len(live.owner), device=device)
     parent, rank = rows.repeat_interleave(n), rows - torch.searchsorted(live.owner, live.owner)
@@ -144,7 +147,8 @@ def expand(s, live, cache, hidden, u, times):
 
 
 def distinct(parent, new, reason):
-    """Indices of the children without duplicates (same parent, same step) and without steps that never ended."""
+    """Indices of the children without duplicates (same parent, same step) and without steps that never
+    ended."""
     generator = torch.Generator().manual_seed(0)
     salt = torch.randint(-2**62, 2**62, (new.shape[1] + 1,), generator=generator).to(new.device)
     key = (torch.cat([parent[:, None], new + 1], 1) * salt).sum(1)              # a 64-bit hash of the row
@@ -163,8 +167,8 @@ def grow(rows, new, count, step, score):
 
 
 def prune(finished, child, ended, width):
-    """The best `width` of each problem, of its finished traces and its children. -> their rows of finished + child,
-    and which of them live on"""
+    """The best `width` of each problem, of its finished traces and its children. -> their rows of finished +
+    child, and which of them live on"""
     best = top(torch.cat([finished.score, child.score]), torch.cat([finished.owner, child.owner]), width)
     return best, torch.cat([torch.zeros_like(finished.owner, dtype=torch.bool), ~ended])[best]
 

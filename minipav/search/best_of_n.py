@@ -38,14 +38,15 @@ def _log_binomial(n, k):
 
 
 def pass_at_n(reward, N):
-    """Chance (P,) that at least one of N of the M samples is right: best-of-N by the outcome. reward (P, M)."""
+    """Chance (P,) that at least one of N of the M samples is right: best-of-N by the outcome. reward (P,
+    M)."""
     return expected_best(reward, reward, N)
 
 
 def majority_vote(answers, reward, N):
-    """Accuracy (P,) of the commonest answer among N samples, averaged over the M // N disjoint groups of samples: the
-    mean reward of those that gave it. answers: P lists of M answers, None never wins; reward (P, M). Ties go to the
-    answer that came first."""
+    """Accuracy (P,) of the commonest answer among N samples, averaged over the M // N disjoint groups of
+    samples: the mean reward of those that gave it. answers: P lists of M answers, None never wins; reward (P,
+    M). Ties go to the answer that came first."""
     out = []
     for row, right in zip(answers, reward.tolist()):
         hits = []
@@ -58,7 +59,8 @@ def majority_vote(answers, reward, N):
     return torch.tensor(out)
 
 
-# ---- methods: (Search, problems, budgets, seed) -> a Result for each budget -----------------------------------
+# ---- methods: (Search, problems, budgets, seed) -> a Result for each budget
+# -----------------------------------
 
 def draw(s, problems, M, seed):
     """(traces, seconds) of M samples a problem, drawn once for all methods."""
@@ -71,7 +73,8 @@ def draw(s, problems, M, seed):
 
 
 def over_samples(s, problems, ns, seed, right, read=0, reading=0.0):
-    """Results at each budget N of `right`(traces, reward (P, M), N) -> (P,). read (P, M): verifier tokens a sample."""
+    """Results at each budget N of `right`(traces, reward (P, M), N) -> (P,). read (P, M): verifier tokens a
+    sample."""
     P, M = len(problems), max(ns)
     t, seconds = draw(s, problems, M, seed)
     reward, spent = t.reward.view(P, M), (t.lengths - t.ends[:, 0] - 1).float().view(P, M).mean(1)
@@ -109,7 +112,7 @@ def best_of_n(s, problems, ns, seed):
     q = values(s, s.verifier, t, problems)
     q_mu = q_best_of_k(q, s.K) if s.mu_verifier is None else values(s, s.mu_verifier, t, problems)
     row, last = torch.arange(len(t)), t.last
-    before = (last - 1).clamp(min=0)                                            # a sample without a step: V(x) itself
+    before = (last - 1).clamp(min=0)  # a sample without a step: V(x) itself
     value = s.score.of(Step(q[row, last], q_mu[row, last], q[row, before], q_mu[row, before], q, int(last.max()),
                             torch.zeros(len(t)), s.alpha))
     ended = t.tokens[row, t.lengths - 1] == s.env.enc.eot_token                 # what never ended ranks last

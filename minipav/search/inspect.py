@@ -1,4 +1,5 @@
-"""What a search looks like from near: a solved problem with the values of each step, every candidate of a beam."""
+"""What a search looks like from near: a solved problem with the values of each step, every candidate of a
+beam."""
 import numpy as np
 import torch
 
@@ -14,8 +15,8 @@ from minipav.verifier import auc, score
 
 
 def describe(bench, a, seed, tables):
-    """What kind of failures the base policy has, and whether a corrupted step fools the verifiers (facts of the
-    stage); a problem that the PAV beam solved -> example.txt."""
+    """What kind of failures the base policy has, and whether a corrupted step fools the verifiers (facts of
+    the stage); a problem that the PAV beam solved -> example.txt."""
     run, problems = bench.run, bench.run.problems("test", a.test_problems)
     s, _ = draw(bench.search(Cell("pass", problems=a.test_problems)), problems, a.max_n, seed)
     right = s[(s.reward == 1).nonzero()[:2000, 0]]
@@ -44,7 +45,8 @@ def tells_apart(verifier, right, wrong):
 
 
 def explain(bench, problem, response, alpha, K, seed, n_mc=256):
-    """A problem as text, each step with Q^pi (the verifier's and from rollouts), Q^mu, A^mu, the effective reward."""
+    """A problem as text, each step with Q^pi (the verifier's and from rollouts), Q^mu, A^mu, the effective
+    reward."""
     run, prompt = bench.run, bench.run.task.prompt(problem)
     tokens, lengths = encode_rows(run.enc, [prompt + response])
     t = label_with_outcome(run, [problem], torch.tensor([0]), tokens, lengths, encode_rows(run.enc, [prompt])[1])
@@ -61,7 +63,8 @@ def explain(bench, problem, response, alpha, K, seed, n_mc=256):
 
 
 def show(bench, cell, count):
-    """Print `count` problems of a beam search: every candidate of each level with its values, and what was kept."""
+    """Print `count` problems of a beam search: every candidate of each level with its values, and what was
+    kept."""
     run, problems, s = bench.run, bench.run.problems(cell.split, cell.problems)[:count], bench.search(cell)
     s.log = []
     r = beam(s, problems, cell.ns, cell.seed)[0]

@@ -36,7 +36,7 @@ SCORES = {
     "orm": Score("ORM", lambda s: s.q_pi, verifier="orm", uses=()),
     "effective": Score("PAV", lambda s: effective_reward(s.q_pi, s.adv_mu, s.alpha)),               # Eq. 5
     "advantage": Score("A^mu alone", lambda s: s.adv_mu, uses=("prover",)),
-    "bonus": Score("Q^pi + a Q^mu", lambda s: s.q_pi + s.alpha * s.q_mu),                           # App. G's control
+    "bonus": Score("Q^pi + a Q^mu", lambda s: s.q_pi + s.alpha * s.q_mu),  # App. G's control
     "exact": Score("PAV, exact Q", lambda s: effective_reward(s.q_pi, s.adv_mu, s.alpha), verifier="exact")}
 
 
@@ -44,7 +44,7 @@ SCORES = {
 class Result:
     """Of one search, for each of P problems."""
     right: torch.Tensor             # (P,) Rex of the answer, or its expectation
-    solved: torch.Tensor            # (P,) whether (or the chance that) a right answer is among the candidates: pass@N
+    solved: torch.Tensor  # (P,) whether (or the chance that) a right answer is among the candidates: pass@N
     tokens: torch.Tensor            # (P,) policy tokens generated, duplicates and losers included
     verifier_tokens: torch.Tensor   # (P,) tokens read by verifiers, prompt included
     text: list = None               # P answers, where there is one answer
@@ -63,7 +63,8 @@ class Search:
     alpha: float = 0.0
     C: int = 3                      # beam: next steps sampled for each prefix
     log: list = None                # beam: gets the candidates of every level
-    memo: dict = field(default_factory=dict)    # samples and their values, shared by searches of the same problems
+    # samples and their values, shared by searches of the same problems
+    memo: dict = field(default_factory=dict)
 
     def remember(self, key, make):
         if key not in self.memo:

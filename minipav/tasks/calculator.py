@@ -1,4 +1,5 @@
-r"""Calculator: reach a target from a start in at most H steps with the four operations that the prompt offers.
+r"""Calculator: reach a target from a start in at most H steps with the four operations that the prompt
+offers.
 
     from 23 reach 8 in at most 8 steps with +7 -4 *2 /3         <- prompt
     *2 = 46                                                     <- a step: one operation and its result
@@ -8,8 +9,8 @@ r"""Calculator: reach a target from a start in at most H steps with the four ope
     -4 = 24
     /3 = 8<|endoftext|>                                         <- right: the last result is the target
 
-Values are integers 1..63, division must be exact. A problem has 63 values and 4 actions, so V and Q of a tabular
-policy are exact by dynamic programming: `dp` is the oracle of the tests.
+Values are integers 1..63, division must be exact. A problem has 63 values and 4 actions, so V and Q of a
+tabular policy are exact by dynamic programming: `dp` is the oracle of the tests.
 """
 import re
 from dataclasses import dataclass
@@ -46,7 +47,8 @@ def parse(line):
 
 
 def transitions(problems):
-    """next (N, TOP, 4): the value after each operation, 0 where it is illegal (not in 1..63, or not exact)."""
+    """next (N, TOP, 4): the value after each operation, 0 where it is illegal (not in 1..63, or not
+    exact)."""
     v = np.arange(TOP)[None, :, None]
     a, b, c, d = (np.array([p.ops for p in problems])[:, None, [k]] for k in range(4))
     nxt = np.concatenate([v + a, v - b, v * c, np.where(v % d == 0, v // d, 0)], axis=2)
@@ -58,9 +60,9 @@ def transitions(problems):
 def dp(nxt, target, H, policy=None):
     """Exact values by dynamic programming. nxt (N, TOP, 4), target (N,).
 
-    policy (H, TOP, 4) or (N, H, TOP, 4): the chance of each operation at each step and value; None is uniform over
-    the legal ones. Returns Q (N, H, TOP, 4), the chance of a right answer after an operation at step h (Eq. 1; 0
-    for an illegal one), and V (N, H + 1, TOP). A walk stops right when it reaches the target.
+    policy (H, TOP, 4) or (N, H, TOP, 4): the chance of each operation at each step and value; None is uniform
+    over the legal ones. Returns Q (N, H, TOP, 4), the chance of a right answer after an operation at step h
+    (Eq. 1; 0 for an illegal one), and V (N, H + 1, TOP). A walk stops right when it reaches the target.
     """
     N = len(nxt)
     if policy is None:
@@ -90,8 +92,9 @@ def distance(nxt, start, H):
 
 
 def walk(nxt, Q, directed, value, step, target, H, rng):
-    """Walks from value (N,) at step (N,) until the target or H: actions (N, H), -1 where idle. Uniform over the legal
-    operations; where `directed` (N,), given success: pi(k | v, h) = uniform(k | v) Q(v, h, k) / V(v, h)."""
+    """Walks from value (N,) at step (N,) until the target or H: actions (N, H), -1 where idle. Uniform over
+    the legal operations; where `directed` (N,), given success: pi(k | v, h) = uniform(k | v) Q(v, h, k) /
+    V(v, h)."""
     actions, value = np.full((len(nxt), H), -1), value.copy()
     for h in range(H):
         n = np.nonzero((value != target) & (step <= h))[0]
@@ -120,8 +123,8 @@ class Calculator(Task):
         self.max_steps, self.max_new_tokens = self.H, 3 * self.H + 2
 
     def draw(self, n, rng):
-        """The target is uniform over the values that some walk of at most H steps reaches and none of fewer than
-        min_steps: solvable by construction, and easier targets no more often."""
+        """The target is uniform over the values that some walk of at most H steps reaches and none of fewer
+        than min_steps: solvable by construction, and easier targets no more often."""
         ops = np.stack([rng.integers(low, high, n) for low, high in ((1, 10), (1, 10), (2, 4), (2, 4))], 1)
         problems = [Problem(int(s), 0, tuple(map(int, o))) for s, o in zip(rng.integers(1, TOP, n), ops)]
         far = distance(transitions(problems), np.array([p.start for p in problems]), self.H)
@@ -153,7 +156,8 @@ class Calculator(Task):
         return ["\n".join(lines) + END for lines in walks]
 
     def values(self, problem, lines):
-        """The values from the start on, up to the first line that is malformed, not allowed or computed wrong."""
+        """The values from the start on, up to the first line that is malformed, not allowed or computed
+        wrong."""
         out = [problem.start]
         for line in lines:
             sign, x, result = parse(line) or ("", 0, 0)
@@ -170,8 +174,9 @@ class Calculator(Task):
         return "illegal" if len(values) <= len(lines) else "right" if values[-1] == problem.target else "planning"
 
     def exact(self, problems):
-        """Exact Q of the uniform legal walk that stops at the target: -> f(i, prefix), the chance of a right answer
-        of problems[i] behind the finished lines of `prefix`; a prefix that has ended is worth its outcome."""
+        """Exact Q of the uniform legal walk that stops at the target: -> f(i, prefix), the chance of a right
+        answer of problems[i] behind the finished lines of `prefix`; a prefix that has ended is worth its
+        outcome."""
         nxt = transitions(problems)
         _, V = dp(nxt, np.array([p.target for p in problems]), self.H)
 
@@ -184,13 +189,14 @@ class Calculator(Task):
                 return 0.0
             if values[-1] != problems[i].target:
                 return float(V[i, h, values[-1]])
-            legal = nxt[i, values[-1]][nxt[i, values[-1]] > 0]  # it went past the target, and has to come back
+            # it went past the target, and has to come back
+            legal = nxt[i, values[-1]][nxt[i, values[-1]] > 0]
             return float(V[i, h + 1, legal].mean()) if len(legal) else 0.0
         return value
 
     def corrupt(self, problems, responses, rng):
-        """Wrong arithmetic, half of it landing on the target, or an operation that is not offered; then on, often to
-        the target: still worth nothing. What comes before the corrupted step is legal."""
+        """Wrong arithmetic, half of it landing on the target, or an operation that is not offered; then on,
+        often to the target: still worth nothing. What comes before the corrupted step is legal."""
         heads, where, value = [], [], []
         for p, response in zip(problems, responses):
             lines = self.steps(response)

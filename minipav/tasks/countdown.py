@@ -5,7 +5,8 @@ r"""Countdown: combine all of 3-6 numbers into a target, one operation a line, w
     7 * 3 = 21 (left: 5 21)
     21 + 5 = 26 (left: 26)<|endoftext|>                         <- legal and computed right, but not 24
 
-Every result is an integer 1..99 and division is exact. All numbers are used once, so n numbers take n - 1 steps.
+Every result is an integer 1..99 and division is exact. All numbers are used once, so n numbers take n - 1
+steps.
 """
 import re
 from dataclasses import dataclass
@@ -127,8 +128,8 @@ class Countdown(Task):
         return "illegal" if len(left) <= len(lines) else "right" if left[-1] == (problem.target,) else "planning"
 
     def corrupt(self, problems, responses, rng):
-        """Wrong arithmetic, on the last step often the target, or a number that is not there; then on at random. What
-        comes before the corrupted step is legal."""
+        """Wrong arithmetic, on the last step often the target, or a number that is not there; then on at
+        random. What comes before the corrupted step is legal."""
         texts, where = [], []
         for p, response in zip(problems, responses):
             lines = self.steps(response)[:self.max_steps]

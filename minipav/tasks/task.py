@@ -1,8 +1,8 @@
 """What a task is: where problems come from, and what counts as right.
 
-A problem is a small tuple. A response is text: steps that end with the delimiter, the last one with END. A task is a
-dataclass whose fields are its dials (`H: int = flag(8, "most steps")`), which become flags of train.py by themselves.
-The trainer and the search know a task only through what stands here.
+A problem is a small tuple. A response is text: steps that end with the delimiter, the last one with END. A
+task is a dataclass whose fields are its dials (`H: int = flag(8, "most steps")`), which become flags of
+train.py by themselves. The trainer and the search know a task only through what stands here.
 """
 import zlib
 
@@ -22,8 +22,8 @@ class Task:
 
     # draw(n, rng) -> about n random solvable problems, of any split
     # prompt(problem) -> the question as text, ended by the delimiter
-    # judge(problem, response) -> 'right', 'planning' (all legal and computed right, the target missed) or 'illegal'
-    # and, optional (None: what needs them is left out, with a word):
+    # judge(problem, response) -> 'right', 'planning' (all legal and computed right, the target missed) or
+    # 'illegal' and, optional (None: what needs them is left out, with a word):
     # (problems, expert_fraction, rng) -> a text with END each: with that chance a right one, else legal steps
     demonstrations = None
     # (problems, responses, rng) -> texts, each with an illegal step put in, and the index of that step
@@ -32,7 +32,8 @@ class Task:
     exact = None
 
     def outcome(self, problem, response):
-        """Rex(problem, response) in {0, 1}. No eval: each line must match the grammar, or the answer is wrong."""
+        """Rex(problem, response) in {0, 1}. No eval: each line must match the grammar, or the answer is
+        wrong."""
         return int(self.judge(problem, response) == "right")
 
     def answer(self, response):
@@ -44,7 +45,8 @@ class Task:
         return response.removesuffix(END).split(self.delimiter)
 
     def split_of(self, problem):
-        """Every problem belongs to one split for ever, by a hash of its prompt: 5% test, 5% validation, else train."""
+        """Every problem belongs to one split for ever, by a hash of its prompt: 5% test, 5% validation, else
+        train."""
         h = zlib.crc32(self.prompt(problem).encode()) % 20
         return ("test", "validation")[h] if h < 2 else "train"
 
