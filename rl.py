@@ -49,7 +49,8 @@ class Trial:
     # what is rewarded
     alpha: float = flag(1.0, "weight of A^mu in the effective reward (Eq. 5)", high=1000)
     prover: str = flag("bo4", "boK (best-of-K of --policy, by its Q^pi), weak, strong, or a folder")
-    n_mc: int = flag(4, "completions a prefix, for the rewards that sample them (VinePPO: 9)", low=1, high=4096)
+    n_mc: int = flag(4, "completions a prefix, for the rewards that sample them (VinePPO: 9)", low=1,
+                     high=4096)
     refresh: int = flag(0, "a step of the verifier every so many iterations; 0: frozen")
     trust_verifier: bool = flag(False, "believe the verifier at a trace's end and after H steps too")
     # the loop
@@ -58,7 +59,8 @@ class Trial:
     iterations: int = flag(150, "of the loop", low=1, high=10**6)
     batch: int = flag(128, "traces an iteration", low=1, high=1 << 16)
     group: int = flag(4, "traces a problem", low=1, high=1 << 16)
-    baseline: str = flag("value", "what is subtracted from a return", choices=("value", "group", "mean", "none"))
+    baseline: str = flag("value", "what is subtracted from a return",
+                         choices=("value", "group", "mean", "none"))
     lr: float = flag(1e-3, "of the policy (AdamW)", low=1e-12, high=10)
     warmup: float = flag(0.1, "share of the iterations; the learning rate then falls as a cosine", high=1)
     value_lr: float = flag(1e-3, "of the value network's embedding and head (AdamW)", low=1e-12, high=10)
@@ -102,7 +104,8 @@ def evaluate(run, folder, policy, a, n, split, curve=()):
     with progress(f"{folder.name}, {n} samples", a.problems * n) as bar:
         reward = outcomes(policy, run, problems, n, run.seed("rl final", a.seed), progress=bar.to)
     greedy = outcomes(policy, run, problems, 1, 0, temperature=0.0)
-    rows = [(iteration, i, a.eval_n, round(float(x) * a.eval_n), "") for iteration, row in curve for i, x in enumerate(row)]
+    rows = [(iteration, i, a.eval_n, round(float(x) * a.eval_n), "") for iteration, row in curve for i,
+            x in enumerate(row)]
     rows += [("end", i, n, int(r.sum()), int(g)) for i, (r, g) in enumerate(zip(reward, greedy[:, 0]))]
     write_csv(folder / "rows.csv", ROWS, rows)
     return {"accuracy": round(float(reward.mean()), 4), "greedy": round(float(greedy.mean()), 4)}
@@ -113,7 +116,8 @@ def start(run, a, split):
     are evaluated. -> (policy, their stages by name)"""
     stages = {}
     for kind in ("sft", "rft")[:1 if a.no_rft else 2]:
-        spec = {"policy": a.policy, "seed": a.seed, "problems": a.problems, "n": a.n * (4 if kind == "sft" else 1), "split": split}
+        spec = {"policy": a.policy, "seed": a.seed, "problems": a.problems,
+                "n": a.n * (4 if kind == "sft" else 1), "split": split}
         stages[kind] = name = keyed(f"rl/{kind}", spec)
 
         def work(kind=kind, spec=spec, folder=run.out / name):
@@ -168,7 +172,8 @@ def main():
     if len(a.run) > 1 and a.out is None:
         raise Fail("several --run folders need an --out for their mean")
     runs, split = open_runs(a.run, pick_device(a.device)), "validation" if a.tune else "test"
-    wanted = [(r, plain(r, t)) for r, t in trials(a, trial) if REWARDS[r].values != "exact" or runs[0].task.exact]
+    wanted = [(r, plain(r, t)) for r,
+              t in trials(a, trial) if REWARDS[r].values != "exact" or runs[0].task.exact]
     if not wanted:
         raise Fail(f"--reward pav_exact: task {runs[0].task.name} has no exact values")
     for reward, t in wanted:

@@ -32,13 +32,16 @@ class Flags:
     out: Path = flag(None, "where figures, CSVs and summary.json go; default: RUN/search", kind=Path)
     all: bool = flag(False, "every figure of the paper")
     show: int = flag(0, "print so many problems step by step, measure nothing", high=10**6)
-    search: list = flag(["greedy", "pass", "majority", "best_of_n:orm", "best_of_n:q_pi", "best_of_n:effective",
+    search: list = flag(["greedy", "pass", "majority", "best_of_n:orm", "best_of_n:q_pi",
+                         "best_of_n:effective",
                          "beam:q_pi", "beam:effective"], "METHOD or METHOD:SCORE")
     policy: str = flag("base", "that is searched with", choices=("weak", "base", "strong"))
     n: int = flag(128, "samples a problem for best-of-N", low=1, high=1 << 16)
     widths: list = flag([1, 2, 4, 8, 16, 32], "beam widths", low=1, high=4096)
-    alpha: float = flag(None, "weight of A^mu; default: the best of 0, .1, ... 1 on validation problems", high=1000, kind=float)
-    prover: str = flag(None, "boK (bo1 is pi itself), weak, strong or a folder; default: the run's best-of-K", kind=str)
+    alpha: float = flag(None, "weight of A^mu; default: the best of 0, .1, ... 1 on validation problems",
+                        high=1000, kind=float)
+    prover: str = flag(None, "boK (bo1 is pi itself), weak, strong or a folder; default: the run's best-of-K",
+                       kind=str)
     problems: int = flag(500, "test problems", low=1, high=10**6)
     validation: int = flag(60, "validation problems on which alpha is chosen", low=1, high=10**6)
     seeds: list = flag([0], "of the sampling; curves are means over them", high=2**32 - 1)
@@ -49,7 +52,8 @@ def choose_alpha(bench, a):
     """The paper's rule: the best alpha of the grid on validation problems, at beam 16 with mu = pi. Ties: the
     smaller.
     -> (alpha, the tables)"""
-    cells = [Cell("beam", "effective", (16,), prover="bo1", alpha=x, split="validation", problems=a.validation, seed=a.seeds[0])
+    cells = [Cell("beam", "effective", (16,), prover="bo1", alpha=x, split="validation",
+                  problems=a.validation, seed=a.seeds[0])
              for x in ALPHAS]
     tables = [bench.measure(cell) for cell in cells]
     return max(ALPHAS, key=lambda x: (accuracy(tables[ALPHAS.index(x)])[16], -x)), tables
@@ -64,13 +68,15 @@ def main():
         raise Fail("several --run folders need an --out for their mean")
     ns, widths = tuple(2 ** k for k in range(a.n.bit_length())), tuple(sorted(a.widths))
     wanted = [Cell.parse(x, policy=a.policy, problems=a.problems) for x in a.search]
-    wanted = [replace(c, ns={"beam": widths, "greedy": (1,)}.get(c.method, ns), seed=s) for c in wanted for s in a.seeds]
+    wanted = [replace(c, ns={"beam": widths, "greedy": (1,)}.get(c.method, ns),
+                      seed=s) for c in wanted for s in a.seeds]
     runs, measured, alphas = open_runs(a.run, pick_device(a.device)), [], []
     for run in runs:
         bench, mu, tables, facts = Bench(run), a.prover or f"bo{run.config['K']}", [], {}
         if a.show:
             alpha = 0.2 if a.alpha is None else a.alpha
-            show(bench, Cell("beam", "effective", (4,), a.policy, mu, alpha, problems=a.problems, seed=a.seeds[0]), a.show)
+            show(bench, Cell("beam", "effective", (4,), a.policy, mu, alpha, problems=a.problems,
+                             seed=a.seeds[0]), a.show)
             continue
         print(f"{run.out}: {a.problems} test problems, prover {mu}")
         alpha = a.alpha

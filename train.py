@@ -37,8 +37,10 @@ SIZES = {"nano": dict(n_layer=2, n_head=2, n_kv_head=1, n_embd=64, n_ffn=128),  
          "mini": dict(),                                                                # 0.5M: the default
          "midi": dict(n_layer=6, n_head=8, n_kv_head=2, n_embd=256, n_ffn=640),         # 4M
          "maxi": dict(n_layer=12, n_head=12, n_kv_head=4, n_embd=768, n_ffn=2048)}      # 76M: a GPU
-SMOKE = dict(size="nano", sft_steps=60, strong_steps=10, batch_size=64, problems=150, branches=400, n_mc=2, pit_traces=20,
-             prover_rollouts=200, orm_steps=20, q_steps=25, mu_steps=8, test_problems=40, max_n=8, widths=[1, 2])
+SMOKE = dict(size="nano", sft_steps=60, strong_steps=10, batch_size=64, problems=150, branches=400, n_mc=2,
+             pit_traces=20,
+             prover_rollouts=200, orm_steps=20, q_steps=25, mu_steps=8, test_problems=40, max_n=8,
+             widths=[1, 2])
 
 
 @dataclass
@@ -69,8 +71,10 @@ class Flags:
     pit_traces: int = flag(250, "wrong traces that are searched for a first pit")
     pit_threshold: float = flag(0.2, "Q above which a state is a high-value one", high=1)
     branches: int = flag(40000, "dense: completions of prefixes of right seeds, n_mc a prefix")
-    corrupted_fraction: float = flag(0.15, "dense: seeds copied with a corrupted step, like right branches", high=1)
-    prover_rollouts: int = flag(20000, "of each prover: half its own seeds, half on from pi's prefixes (dense)")
+    corrupted_fraction: float = flag(0.15, "dense: seeds copied with a corrupted step, like right branches",
+                                     high=1)
+    prover_rollouts: int = flag(20000,
+                                "of each prover: half its own seeds, half on from pi's prefixes (dense)")
     # verifiers
     target: str = flag("bce", "what a verifier learns", choices=list(TARGETS))
     q_steps: int = flag(500, "of Q^pi, which starts from the stronger policy", low=1)
@@ -85,7 +89,8 @@ class Flags:
     widths: list = flag([1, 2, 4, 8, 16, 24], "of the beams", low=1, high=4096)
     alpha: float = flag(0.2, "weight of A^mu in the effective reward (Eq. 5)", high=1000)
     K: int = flag(4, "the prover of the PAV beam is best-of-K of pi (Eq. 30)", low=1, high=999999)
-    max_tokens_in_flight: int = flag(None, "bound on rows x slots of the KV buffers", low=1, high=1 << 40, kind=int)
+    max_tokens_in_flight: int = flag(None, "bound on rows x slots of the KV buffers", low=1, high=1 << 40,
+                                     kind=int)
 
 
 # ---- 1 policies
@@ -97,7 +102,8 @@ def policies(run, a):
     seed = run.seed("policies")
     torch.manual_seed(seed)
     room = 32 + 2 * run.task.max_new_tokens  # a prompt, a long prefix, a whole completion behind it
-    model = GPT(GPTConfig(vocab_size=run.enc.n_vocab, block_size=max(128, room), **SIZES[a.size])).to(a.device)
+    model = GPT(GPTConfig(vocab_size=run.enc.n_vocab, block_size=max(128, room),
+                          **SIZES[a.size])).to(a.device)
     print(f"  {sum(p.numel() for p in model.parameters()):,} parameters on {a.device}")
     show, weak_at = run.logger("base", a.sft_steps), max(1, int(a.weak_at * a.sft_steps))
 
@@ -110,7 +116,8 @@ def policies(run, a):
         if run.task.demonstrations is None or steps == 0:
             print(f"  {name}: no SFT ({'0 steps' if steps == 0 else 'the task has no demonstrations'})")
         else:
-            train_policy(model, run, fraction, steps=steps, batch_size=a.batch_size, lr_muon=a.lr_muon, lr_adamw=a.lr_adamw,
+            train_policy(model, run, fraction, steps=steps, batch_size=a.batch_size, lr_muon=a.lr_muon,
+                         lr_adamw=a.lr_adamw,
                          seed=seed, log=log)
         model.save(run.out / name)
     model.save(run.out / "weak")
@@ -134,13 +141,15 @@ def rollouts(run, a):
                 with progress(f"seeds, {split}", len(problems) * a.n_cov) as bar:
                     seeds[name] = seed_rollouts(model, run, problems, a.n_cov, s, progress=bar.to)
             else:
-                seeds[name] = seed_rollouts(model, run, [problems[i % len(problems)] for i in range(n_mu)], 1, s + 3)
+                seeds[name] = seed_rollouts(model, run, [problems[i % len(problems)] for i in range(n_mu)], 1,
+                                            s + 3)
                 seeds[name].problem %= len(problems)
             print(f"  {name}, {split}: {len(seeds[name]):,} seeds, {float(seeds[name].reward.mean()):.1%} right")
             run.save_traces(f"seeds_{name}_{split}", seeds[name])
         c = Collect(run, problems, a.n_mc, int(share * a.branches), n_mu, a.corrupted_fraction,
                     a.pit_traces if split == "train" else 0, a.pit_threshold, s, rng)
-        tokens |= {f"seeds_{name}": int(t.cost.sum()) for name, t in seeds.items()} if split == "train" else {}
+        tokens |= {f"seeds_{name}": int(t.cost.sum()) for name,
+                   t in seeds.items()} if split == "train" else {}
         for name, traces in RECIPES[a.recipe](c, models, seeds).items():
             print(f"  {name}, {split}: {len(traces):,} traces, {int(traces.labelled.sum()):,} labels, "
                   f"{int(traces.cost.sum()):,} tokens sampled")
@@ -159,7 +168,8 @@ def verifier(run, a, name, data, init, steps, select=lambda traces: traces):
         raise Fail(f"{name}: there is not one label to train on; raise --problems or --n_cov")
     model, r = train_verifier(
         run.model(init), train, held_out, steps=steps, batch_size=a.batch_size, lr_muon=a.lr_muon_verifier,
-        lr_adamw=a.lr_adamw_verifier, seed=run.seed(name), log=run.logger(name, steps), balance=a.balance, target=a.target)
+        lr_adamw=a.lr_adamw_verifier, seed=run.seed(name), log=run.logger(name, steps), balance=a.balance,
+        target=a.target)
     model.save(run.out / name)
     print(f"  Brier {r.brier:.4f}  AUC {r.auc:.3f}  cross-entropy {r.loss:.4f}\n"
           "    step    labels  predicted  observed     Brier")
@@ -174,7 +184,8 @@ def verifier(run, a, name, data, init, steps, select=lambda traces: traces):
 
 def cells(a, seed):
     """Every method at every budget."""
-    ns, few = tuple(2 ** k for k in range(a.max_n.bit_length())), tuple(w for w in a.widths if w <= 4) or tuple(a.widths[:1])
+    ns, few = tuple(2 ** k for k in range(a.max_n.bit_length())), tuple(w for w in a.widths
+                                                                        if w <= 4) or tuple(a.widths[:1])
     fixed = dict(problems=a.test_problems, seed=seed)
     yield Cell("greedy", **fixed)
     for search in ("pass", "majority", "best_of_n:orm", "best_of_n:q_pi"):
@@ -186,14 +197,16 @@ def cells(a, seed):
 
 
 def main():
-    a, dials = parse(Flags, __doc__, more=lambda known: TASKS[known.task], defaults=lambda known: SMOKE if known.smoke else {})
+    a, dials = parse(Flags, __doc__, more=lambda known: TASKS[known.task],
+                     defaults=lambda known: SMOKE if known.smoke else {})
     tune_process()
     a.device, a.widths = pick_device(a.device), sorted(a.widths)
     if a.max_tokens_in_flight is None:  # fp32 keys and values: 0.4 GB on a CPU, 4 GB on a GPU
         c = GPTConfig(vocab_size=1, **SIZES[a.size])
         slot = 8 * c.n_layer * c.n_kv_head * c.n_embd // c.n_head
         a.max_tokens_in_flight = (4 << 30 if a.device == "cuda" else 400 << 20) // slot
-    config = {k: v for k, v in vars(a).items() if k not in ("out", "resume")} | {"dials": dataclasses.asdict(dials)}
+    config = {k: v for k, v in vars(a).items() if k not in ("out",
+                                                            "resume")} | {"dials": dataclasses.asdict(dials)}
     run = Run(a.out or Path("runs") / f"{a.task}-seed{a.seed}", config, a.resume)
     run.stage("policies", lambda: policies(run, a))
     run.stage("rollouts", lambda: rollouts(run, a))

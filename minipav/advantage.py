@@ -50,7 +50,8 @@ def first_pit(q, reward, threshold):
 
 def _sample(policy, env, rows, lengths, n, seed, **sampling):
     task, enc = env.task, env.enc
-    return sample(policy, rows, lengths, n, max_new_tokens=task.max_new_tokens, stop=[enc.eot_token], seed=seed,
+    return sample(policy, rows, lengths, n, max_new_tokens=task.max_new_tokens, stop=[enc.eot_token],
+                  seed=seed,
                   pad=pad_token(enc), **env.sampling | sampling)
 
 

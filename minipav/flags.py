@@ -17,8 +17,10 @@ def flag(default, help, *, low=0, high=10**9, choices=None, kind=None):
     """A field that is a flag. Numbers, and those of a list, must lie in low..high; kind: its type, if not
     that of the default; a list takes several different values."""
     several = isinstance(default, list)
-    meta = dict(help=help, low=low, high=high, choices=choices, kind=kind or type(default[0] if several else default))
-    return dataclasses.field(**({"default_factory": default.copy} if several else {"default": default}), metadata=meta)
+    meta = dict(help=help, low=low, high=high, choices=choices,
+                kind=kind or type(default[0] if several else default))
+    return dataclasses.field(**({"default_factory": default.copy} if several else {"default": default}),
+                             metadata=meta)
 
 
 class Parser(argparse.ArgumentParser):
@@ -36,8 +38,10 @@ def add(parser, cls):
         default = f.default_factory() if several else f.default
         shown = " ".join(map(str, default)) if several else default
         group.add_argument(f"--{f.name}", type=m["kind"], default=default, choices=m["choices"],
-                           nargs="+" if several else None, metavar=None if m["choices"] else m["kind"].__name__.upper(),
-                           help=(m["help"] + (f" ({shown})" if default not in (None, []) else "")).replace("%", "%%"))
+                           nargs="+" if several else None,
+                           metavar=None if m["choices"] else m["kind"].__name__.upper(),
+                           help=(m["help"] + (f" ({shown})" if default not in (None, [])
+                                              else "")).replace("%", "%%"))
 
 
 def check(values):

@@ -205,7 +205,8 @@ class GPT(nn.Module):
         LM)."""
         config = dataclasses.replace(self.config, head="scalar", target=target, n_out=n_out)
         model = GPT(config).to(self.device)
-        model.load_state_dict({k: v for k, v in self.state_dict().items() if not k.startswith("head.")}, strict=False)
+        model.load_state_dict({k: v for k, v in self.state_dict().items() if not k.startswith("head.")},
+                              strict=False)
         return model
 
     def save(self, folder):

@@ -41,7 +41,8 @@ from minipav.verifier import label_weights, verifier_loss
 # a row of log.csv: sampled so far; of held-out problems; means over the iterations since the row before, a
 # trace (length, kl), a token (entropy, value_error) or a share of the traces: right, with an illegal step,
 # with return 0
-COLUMNS = ("iteration", "tokens", "seconds", "accuracy", "greedy", "pass_n", "length", "kl", "entropy", "value_error",
+COLUMNS = ("iteration", "tokens", "seconds", "accuracy", "greedy", "pass_n", "length", "kl", "entropy",
+           "value_error",
            "train_reward", "illegal", "zero_return", "tokens_per_s")
 
 
@@ -118,7 +119,8 @@ class Reinforce:
             bar.update(s["iteration"])
             while True:
                 i = s["iteration"]
-                if (i % a.eval_every == 0 or i >= a.iterations) and (not self.rows or self.rows[-1]["iteration"] < i):
+                if (i % a.eval_every == 0
+                    or i >= a.iterations) and (not self.rows or self.rows[-1]["iteration"] < i):
                     r = self.log(problems)
                     self.save()
                     bar.write(f"  {self.folder.name:<24} iteration {i:>4}   accuracy {r['accuracy']:.3f}   greedy "
@@ -148,13 +150,15 @@ class Reinforce:
     def sample(self, i):
         a, run = self.a, self.run
         problems = run.task.problems("train", a.batch // a.group, run.seed("rl problems", a.seed, i))
-        return problems, seed_rollouts(self.policy, run, problems, a.group, run.seed("rl traces", a.seed, i), top_p=None)
+        return problems, seed_rollouts(self.policy, run, problems, a.group, run.seed("rl traces", a.seed, i),
+                                       top_p=None)
 
     def credit(self, i, problems, traces):
         """(Q^mu (N, S + 1), the return (N, S) of each step)"""
         q_mu, tokens = torch.zeros(traces.ends.shape), 0
         if self.reward.values:
-            q_mu, tokens = VALUES[self.reward.values](self, problems, traces, self.run.seed("rl rollouts", self.a.seed, i))
+            q_mu, tokens = VALUES[self.reward.values](self, problems, traces,
+                                                      self.run.seed("rl rollouts", self.a.seed, i))
         self.state["tokens"] += tokens + int((traces.lengths - traces.ends[:, 0] - 1).sum())
         if not torch.isfinite(q_mu[traces.ends >= 0]).all():
             self.stop(i, traces, q_mu)
@@ -171,7 +175,8 @@ class Reinforce:
         target, learned = to_tokens(returns, step), a.baseline == "value" and self.reward.baseline
         if not learned:
             kind = a.baseline if self.reward.baseline else "none"
-            baseline = to_tokens(step_baseline(kind, returns, traces.ends, a.group, self.state["running"]), step)
+            baseline = to_tokens(step_baseline(kind, returns, traces.ends, a.group, self.state["running"]),
+                                 step)
             self.state["running"] += 0.1 * (float(target.sum() / (step >= 0).sum()) - self.state["running"])
         size = self.micro_batch or n
         for rows in (slice(at, at + size) for at in range(0, n, size)):         # gradients add up
@@ -186,7 +191,8 @@ class Reinforce:
             loss, kl, entropy, count = policy_loss(self.policy, self.ref, tokens, where, g - b, a.kl)
             (loss / n).backward()
             sums[:3] += torch.tensor([float(kl), float(entropy), count])
-        factor = min((i + 1) / max(1, a.warmup * a.iterations), (1 + math.cos(math.pi * i / a.iterations)) / 2)
+        factor = min((i + 1) / max(1, a.warmup * a.iterations),
+                     (1 + math.cos(math.pi * i / a.iterations)) / 2)
         apply_step(self.policy, self.optimizers["policy"], factor)
         if learned:
             apply_step(self.value, self.optimizers["value"], 1.0)
@@ -200,7 +206,8 @@ class Reinforce:
         a, run, seed = self.a, self.run, self.run.seed("refresh", self.a.seed, i)
         rng = np.random.default_rng(seed)
         hot = seed_rollouts(self.policy, run, problems, a.group, seed, temperature=2.0, top_p=None)
-        branches = rollout_from(self.policy, run, problems, hot, torch.arange(len(hot)), random_ends(hot.ends, rng), 1,
+        branches = rollout_from(self.policy, run, problems, hot, torch.arange(len(hot)),
+                                random_ends(hot.ends, rng), 1,
                                 seed + 1, top_p=None)
         self.state["tokens"] += int(hot.cost.sum() + branches.cost.sum())
         old = self.old[torch.from_numpy(rng.integers(len(self.old), size=2 * a.batch))]
@@ -216,13 +223,15 @@ class Reinforce:
         judged = [task.judge(problems[i], text) for i, text in zip(traces.problem.tolist(), texts)]
         return {"length": float(sums[2] / n), "kl": float(sums[0] / n), "entropy": float(sums[1] / sums[2]),
                 "value_error": float(sums[3] / sums[2]), "train_reward": float(traces.reward.mean()),
-                "illegal": judged.count("illegal") / n, "zero_return": float((returns == 0).all(1).float().mean())}
+                "illegal": judged.count("illegal") / n,
+                "zero_return": float((returns == 0).all(1).float().mean())}
 
     def stop(self, i, traces, q_mu):
         """A number is not finite: keep the batch for inspection and the last checkpoint, and end with an
         error."""
         path = self.folder / "bad_batch.safetensors"
-        write_tensors(path, {"tokens": traces.tokens, "ends": traces.ends, "reward": traces.reward, "q_mu": q_mu})
+        write_tensors(path, {"tokens": traces.tokens, "ends": traces.ends, "reward": traces.reward,
+                             "q_mu": q_mu})
         raise Fail(f"{self.folder.name}: the loss is not finite at iteration {i}: its batch is in {path}, the state of "
                    f"iteration {self.rows[-1]['iteration']} in checkpoint.safetensors; lower --lr or --alpha")
 

@@ -88,7 +88,8 @@ def step_baseline(kind, returns, ends, group, running):
     if kind == "group":
         there = (ends[:, 1:] >= 0).float()
         total, n = (x.view(-1, group, x.shape[1]) for x in (returns * there, there))
-        return ((total.sum(1, keepdim=True) - total) / (n.sum(1, keepdim=True) - n).clamp(min=1)).flatten(0, 1)
+        return ((total.sum(1, keepdim=True) - total) / (n.sum(1, keepdim=True) - n).clamp(min=1)).flatten(0,
+                                                                                                          1)
     return torch.full_like(returns, running if kind == "mean" else 0.0)
 
 

@@ -86,7 +86,8 @@ class Run:
         hardware"""
         path, spec = self.out / "stages" / f"{name}.json", json.loads(json.dumps(spec or {}))
         if path.exists():
-            record = read_json(path, spec=dict, seconds=(int, float), peak_memory_gb=(int, float), command=str,
+            record = read_json(path, spec=dict, seconds=(int, float), peak_memory_gb=(int, float),
+                               command=str,
                                commit=str, hardware=str)
             if record["spec"] != spec:
                 raise damaged(path, "made with other flags")
@@ -99,23 +100,28 @@ class Run:
         except NotFinite as e:
             raise Fail(f"{name}: {e}") from None
         if self.log_rows:
-            write_csv(self.out / "logs" / f"{name}.csv", ["model", "step", "loss", "held_out_loss"], self.log_rows)
-        record = {"spec": spec, "seconds": round(time.time() - start, 1), "peak_memory_gb": self.peak_memory(),
+            write_csv(self.out / "logs" / f"{name}.csv", ["model", "step", "loss", "held_out_loss"],
+                      self.log_rows)
+        record = {"spec": spec, "seconds": round(time.time() - start, 1),
+                  "peak_memory_gb": self.peak_memory(),
                   "command": " ".join(["python", *sys.argv]), "commit": commit(),
                   "hardware": hardware(self.config["device"]), **facts}
         write_json(path, record)
         return record
 
     def peak_memory(self):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 30 if sys.platform == "darwin" else 1 << 20)
-        return round(torch.cuda.max_memory_allocated() / (1 << 30) if self.config["device"] == "cuda" else peak, 2)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 30 if sys.platform == "darwin"
+                                                                     else 1 << 20)
+        return round(torch.cuda.max_memory_allocated() / (1 << 30) if self.config["device"] == "cuda"
+                     else peak, 2)
 
     def logger(self, name, steps):
         """log(step, steps, loss, held-out loss) -> a progress bar and a row of the stage's log."""
         bar = progress(name, steps)
 
         def log(step, steps, loss, held_out=float("nan")):
-            bar.set_postfix_str(f", loss {loss:.3f}" + ("" if held_out != held_out else f", held out {held_out:.4f}"), False)
+            bar.set_postfix_str(f", loss {loss:.3f}" + ("" if held_out != held_out
+                                                        else f", held out {held_out:.4f}"), False)
             bar.update()
             self.log_rows.append((name, step, f"{loss:.5f}", f"{held_out:.5f}"))
             if step == steps:
@@ -167,7 +173,8 @@ def open_runs(folders, device):
 def commit():
     """The commit of the code, "-dirty" if files differ from it, or "unknown" outside of a checkout."""
     try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=10,
+        done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
+                              timeout=10,
                               cwd=Path(__file__).parent)
         return done.stdout.strip() or "unknown"
     except (OSError, subprocess.SubprocessError):

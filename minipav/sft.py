@@ -55,5 +55,6 @@ def rft(policy, seeds, seed, name="", epochs=2, batch_size=64, lr=3e-4):
     generator = torch.Generator().manual_seed(seed)
     order = torch.cat([torch.randperm(len(right), generator=generator) for _ in range(epochs)])
     parts = (right[rows] for rows in order.split(batch_size))
-    _train(policy, ((t.tokens, t.lengths, t.ends[:, 0] + 1) for t in parts), max(1, len(order) // batch_size), 0.0, lr)
+    _train(policy, ((t.tokens, t.lengths, t.ends[:, 0] + 1) for t in parts), max(1, len(order) // batch_size),
+           0.0, lr)
     return policy

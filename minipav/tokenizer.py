@@ -19,13 +19,15 @@ END, PAD = "<|endoftext|>", "<|pad|>"
 def synthetic_encoding(phrases):
     """The tiktoken.Encoding of a task whose prompts and lines are made of numbers, operations and
     `phrases`."""
-    words = [*phrases, *(f"{op}{d}" for op in "+-*/" for d in range(1, 10)), *(str(i) for i in range(10, 100))]
+    words = [*phrases, *(f"{op}{d}" for op in "+-*/" for d in range(1, 10)),
+             *(str(i) for i in range(10, 100))]
     ranks = {bytes([b]): b for b in range(256)} | {w.encode(): 256 + i for i, w in enumerate(words)}
     longest_first = sorted(map(re.escape, phrases), key=len, reverse=True)
     # tiktoken splits the text by this pattern first; a piece that is itself in the ranks is one token.
     pattern = "|".join([*longest_first, r"[+\-*/][1-9](?!\d)", r"[1-9]\d", r"\n", r"[\s\S]"])
     n = len(ranks)
-    return tiktoken.Encoding("minipav", pat_str=pattern, mergeable_ranks=ranks, special_tokens={END: n, PAD: n + 1})
+    return tiktoken.Encoding("minipav", pat_str=pattern, mergeable_ranks=ranks,
+                             special_tokens={END: n, PAD: n + 1})
 
 
 def text_encoding(name="gpt2"):
@@ -49,7 +51,8 @@ def delimiter_tokens(enc, delimiter):
     """The tokens that end a step: all whose text contains the delimiter (real encodings merge ".\\n" and
     "\\n\\n"), and end-of-text. With a delimiter of one byte none can hide between two tokens. -> ids,
     ascending"""
-    return sorted([*(i for piece, i in enc._mergeable_ranks.items() if delimiter.encode() in piece), enc.eot_token])
+    return sorted([*(i for piece, i in enc._mergeable_ranks.items() if delimiter.encode() in piece),
+                   enc.eot_token])
 
 
 def encode_rows(enc, texts):

@@ -63,7 +63,8 @@ def step_ends(tokens, prompt_lengths, lengths, delimiters):
     one. A step ends with one of the tokens `delimiters`. tokens (N, T)."""
     N, T = tokens.shape
     t = torch.arange(T)
-    end = torch.isin(tokens, torch.tensor(delimiters)) & (t >= prompt_lengths[:, None]) & (t < lengths[:, None])
+    end = torch.isin(tokens, torch.tensor(delimiters)) & (t >= prompt_lengths[:, None]) & (t < lengths[:,
+                                                                                                       None])
     end[torch.arange(N), prompt_lengths - 1] = True
     index = end.cumsum(1) - 1  # (N, T) which step end a position is
     out = torch.full((N, int(index.max()) + 1), -1)
@@ -77,7 +78,8 @@ def responses(enc, tokens, lengths, prompt_lengths):
     ordinary tokens merely spell it."""
     ended = tokens.gather(1, lengths[:, None] - 1)[:, 0] == enc.eot_token
     new = lengths - prompt_lengths
-    at = (prompt_lengths[:, None] + torch.arange(int(new.max()), device=new.device)).clamp(max=tokens.shape[1] - 1)
+    at = (prompt_lengths[:, None] + torch.arange(int(new.max()),
+                                                 device=new.device)).clamp(max=tokens.shape[1] - 1)
     texts = decode_rows(enc, tokens.gather(1, at), new - ended.long())
     return [t.replace(END, "\ufffd") + END * e for t, e in zip(texts, ended.tolist())]
 

@@ -74,7 +74,8 @@ def make_optimizers(model, lr_muon, lr_adamw):
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2 and lr_muon]
     others = [p for p in model.parameters() if all(p is not q for q in matrices)]
     adamw = torch.optim.AdamW(others, lr=lr_adamw, weight_decay=0.0, betas=(0.9, 0.95))
-    return [torch.optim.Muon(matrices, lr=lr_muon, weight_decay=0.0, momentum=0.95), adamw] if matrices else [adamw]
+    return [torch.optim.Muon(matrices, lr=lr_muon, weight_decay=0.0, momentum=0.95),
+            adamw] if matrices else [adamw]
 
 
 def schedule(step, steps, warmup=0.05, decay=0.5):

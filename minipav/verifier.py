@@ -79,7 +79,8 @@ class Values:
         child, new = self[parent], new[:, :int(new_lengths.max())]  # no time for columns of padding
         pos = child.lengths[:, None] + torch.arange(new.shape[1], device=new.device)
         hidden = self.model.trunk(new, child.cache, pos, kv_len=int(pos.max()) + 1)
-        child.q = self.value(self.model.head(hidden[torch.arange(len(new), device=new.device), new_lengths - 1]))
+        child.q = self.value(self.model.head(hidden[torch.arange(len(new), device=new.device),
+                                                    new_lengths - 1]))
         child.lengths = child.lengths + new_lengths
         return child
 
@@ -102,7 +103,8 @@ class ExactValues:
         self._read()
 
     def _read(self):
-        self.q = torch.tensor([self.value(*row) for row in self.rows], dtype=torch.float32, device=self.device)
+        self.q = torch.tensor([self.value(*row) for row in self.rows], dtype=torch.float32,
+                              device=self.device)
 
     def children(self, parent, new, new_lengths):
         child, texts = copy.copy(self), responses(self.enc, new, new_lengths, torch.zeros_like(new_lengths))
@@ -135,7 +137,8 @@ def exact_q(env, problems, traces):
 def outcome_only(traces):
     """The ORM's data: of each trace the end alone, labelled with Rex."""
     end = torch.arange(traces.ends.shape[1]) == traces.last[:, None]
-    return replace(traces, n=torch.ones_like(traces.n), exact=torch.zeros_like(end), labelled=traces.labelled & end)
+    return replace(traces, n=torch.ones_like(traces.n), exact=torch.zeros_like(end),
+                   labelled=traces.labelled & end)
 
 
 def label_weights(traces, balance=False):
@@ -204,7 +207,8 @@ def train_verifier(init, train, held_out, *, steps, batch_size, lr_muon, lr_adam
     same = init.config.head == "scalar" and init.config.target == target
     model = copy.deepcopy(init) if same else init.as_verifier(target, TARGETS[target].n_out)
     optimizers, generator = make_optimizers(model, lr_muon, lr_adamw), torch.Generator().manual_seed(seed)
-    weights, order, best, best_state = label_weights(train, balance), torch.empty(0, dtype=torch.long), None, None
+    weights, order, best, best_state = label_weights(train,
+                                                     balance), torch.empty(0, dtype=torch.long), None, None
     for step in range(steps):
         if len(order) < batch_size:                                             # a new pass over the data
             order = torch.cat([order, torch.randperm(len(train), generator=generator)])

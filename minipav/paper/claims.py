@@ -43,13 +43,15 @@ def judge(claim, measured):
         return claim.lo < lo and hi < claim.hi if claim.hi < INF else claim.lo < lo
     yes = [inside(x) for x in known.values()]
     verdict = "reproduced" if all(yes) else "partly" if any(yes) else "not reproduced"
-    return {"claim": claim.says, "where": claim.where, "verdict": f"untested ({claim.untested})" if claim.untested else verdict,
+    return {"claim": claim.says, "where": claim.where,
+            "verdict": f"untested ({claim.untested})" if claim.untested else verdict,
             "measured": known, "unit": claim.unit}
 
 
 def show(x):
     """"+1.2 [-0.3, +2.7]" of an interval."""
-    mean, lo, hi = ("-" if x[k] is None else f"{x[k]:+.1f}" if abs(x[k]) >= 1 else f"{x[k]:+.2f}" for k in ("mean", "lo", "hi"))
+    mean, lo, hi = ("-" if x[k] is None else f"{x[k]:+.1f}" if abs(x[k]) >= 1 else f"{x[k]:+.2f}"
+                    for k in ("mean", "lo", "hi"))
     return f"{mean} [{lo}, {hi}]"
 
 
@@ -82,7 +84,8 @@ def token_ratio(s):
 
 def exploration(s):
     pav, samples = s.main("beam:effective"), s.main("pass")
-    return pav and samples and {f"width {w}": interval(100 * (pav.solved[:, k] - at_tokens(samples, pav.tokens[:, k], beyond=False)))
+    return pav and samples and {f"width {w}": interval(100 * (pav.solved[:, k] - at_tokens(samples,
+                                                                                           pav.tokens[:, k], beyond=False)))
                                 for k, w in enumerate(pav.n)}
 
 
@@ -90,8 +93,11 @@ def gains(s, group, search, base, **where):
     """{prover and alpha: points over the beam `base`, mean over the widths}."""
     out = {}
     for (g, policy, method, score, prover, alpha), c in s.curves.by.items():
-        if (g, policy, f"{method}:{score}") == (group, where.get("policy", "base"), search) and c is not base and prover:
-            out[" ".join(x for x in (prover, alpha and f"alpha {alpha}") if x)] = 100 * (c.acc.mean(1) - base.acc.mean(1))
+        if (g, policy, f"{method}:{score}") == (group, where.get("policy", "base"),
+                                                search) and c is not base and prover:
+            out[" ".join(x for x in (prover,
+                                     alpha and f"alpha {alpha}")
+                                     if x)] = 100 * (c.acc.mean(1) - base.acc.mean(1))
     return out
 
 
@@ -120,7 +126,8 @@ def weak_on_strong(s):
 
 
 def rank_correlation(s):
-    g, terms = prover_gains(s), s.fact("provers", lambda f: {t["prover"]: t["distinguishability"] + t["alignment"]
+    g, terms = prover_gains(s), s.fact("provers",
+                                       lambda f: {t["prover"]: t["distinguishability"] + t["alignment"]
                                                              for t in f["theorem"] if t["base"] == "base"})
     if not g or not terms:
         return None
@@ -131,7 +138,9 @@ def rank_correlation(s):
 def data_gain(s, a, b):
     """{size: points of verifiers trained on data a over those on b}, with the extreme runs."""
     rows = s.fact("data", lambda f: {(r["rollouts"], r["way"]): 100 * r["accuracy"] for r in f["rows"]})
-    return rows and {f"{n:,} rollouts": spread(r[n, a] - r[n, b] for r in rows) for n in sorted({n for n, _ in rows[0]})}
+    return rows and {f"{n:,} rollouts": spread(r[n, a] - r[n,
+                                                           b] for r in rows) for n in sorted({n for n,
+                                                                                              _ in rows[0]})}
 
 
 def error_drop(s):
@@ -145,17 +154,23 @@ SMALL = "the paper's smallest size is 64,000 rollouts"
 SEARCH = [
     Claim("search against PAVs beats re-ranking by the ORM at equal tokens (paper: by 8 to 10 points at N = 128)", "Fig. 4",
           lambda s: ahead(s, "beam:effective", "best_of_n:orm")),
-    Claim("search against PAVs needs at least 1.5 times fewer tokens for what best-of-N by the ORM reaches", "Fig. 4",
+    Claim("search against PAVs needs at least 1.5 times fewer tokens for what best-of-N by the ORM reaches",
+          "Fig. 4",
           token_ratio, lo=1.5, unit="times (0: the beam never gets there)"),
-    Claim("the advantage adds to Q^pi: PAV beam above Q^pi beam", "Fig. 5a", lambda s: ahead(s, "beam:effective", "beam:q_pi")),
+    Claim("the advantage adds to Q^pi: PAV beam above Q^pi beam", "Fig. 5a",
+          lambda s: ahead(s, "beam:effective", "beam:q_pi")),
     Claim("the beam holds a right answer more often than as many tokens of samples", "Fig. 6a", exploration),
-    Claim("with exact values instead of a verifier's, the advantage adds to Q^pi", "not in the paper", exact_gains),
+    Claim("with exact values instead of a verifier's, the advantage adds to Q^pi", "not in the paper",
+          exact_gains),
     Claim("an intermediate K is the best prover", "Fig. 5b", intermediate_k),
     Claim("a weaker prover improves a stronger base", "Fig. 5c", weak_on_strong),
-    Claim("Theorem 3.1's terms, measured beforehand, rank the provers", "Theorem 3.1", rank_correlation, unit="rank correlation"),
-    Claim("first pits make better data than random seeds", "Fig. 11", lambda s: data_gain(s, "first pits", "n_mc = 4"),
+    Claim("Theorem 3.1's terms, measured beforehand, rank the provers", "Theorem 3.1", rank_correlation,
+          unit="rank correlation"),
+    Claim("first pits make better data than random seeds", "Fig. 11",
+          lambda s: data_gain(s, "first pits", "n_mc = 4"),
           untested=SMALL),
-    Claim("many completions a prefix are better at a large budget", "Fig. 6b", lambda s: data_gain(s, "n_mc = 16", "n_mc = 4"),
+    Claim("many completions a prefix are better at a large budget", "Fig. 6b",
+          lambda s: data_gain(s, "n_mc = 16", "n_mc = 4"),
           untested=SMALL),
     Claim("with the advantage a step's score mispredicts the outcome less often", "Fig. 10", error_drop)]
 
@@ -168,7 +183,8 @@ def over(a, b, N=1):
     else the same."""
     def measure(t):
         end, other = t.end(a, N), t.end(b or t.control(a), N)
-        return None if end is None or other is None else {f"pass@{N}" if N > 1 else "": interval(100 * (end - other))}
+        return None if end is None or other is None else {f"pass@{N}" if N > 1
+                                                          else "": interval(100 * (end - other))}
     return measure
 
 
@@ -186,16 +202,19 @@ def efficiency(t):
 
 
 def pass_64(t):
-    pairs = {"PAV-RL over ORM-RL": ("pav", "outcome"), "PAV-RL over SFT": ("pav", "sft"), "SFT over ORM-RL": ("sft", "outcome")}
+    pairs = {"PAV-RL over ORM-RL": ("pav", "outcome"), "PAV-RL over SFT": ("pav", "sft"),
+             "SFT over ORM-RL": ("sft", "outcome")}
     found = {k: over(a, b, 64)(t) for k, (a, b) in pairs.items()}
     return None if None in found.values() else {k: x["pass@64"] for k, x in found.items()}
 
 
 RL = [
     Claim("PAV-RL ends above ORM-RL (paper: by 7 points)", "Fig. 7a", over("pav", "outcome")),
-    Claim("PAV-RL needs at least 5 times fewer iterations for ORM-RL's best accuracy", "Fig. 7b", efficiency, lo=5, unit="times"),
+    Claim("PAV-RL needs at least 5 times fewer iterations for ORM-RL's best accuracy", "Fig. 7b", efficiency,
+          lo=5, unit="times"),
     Claim("PAV-RL has the higher pass@64, above SFT's, and ORM-RL's is below SFT's", "Fig. 8a", pass_64),
-    Claim("summed along the trace, A^mu gives what outcome reward gives", "derived", over("pav_sum", None), -2, 2),
+    Claim("summed along the trace, A^mu gives what outcome reward gives", "derived", over("pav_sum", None),
+          -2, 2),
     Claim("with mu = pi, A^mu gives what outcome reward gives", "section 3", over("pav_pi", None), -2, 2),
     Claim("Q^mu as a bonus makes RL fail", "App. G", over("q_bonus", None), -INF, 0),
     *(Claim(f"{r} is above outcome reward", "not in the paper", over(r, None)) for r in (
@@ -214,15 +233,18 @@ DIDACTIC = [
           lambda d: {k: point(r["ratio"]) if r else None for k, r in d["ratio_of_medians"].items()}, lo=10,
           unit="times (medians over the seeds)"),
     Claim("provers of middling strength are the useful ones (gamma 8 to 15)", "Fig. 3b",
-          lambda d: {k: g and {"mean": float(np.mean(g)), "lo": min(g), "hi": max(g)} for k, g in d["useful_gamma"].items()},
+          lambda d: {k: g and {"mean": float(np.mean(g)), "lo": min(g), "hi": max(g)} for k,
+                     g in d["useful_gamma"].items()},
           7.9, 15.1, unit="gammas above only Q"),
 ]
 THEORY = [
-    Claim("improvement is at least a constant times distinguishability + alignment, random provers", "Theorem 3.1",
+    Claim("improvement is at least a constant times distinguishability + alignment, random provers",
+          "Theorem 3.1",
           lambda d: {"smallest constant": point(d["c"])}, unit="over 1,000 random trees"),
     Claim("where Q = O(1/K), best-of-K's distinguishability grows as K^2", "Remark 3.1",
           lambda d: {"": point(d["remark_exponent_distinguishability"])}, 1.9, 2.1, unit="exponent"),
-    Claim("... and so does the improvement", "Remark 3.1", lambda d: {"": point(d["remark_exponent_gain"])}, 1.9, 2.1,
+    Claim("... and so does the improvement", "Remark 3.1", lambda d: {"": point(d["remark_exponent_gain"])},
+          1.9, 2.1,
           unit="exponent"),
     Claim("a weak prover improves a strong base in most trees", "Prop. F.1",
           lambda d: {"": point(d["weak_prover_helps_share"])}, lo=0.5, unit="share of the trees")]

@@ -19,9 +19,11 @@ from minipav.verifier import score, train_verifier
 GRID = {"lr": (3e-4, 1e-3, 2e-3), "kl": (0.01, 0.03, 0.1)}      # of --tune, the same for every reward
 # of --sweep; ORM-RL in 480 iterations costs about what PAV-RL does in 150, its verifier's data included
 SWEEPS = [*(("pav", x) for x in (
-    {"alpha": 0.5}, {"alpha": 3.0}, {"alpha": 6.0}, {"prover": "bo16"}, {"prover": "weak"}, {"prover": "strong"},
+    {"alpha": 0.5}, {"alpha": 3.0}, {"alpha": 6.0}, {"prover": "bo16"}, {"prover": "weak"},
+    {"prover": "strong"},
     {"refresh": 2}, {"trust_verifier": True})), *((r, x) for x in (
-        {"policy": "weak"}, {"policy": "strong"}, {"kl": 1e-3}, {"kl": 0.1}, {"kl": 0.2}, {"baseline": "none"},
+        {"policy": "weak"}, {"policy": "strong"}, {"kl": 1e-3}, {"kl": 0.1}, {"kl": 0.2},
+        {"baseline": "none"},
         {"baseline": "group"}, {"no_rft": True}, {"iterations": 480}) for r in ("outcome", "pav")),
     ("pav_exact", {"kl": 1e-3})]
 KS = (1, 2, 4, 8, 16, 32)
@@ -29,15 +31,19 @@ KS = (1, 2, 4, 8, 16, 32)
 
 def beams(bench, a, group, search="beam:effective", ns=(8,), **fields):
     """Beam searches, one for each of --seeds."""
-    return [(group, bench.measure(Cell.parse(search, ns=ns, problems=a.problems, seed=s, **fields))) for s in a.seeds]
+    return [(group, bench.measure(Cell.parse(search, ns=ns, problems=a.problems, seed=s,
+                                             **fields))) for s in a.seeds]
 
 
 def controls(bench, a, mu, alpha):
     """Fig. 5a: other scores of the same beam; and the two beams at the budget of best-of-128."""
-    out = [t for w in ("beam:advantage", "beam:bonus") for t in beams(bench, a, "main", w, (1, 2, 4), prover=mu, alpha=alpha)]
+    out = [t for w in ("beam:advantage",
+                       "beam:bonus") for t in beams(bench, a, "main", w, (1, 2, 4), prover=mu, alpha=alpha)]
     if bench.run.task.exact:
         out += beams(bench, a, "main", "beam:exact", (1, 2, 4, 8))
-    return out + [t for w in ("beam:q_pi", "beam:effective") for t in beams(bench, a, "main", w, (64,), prover=mu, alpha=alpha)], {}
+    return out + [t for w in ("beam:q_pi",
+                              "beam:effective") for t in beams(bench, a, "main", w, (64,), prover=mu,
+                                                               alpha=alpha)], {}
 
 
 def errors_by_step(bench, a, mu, alpha, n=8):
@@ -45,12 +51,15 @@ def errors_by_step(bench, a, mu, alpha, n=8):
     threshold is chosen on validation problems; right and wrong rollouts weigh the same, so guessing is .5
     (the paper does not say)."""
     def scores(split):
-        t = seed_rollouts(bench.model("base"), bench.run, bench.run.problems(split, a.problems), n, a.seeds[0])
+        t = seed_rollouts(bench.model("base"), bench.run, bench.run.problems(split, a.problems), n,
+                          a.seeds[0])
         q, q_mu = values(bench, "base", [mu], t.tokens, t.ends)
-        return {"effective": effective_reward(q[:, 1:], advantage(q_mu[mu]), alpha), "q_pi": q[:, 1:]}, t.reward
+        return {"effective": effective_reward(q[:, 1:], advantage(q_mu[mu]), alpha),
+                "q_pi": q[:, 1:]}, t.reward
 
     def error(value, reward, cut):
-        return 1 - (float((value[reward == 1] >= cut).float().mean()) + float((value[reward == 0] < cut).float().mean())) / 2
+        return 1 - (float((value[reward == 1] >= cut).float().mean())
+                    + float((value[reward == 0] < cut).float().mean())) / 2
     (validation, reward_v), (test, reward_t) = scores("validation"), scores("test")
     out = {name: [] for name in test}
     for name in test:
@@ -68,7 +77,9 @@ def other_bases(bench, a, mu, alpha):
     """Fig. 4 for a weaker and a stronger base policy, at the base's alpha. Each has its own Q; the ORM is the
     base's, since at the end of a trace the outcome does not depend on who wrote it. (Its own Q re-ranks them
     too.)"""
-    ns, widths = tuple(2 ** k for k in range(max(1, a.n // 2).bit_length())), tuple(w for w in sorted(a.widths) if w <= 16)
+    ns, widths = tuple(2 ** k for k in range(max(1,
+                                                 a.n // 2).bit_length())), tuple(w for w in sorted(a.widths)
+                                                                                 if w <= 16)
     out = []
     for policy in ("weak", "strong"):
         for s in a.seeds:
@@ -86,7 +97,8 @@ def provers(bench, a, mu, alpha):
     out, facts, config = [], [], bench.run.config
     for policy in ("base", "weak", "strong"):
         others = [p for p in ("weak", "strong") if p != policy]
-        mus = [f"bo{k}" for k in KS] + others if policy == "base" else ["bo1", f"bo{config['K']}", *others, "base"]
+        mus = [f"bo{k}" for k in KS] + others if policy == "base" else ["bo1", f"bo{config['K']}", *others,
+                                                                        "base"]
         fixed = dict(policy=policy, ns=(4, 8) if policy == "base" else (8,))
         q_mus, q = logged_values(bench, a, policy, mus)
         out += beams(bench, a, "provers", "beam:q_pi", **fixed)
@@ -112,7 +124,9 @@ def values(bench, policy, mus, tokens, ends):
     """Q^pi at these step ends, and {prover: Q^mu}."""
     q = score(bench.model(verifier_of(policy)), tokens, ends)
     parsed = {m: Prover.parse(m, policy) for m in mus}
-    return q, {m: q_best_of_k(q, p.K) if p.policy == policy else score(bench.model(verifier_of(p.policy)), tokens, ends)
+    return q, {m: q_best_of_k(q,
+                              p.K) if p.policy == policy
+                              else score(bench.model(verifier_of(p.policy)), tokens, ends)
                for m, p in parsed.items()}
 
 
@@ -138,7 +152,8 @@ def exact_values(bench, a, mu, alpha):
     if not bench.run.task.exact:
         return [], {}
     pairs = [(0.0, "bo1"), *((x, f"bo{k}") for k in (1, 4, 16) for x in (0.2, 0.5, 1.0))]
-    return [t for x, m in pairs for t in beams(bench, a, "exact", "beam:exact", (2, 4), prover=m, alpha=x)], {}
+    return [t for x, m in pairs for t in beams(bench, a, "exact", "beam:exact", (2, 4), prover=m,
+                                               alpha=x)], {}
 
 
 def data_sizes(bench, a, mu, alpha, shares=(0.05, 0.4), width=8):
@@ -181,12 +196,15 @@ def train_on_sizes(bench, a, shares, width):
             few = seeds[torch.from_numpy(rng.permutation(len(data))[:max(1, len(data) // 6)])]
             data = Traces.cat([data, corrupted_steps(run, problems, few, rng)], pad_token(run.enc))
             q, r = train_verifier(run.model("strong"), data, run.traces("base_validation"), batch_size=128,
-                                  steps=max(100, len(data) // 128), lr_muon=c["lr_muon_verifier"], lr_adamw=c["lr_adamw_verifier"],
+                                  steps=max(100, len(data) // 128), lr_muon=c["lr_muon_verifier"],
+                                  lr_adamw=c["lr_adamw_verifier"],
                                   seed=run.seed("data", size), log=lambda *x: None)
             judge = Bench(run)
             judge.models = bench.models | {"q_pi": q}
-            found = search_all(judge.search(Cell("beam", "q_pi")), run.problems("test", a.problems), width, a.seeds[0])
-            yield {"rollouts": size, "way": way, "traces": len(data), "auc": r.auc, "accuracy": float(found.right.mean()),
+            found = search_all(judge.search(Cell("beam", "q_pi")), run.problems("test", a.problems), width,
+                               a.seeds[0])
+            yield {"rollouts": size, "way": way, "traces": len(data), "auc": r.auc,
+                   "accuracy": float(found.right.mean()),
                    "solved": "".join(str(int(x)) for x in found.right)}
 
 

@@ -11,7 +11,8 @@ from minipav.search.score import SCORES
 
 PAPER = read_json(Path(__file__).parent / "paper.json")
 NAMES = {"weak": "weaker", "base": "base", "strong": "stronger"}
-METHODS = {"greedy": "greedy decoding", "pass": "pass@N (oracle)", "majority": "majority vote", "best_of_n": "best-of-N",
+METHODS = {"greedy": "greedy decoding", "pass": "pass@N (oracle)", "majority": "majority vote",
+           "best_of_n": "best-of-N",
            "beam": "beam"}
 TRAININGS = {"sft": "SFT", "rft": "RFT", "outcome": "ORM-RL", "pav": "PAV-RL"}
 KEYS = {"SFT": "SFT", "RFT": "RFT", "ORM-RL": "ORM_RL", "PAV-RL": "PAV_RL"}     # their names in paper.json
@@ -21,7 +22,8 @@ X = "policy tokens a problem"
 def name_of(search):
     """What a search is called in tables and figures: "METHOD:SCORE" -> text."""
     method, _, score = search.partition(":")
-    return METHODS.get(method, method) + (f", {SCORES[score].label if score in SCORES else score}" if score else "")
+    return METHODS.get(method,
+                       method) + (f", {SCORES[score].label if score in SCORES else score}" if score else "")
 
 
 def draw(path, title, panels):
@@ -78,28 +80,39 @@ def theirs(x, of, names):
 
 def search_figures(s, draw):
     """Draw every figure whose curves were measured: s is a report.Searched, draw(name, title, panels)."""
-    main, fig4 = {"beam, PAV": "beam:effective", "best-of-N, ORM": "best_of_n:orm", "pass@N": "pass"}, PAPER["fig4"]
-    each = [(b, {k: s.curves.get("main" if b == "base" else "bases", v, b) for k, v in main.items()}) for b in NAMES]
-    bases = [(f"{NAMES[b]} policy, {c['pass@N'].acc[0, 0]:.1%}", X, "accuracy", lines(c)) for b, c in each if all(c.values())]
+    main, fig4 = {"beam, PAV": "beam:effective", "best-of-N, ORM": "best_of_n:orm",
+                  "pass@N": "pass"}, PAPER["fig4"]
+    each = [(b, {k: s.curves.get("main" if b == "base" else "bases", v, b) for k,
+                 v in main.items()}) for b in NAMES]
+    bases = [(f"{NAMES[b]} policy, {c['pass@N'].acc[0, 0]:.1%}", X, "accuracy", lines(c)) for b,
+             c in each if all(c.values())]
     if bases:
-        draw("fig4", "Fig. 4: search against PAVs and re-ranking by the ORM", [*bases, ("the paper, 2B", "N", "accuracy", theirs(
+        draw("fig4", "Fig. 4: search against PAVs and re-ranking by the ORM",
+             [*bases, ("the paper, 2B", "N", "accuracy", theirs(
             fig4["N"], fig4["2B"], {"beam, PAV": "PAV", "best-of-N, ORM": "ORM", "pass@N": "passN"}))])
     if s.main("beam:q_pi") and s.main("beam:effective"):
-        p, ours = PAPER["fig5a_9B"], {name_of(f"{m}:{x}"): s.main(f"{m}:{x}") for m in ("best_of_n", "beam") for x in SCORES}
+        p, ours = PAPER["fig5a_9B"], {name_of(f"{m}:{x}"): s.main(f"{m}:{x}") for m in ("best_of_n", "beam")
+                                      for x in SCORES}
         draw("fig5a", "Fig. 5a: the same search with only the score changed", [
-            ("ours", X, "accuracy", lines(ours)), ("the paper, 9B", "N", "accuracy", theirs(p["N_corrected"], p, {
-                "best-of-N, ORM": "ORM", "best-of-N, PAV": "PAV_as_ORM", "beam, Q^pi": "PRM_Q", "beam, PAV": "PAV"}))])
+            ("ours", X, "accuracy", lines(ours)), ("the paper, 9B", "N", "accuracy",
+                                                   theirs(p["N_corrected"], p, {
+                "best-of-N, ORM": "ORM", "best-of-N, PAV": "PAV_as_ORM", "beam, Q^pi": "PRM_Q",
+                "beam, PAV": "PAV"}))])
         p = PAPER["fig6a_2B"]
-        ours = {"samples": s.main("pass"), "beam, Q^pi": s.main("beam:q_pi"), "beam, PAV": s.main("beam:effective")}
+        ours = {"samples": s.main("pass"), "beam, Q^pi": s.main("beam:q_pi"),
+                "beam, PAV": s.main("beam:effective")}
         draw("fig6a", "Fig. 6a: is a right answer among the candidates?", [
             ("ours", X, "pass@N", lines(ours, "solved")),
-            ("the paper, 2B", "N", "pass@N", theirs(p["N"], p, {"samples": "iid", "beam, Q^pi": "PRM_Q", "beam, PAV": "PAV"}))])
+            ("the paper, 2B", "N", "pass@N", theirs(p["N"], p,
+                                                    {"samples": "iid", "beam, Q^pi": "PRM_Q",
+                                                     "beam, PAV": "PAV"}))])
     if steps := s.fact("steps", lambda f: f):
         p, names = PAPER["fig10"], {"Q^pi + alpha A^mu": "effective", "Q^pi": "q_pi"}
         draw("fig10", "Fig. 10: error in predicting the outcome after step h", [
             ("ours (right and wrong weigh the same)", "step", "error", {k: over_runs(
                 range(1, len(steps[0][v]) + 1), [f[v] for f in steps]) for k, v in names.items()}),
-            ("the paper, 9B", "step", "error", theirs(p["step"], p, {"Q^pi + alpha A^mu": "PAV", "Q^pi": "PQV"}))])
+            ("the paper, 9B", "step", "error", theirs(p["step"], p,
+                                                      {"Q^pi + alpha A^mu": "PAV", "Q^pi": "PQV"}))])
     if s.curves.get("provers", "beam:q_pi"):
         prover_figures(s, draw)
     if rows := s.fact("data", lambda f: f["rows"]):
@@ -118,26 +131,34 @@ def prover_figures(s, draw):
 
     def beam(b, mu):
         return s.curves.get("provers", "beam:effective", b, mu)
-    ks = sorted(int(k[4][2:]) for k in s.curves.by if k[0] == "provers" and k[1] == "base" and k[4][:2] == "bo")
+    ks = sorted(int(k[4][2:]) for k in s.curves.by if k[0] == "provers" and k[1] == "base"
+                and k[4][:2] == "bo")
     by_k = {f"beam {w}": line(ks, np.stack([beam("base", f"bo{k}").acc[:, i] for k in ks], 1))
             for i, w in enumerate(beam("base", f"bo{ks[0]}").n)}
 
     def over_orm(b, mu):
-        a, orm = beam(b, mu if mu != b else "bo1"), s.curves.get("main" if b == "base" else "bases", "best_of_n:orm", b)
+        a, orm = beam(b, mu if mu != b
+                      else "bo1"), s.curves.get("main" if b == "base" else "bases", "best_of_n:orm", b)
         return 100 * (a.acc[:, -1] / at_tokens(orm, a.tokens[:, -1], beyond=False) - 1)
     have = [b for b in NAMES if s.curves.get("main" if b == "base" else "bases", "best_of_n:orm", b)]
-    pairs = {f"mu = {NAMES[mu]}": line([NAMES[b] for b in have], np.stack([over_orm(b, mu) for b in have], 1)) for mu in NAMES}
+    pairs = {f"mu = {NAMES[mu]}": line([NAMES[b] for b in have],
+                                       np.stack([over_orm(b, mu) for b in have], 1)) for mu in NAMES}
     draw("fig5bc", "Fig. 5b, 5c: provers", [
         ("best-of-K provers, base policy", "K", "accuracy", by_k),
-        ("the paper, 2B", "N", "accuracy", theirs(p["N"], p, {k: k for k in ("Bo2", "Bo4", "Bo8", "Bo16", "Bo32")})),
+        ("the paper, 2B", "N", "accuracy", theirs(p["N"], p,
+                                                  {k: k for k in ("Bo2", "Bo4", "Bo8", "Bo16", "Bo32")})),
         ("base x prover", "base policy", y, pairs),
-        ("the paper, beam 16", "base policy", y, {f"mu = {mu}": (list(c), [c[b][mu] for b in c], None, None) for mu in c})])
-    terms = s.fact("provers", lambda f: {(t["base"], t["prover"]): t["distinguishability"] + t["alignment"] for t in f["theorem"]})
+        ("the paper, beam 16", "base policy", y,
+         {f"mu = {mu}": (list(c), [c[b][mu] for b in c], None, None) for mu in c})])
+    terms = s.fact("provers",
+                   lambda f: {(t["base"], t["prover"]): t["distinguishability"] + t["alignment"]
+                              for t in f["theorem"]})
     if terms:
         draw("theorem", "Theorem 3.1's two terms before the search, and the gain in it", [
             (f"{NAMES[b]} policy", "distinguishability + alignment", "points over the Q^pi beam", {
                 mu: line([np.mean([t[b, mu] for t in terms])], 100 * (beam(b, mu).acc - s.curves.get(
-                    "provers", "beam:q_pi", b).acc).mean(1, keepdims=True)) for base, mu in terms[0] if base == b})
+                    "provers", "beam:q_pi", b).acc).mean(1, keepdims=True)) for base,
+                    mu in terms[0] if base == b})
             for b in NAMES])
 
 
@@ -166,15 +187,18 @@ def rl_figures(t, draw):
     if main:
         draw("fig7", "Fig. 7: RL with outcome reward and with process advantages", [
             *spent(t, main),
-            ("the paper, 2B", "iteration", "accuracy", theirs([i * p["every"] for i in range(len(p["ORM_RL"]))], p, KEYS))])
+            ("the paper, 2B", "iteration", "accuracy",
+             theirs([i * p["every"] for i in range(len(p["ORM_RL"]))], p, KEYS))])
     if all(t.end(n) is not None for n in TRAININGS):
         bars, c8 = list(TRAININGS.values()), {name: t.passes(n) for n, name in TRAININGS.items()}
         draw("fig8", "Fig. 7a, 8: the policies in the end", [
             ("7a: one sample", "policy", "accuracy", {
                 "ours": line(bars, np.stack([t.end(n) for n in TRAININGS], 1)),
                 "the paper, 2B": (bars, [PAPER["fig7a"]["2B"][KEYS[k]] for k in bars], None, None)}),
-            ("8a: ours", "N", "pass@N", c8), ("8a: the paper, 2B", "N", "pass@N", theirs(PAPER["fig8a_2B"]["N"], PAPER["fig8a_2B"], KEYS)),
-            (f"8b: {t.unsolved()} problems that SFT never solves", "N", "pass@N", {TRAININGS[n]: t.on_unsolved(n) for n in main}),
+            ("8a: ours", "N", "pass@N", c8), ("8a: the paper, 2B", "N", "pass@N",
+                                              theirs(PAPER["fig8a_2B"]["N"], PAPER["fig8a_2B"], KEYS)),
+            (f"8b: {t.unsolved()} problems that SFT never solves", "N", "pass@N",
+             {TRAININGS[n]: t.on_unsolved(n) for n in main}),
             ("8b: the paper, 9B", "N", "pass@N", theirs(PAPER["fig8b"]["N"], PAPER["fig8b"], KEYS))])
     if len(t.trained) > 2:
         draw("rewards", "Every training", spent(t, t.trained))
@@ -182,10 +206,13 @@ def rl_figures(t, draw):
         by = {}
         for n in t.trained:  # those that differ from pav in reward and KL alone
             if t.differs(n, "pav") <= {"kl"}:
-                by.setdefault(TRAININGS.get(t.spec(n)["reward"], t.spec(n)["reward"]), []).append((t.mean(n, "kl")[-1], n))
+                by.setdefault(TRAININGS.get(t.spec(n)["reward"], t.spec(n)["reward"]),
+                              []).append((t.mean(n, "kl")[-1], n))
         draw("kl", "How far from the initial policy: every reward, with other KL coefficients too", [
-            ("in the end", "KL", ylabel, {r: line([x for x, _ in sorted(ns)], np.stack([t.end(n, N) for _, n in sorted(ns)], 1))
-                                          for r, ns in by.items()}) for ylabel, N in (("accuracy", 1), (f"pass@{t.most}", t.most))])
+            ("in the end", "KL", ylabel, {r: line([x for x, _ in sorted(ns)],
+                                                  np.stack([t.end(n, N) for _, n in sorted(ns)], 1))
+                                          for r, ns in by.items()}) for ylabel,
+                                          N in (("accuracy", 1), (f"pass@{t.most}", t.most))])
         sweep_figure(t, draw)
 
 
@@ -197,8 +224,10 @@ def spent(t, names):
     def panel(title, xlabel, x):
         return title, xlabel, "accuracy", {label: (x(n), *y[1:]) for label, (n, y) in curves.items()}
     return [panel("ours", "iteration", lambda n: t.curve(n).n),
-            panel("with the data for RFT and PAV", "token samples, millions", lambda n: (t.before(n)[0] + t.mean(n, "tokens")) / 1e6),
-            panel("with the data for RFT and PAV", "minutes", lambda n: (t.before(n)[1] + t.mean(n, "seconds")) / 60)]
+            panel("with the data for RFT and PAV", "token samples, millions",
+                  lambda n: (t.before(n)[0] + t.mean(n, "tokens")) / 1e6),
+            panel("with the data for RFT and PAV", "minutes",
+                  lambda n: (t.before(n)[1] + t.mean(n, "seconds")) / 60)]
 
 
 def sweep_figure(t, draw):

@@ -29,7 +29,8 @@ def stage(folder, name):
 def provenance(runs, names):
     """What a result must be quoted with; names: of each run (a folder), the stages that it rests on."""
     records = [[stage(run, n) for n in ns] for run, ns in zip(runs, names)]
-    return {"command": " ".join(["python", *sys.argv]), "commit": sorted({r["commit"] for x in records for r in x}),
+    return {"command": " ".join(["python", *sys.argv]),
+            "commit": sorted({r["commit"] for x in records for r in x}),
             "hardware": sorted({r["hardware"] for x in records for r in x}),
             "minutes": spread(sum(r["seconds"] for r in x) / 60 for x in records)}
 
@@ -62,7 +63,8 @@ class Searched:
 
     def fact(self, experiment, get):
         """get(facts) of each run, or None if it was not measured everywhere."""
-        return [get(f[experiment]) for f in self.facts] if all(f.get(experiment) for f in self.facts) else None
+        return [get(f[experiment]) for f in self.facts] if all(f.get(experiment)
+                                                               for f in self.facts) else None
 
     def table(self):
         """Rows (search, prover, policy, n, tokens, accuracy, lo, hi) of the main curves."""
@@ -70,14 +72,18 @@ class Searched:
             if group == self.group:
                 for k, n in enumerate(c.n):
                     x = interval(c.acc[:, k])
-                    yield ":".join(y for y in (method, score) if y), prover, policy, int(n), round(c.tokens[0, k], 1), *x.values()
+                    yield ":".join(y for y in (method,
+                                               score) if y), prover, policy, int(n), round(c.tokens[0, k],
+                                                                                           1), *x.values()
 
     def write(self, out):
         """rows.csv.gz, curves.csv. -> the table as text"""
         write_whole(out / "rows.csv.gz", lambda p: self.rows.to_csv(p, index=False, float_format="%.7g",
-                                                                     compression={"method": "gzip", "mtime": 0}))
+                                                                     compression={"method": "gzip",
+                                                                                  "mtime": 0}))
         body = list(self.table())
-        write_csv(out / "curves.csv", ["search", "prover", "policy", "n", "tokens_per_problem", "accuracy", "lo", "hi"], body)
+        write_csv(out / "curves.csv", ["search", "prover", "policy", "n", "tokens_per_problem", "accuracy",
+                                       "lo", "hi"], body)
         return "\n".join([f"{'method':<28}{'N or width':>10}{'tokens/problem':>16}{'accuracy':>10}   95% interval", *(
             f"{' '.join(x for x in (name_of(m), mu and f'({mu})') if x):<28}{n:>10}{tokens:>16.0f}{acc:>10.3f}   [{lo:.3f}, {hi:.3f}]"
             for m, mu, _, n, tokens, acc, lo, hi in body)])
@@ -91,20 +97,27 @@ def report_training(runs, out):
         raise Fail("two of these runs have the same seed: each counts once")
     if any({**c, "seed": 0} != {**configs[0], "seed": 0} for c in configs):
         raise Fail("these runs differ in more than their seed: their numbers cannot be averaged")
-    examples, mu = [stage(run, "example") for run in runs], f"bo{configs[0]['K']}" if configs[0]["alpha"] else ""
-    tables = {c["seed"]: [("train", run / t) for t in x["tables"]] for c, run, x in zip(configs, runs, examples)}
+    examples, mu = [stage(run,
+                          "example") for run in runs], f"bo{configs[0]['K']}" if configs[0]["alpha"] else ""
+    tables = {c["seed"]: [("train", run / t) for t in x["tables"]] for c, run,
+              x in zip(configs, runs, examples)}
     s = Searched(tables, [{} for _ in runs], "train")
     for (*key, prover, alpha), c in list(s.curves.by.items()):
         if prover == mu:  # the prover of the PAV beam is not named in claims
             s.curves.by[(*key, "", alpha)] = c if mu else s.curves.by[(*key, prover, alpha)]
     text = s.write(out)
     draw(out / "accuracy", f"{configs[0]['task']}, seed {', '.join(str(c['seed']) for c in configs)}", [
-        ("", "policy tokens generated a problem", "accuracy on held-out problems", lines({name_of(m): s.main(m) for m in (
-            "greedy", "majority", "best_of_n:orm", "best_of_n:q_pi", "beam:q_pi", "beam:effective", "pass")}))])
+        ("", "policy tokens generated a problem", "accuracy on held-out problems",
+         lines({name_of(m): s.main(m) for m in (
+            "greedy", "majority", "best_of_n:orm", "best_of_n:q_pi", "beam:q_pi", "beam:effective",
+            "pass")}))])
     names = [[*x["stages"], "example", *(t.removesuffix(".csv") for t in x["tables"])] for x in examples]
-    facts = provenance(runs, names) | {"seeds": [c["seed"] for c in configs], "config": {**configs[0], "seed": "each"}}
-    facts |= {"base_sampled": spread(c["right"].mean() for _, c in s.rows[(s.rows.method == "pass") & (s.rows.n == 1)].groupby("run")),
-              "base_greedy": spread(c["right"].mean() for _, c in s.rows[s.rows.method == "greedy"].groupby("run")),
+    facts = provenance(runs, names) | {"seeds": [c["seed"] for c in configs],
+                                       "config": {**configs[0], "seed": "each"}}
+    facts |= {"base_sampled": spread(c["right"].mean() for _,
+                                     c in s.rows[(s.rows.method == "pass") & (s.rows.n == 1)].groupby("run")),
+              "base_greedy": spread(c["right"].mean() for _,
+                                    c in s.rows[s.rows.method == "greedy"].groupby("run")),
               "planning_failure_share": spread(x["planning_failure_share"] for x in examples),
               "corrupted_step_auc": [x["corrupted_step_auc"] for x in examples],
               "pav_minus_best_q_points": ahead(s, "beam:effective", "best_of_n:q_pi")}
@@ -131,11 +144,15 @@ def report_search(runs, measured, alphas, out):
         made.append(f"{name}.png")
     text = s.write(out)
     if "alpha" in tables[runs[0].config["seed"]][0]:
-        rows = s.rows[s.rows.group == "alpha"].astype({"alpha": float}).groupby(["alpha", "run"])["right"].mean().unstack()
-        figure("alpha", "alpha on validation problems (beam 16, mu = pi)", [("mean, extreme runs", "alpha", "accuracy", {
-            "beam, PAV": (list(rows.index), *(list(x) for x in (rows.mean(axis=1), rows.min(axis=1), rows.max(axis=1))))})])
+        rows = s.rows[s.rows.group == "alpha"].astype({"alpha": float}).groupby(["alpha",
+                                                                                 "run"])["right"].mean().unstack()
+        figure("alpha", "alpha on validation problems (beam 16, mu = pi)",
+               [("mean, extreme runs", "alpha", "accuracy", {
+            "beam, PAV": (list(rows.index), *(list(x) for x in (rows.mean(axis=1), rows.min(axis=1),
+                                                                rows.max(axis=1))))})])
     search_figures(s, figure)
-    names = [[str(p.relative_to(run.out)).removesuffix(".csv") for _, p in t] for run, (t, _) in zip(runs, measured)]
+    names = [[str(p.relative_to(run.out)).removesuffix(".csv") for _, p in t] for run,
+             (t, _) in zip(runs, measured)]
     facts = provenance([run.out for run in runs], names) | {"seeds": list(tables), "alpha": alphas}
     finish(out, facts, judged(SEARCH, s), text, [*made, "curves.csv", "rows.csv.gz"],
            f"python rl.py --run {runs[0].out}; or --all; or other seeds, then --run RUN RUN ... --out DIR for their mean")
@@ -148,7 +165,8 @@ def report_search(runs, measured, alphas, out):
 class Flags:
     runs: list = flag([], "folders of train.py, one a seed", kind=Path)
     out: Path = flag(None, "folder for their table, figure and summary", kind=Path)
-    claims: Path = flag(None, "folder of the didactic example and the theory: print what their numbers say", kind=Path)
+    claims: Path = flag(None, "folder of the didactic example and the theory: print what their numbers say",
+                        kind=Path)
 
 
 def main():

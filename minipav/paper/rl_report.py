@@ -15,17 +15,22 @@ class Trained:
     def __init__(self, runs, stages):
         self.runs, self.labels = [run.out for run in runs], list(stages[0])
         self.records = {n: [stage(run, s[n]) for run, s in zip(self.runs, stages)] for n in self.labels}
-        self.trained, self.seeds = [n for n in self.labels if n not in ("sft", "rft")], [r.config["seed"] for r in runs]
+        self.trained, self.seeds = [n for n in self.labels
+                                    if n not in ("sft", "rft")], [r.config["seed"] for r in runs]
         self.logs, self.by, self.hard, each = {}, {}, [], []
         for run, names in zip(self.runs, stages):
             columns = {}
             for n in self.labels:
-                rows = read_table(run / names[n] / "rows.csv", ["iteration", "problem", "n", "right", "greedy"])
+                rows = read_table(run / names[n] / "rows.csv",
+                                  ["iteration", "problem", "n", "right", "greedy"])
                 end, curve = rows[rows.iteration == "end"], rows[rows.iteration != "end"].astype({"iteration": int})
                 count = int(end.n.iloc[0])
-                passes = {2 ** k: pass_at_n(count, end.right.to_numpy(float), 2 ** k) for k in range(count.bit_length())}
-                columns |= {(n, "end", N): x for N, x in passes.items()} | {(n, "greedy", 1): end.greedy.to_numpy(float)}
-                columns |= {(n, "curve", i): (g.right / g.n).to_numpy() for i, g in curve.groupby("iteration")}
+                passes = {2 ** k: pass_at_n(count, end.right.to_numpy(float),
+                                            2 ** k) for k in range(count.bit_length())}
+                columns |= {(n, "end", N): x for N,
+                            x in passes.items()} | {(n, "greedy", 1): end.greedy.to_numpy(float)}
+                columns |= {(n, "curve", i): (g.right / g.n).to_numpy() for i,
+                            g in curve.groupby("iteration")}
                 if n in self.trained:
                     log = read_csv(run / names[n] / "log.csv", ["iteration", "kl", "tokens", "seconds"])
                     self.logs.setdefault(n, []).append(pd.DataFrame(log).apply(pd.to_numeric))
@@ -63,7 +68,8 @@ class Trained:
     def curve(self, n):
         """Accuracy by iteration, or None."""
         x = sorted(i for m, kind, i in self.boot if (m, kind) == (n, "curve"))
-        return Curve(np.array(x), self.boot[[(n, "curve", i) for i in x]].to_numpy(), None, None) if x else None
+        return Curve(np.array(x), self.boot[[(n, "curve", i) for i in x]].to_numpy(), None,
+                     None) if x else None
 
     def passes(self, n, most=64):
         ns = [N for m, kind, N in self.boot if (m, kind) == (n, "end") and most >= N]
@@ -76,9 +82,11 @@ class Trained:
         """(N, mean, lo, hi) of pass@N on the problems that no sample of SFT solves; lo, hi: the extreme
         runs."""
         ns = [N for m, kind, N in self.boot if (m, kind) == (n, "end")]
-        each = [x[[(n, "end", N) for N in ns]][hard].to_numpy() for x, hard in zip(self.each, self.hard) if hard.any()]
+        each = [x[[(n, "end", N) for N in ns]][hard].to_numpy() for x,
+                hard in zip(self.each, self.hard) if hard.any()]
         by_run = [x.mean(0) for x in each] or [np.zeros(len(ns))]
-        return ns, np.concatenate(each or [np.zeros((1, len(ns)))]).mean(0), np.min(by_run, 0), np.max(by_run, 0)
+        return ns, np.concatenate(each or [np.zeros((1,
+                                                     len(ns)))]).mean(0), np.min(by_run, 0), np.max(by_run, 0)
 
     def mean(self, n, column):
         """Mean over the runs of a column of the log, at each evaluation."""
@@ -95,7 +103,8 @@ class Trained:
             tokens, names = dict(rollouts["tokens"]), set()
             if "prover" in f and "refresh" in f:                # a verifier; each starts from Q^pi
                 names = {"base", f["policy"] if f["prover"][:2] == "bo" else f["prover"]}
-            spent = sum(x for k, x in tokens.items() if k.rpartition("_")[0] in names and not k.startswith("seeds"))
+            spent = sum(x for k, x in tokens.items() if k.rpartition("_")[0] in names
+                        and not k.startswith("seeds"))
             if not f["no_rft"] and f["policy"] not in names:
                 spent += tokens[f"seeds_{f['policy']}"]
             if names and "strong" not in names | {f["policy"]}:  # whose right traces Q^pi's data branches off
@@ -109,10 +118,13 @@ class Trained:
         """Rows (training, iterations, minutes, KL to where RL started, accuracy, lo, hi, greedy, pass@16,
         pass@64)."""
         for n in self.labels:
-            x, minutes = interval(self.end(n)), spread(r.get("training_seconds", 0) / 60 for r in self.records[n])["mean"]
+            x, minutes = interval(self.end(n)), spread(r.get("training_seconds",
+                                                             0) / 60 for r in self.records[n])["mean"]
             kl = round(self.mean(n, "kl")[-1], 3) if n in self.trained else ""
             more = ["" if self.end(n, N) is None else round(self.end(n, N)[0], 4) for N in (16, 64)]
-            yield n, self.spec(n).get("iterations", 0), round(minutes, 2), kl, *x.values(), round(self.boot[n, "greedy", 1][0], 4), *more
+            yield n, self.spec(n).get("iterations", 0), round(minutes,
+                                                              2), kl, *x.values(), round(self.boot[n,
+                                                                                                   "greedy", 1][0], 4), *more
 
 
 def report_rl(runs, stages, out):
@@ -123,9 +135,11 @@ def report_rl(runs, stages, out):
         draw(out / name, title, panels)
         made.append(f"{name}.png")
     body = list(t.table())
-    header = ["training", "iterations", "minutes", "kl", "accuracy", "lo", "hi", "greedy", "pass@16", "pass@64"]
+    header = ["training", "iterations", "minutes", "kl", "accuracy", "lo", "hi", "greedy", "pass@16",
+              "pass@64"]
     write_csv(out / "table.csv", header, body)
-    logs = pd.concat([log.assign(training=n, run=seed) for n, ls in t.logs.items() for seed, log in zip(t.seeds, ls)])
+    logs = pd.concat([log.assign(training=n, run=seed) for n, ls in t.logs.items() for seed,
+                      log in zip(t.seeds, ls)])
     write_text(out / "curves.csv", logs.to_csv(index=False))
     rl_figures(t, figure)
     text = "\n".join([f"{'training':<28}{'minutes':>8}{'KL':>6}{'accuracy':>10}   {'95% interval':<16}  greedy  pass@16  pass@64", *(

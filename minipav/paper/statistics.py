@@ -12,7 +12,8 @@ import pandas as pd
 from minipav.files import damaged
 
 KEY = ["group", "policy", "method", "score", "prover", "alpha"]
-DROPPED = {"main": ["prover", "alpha"], "bases": ["prover", "alpha"], "provers": ["alpha"], "train": ["alpha"]}
+DROPPED = {"main": ["prover", "alpha"], "bases": ["prover", "alpha"], "provers": ["alpha"],
+           "train": ["alpha"]}
 
 
 class Curve(NamedTuple):
@@ -80,13 +81,15 @@ def interval(x):
     if not np.isfinite(x[0]):
         return None
     lo, hi = np.percentile(np.where(np.isfinite(x[1:]), x[1:], np.inf), [2.5, 97.5], method="nearest")
-    return {k: round(float(v), 4) if np.isfinite(v) else None for k, v in (("mean", x[0]), ("lo", lo), ("hi", hi))}
+    return {k: round(float(v), 4) if np.isfinite(v) else None for k,
+            v in (("mean", x[0]), ("lo", lo), ("hi", hi))}
 
 
 def spread(values):
     """Of one number a run: {"mean", "lo", "hi"}, where lo and hi are the lowest and the highest run's."""
     values = [float(v) for v in values]
-    return {"mean": round(float(np.mean(values)), 4), "lo": round(min(values), 4), "hi": round(max(values), 4)}
+    return {"mean": round(float(np.mean(values)), 4), "lo": round(min(values), 4),
+            "hi": round(max(values), 4)}
 
 
 def at_tokens(curve, tokens, beyond=True):

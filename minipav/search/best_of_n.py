@@ -22,12 +22,14 @@ def expected_best(scores, reward, N):
     P, M = scores.shape
     ranked = reward.gather(1, scores.argsort(1)).double()
     # equal scores are in no order: each of them gets the mean reward of its group
-    group = torch.cat([torch.zeros(P, 1), (scores.sort(1).values.diff(dim=1) > 0).float()], 1).cumsum(1).long()
+    group = torch.cat([torch.zeros(P, 1), (scores.sort(1).values.diff(dim=1) > 0).float()],
+                      1).cumsum(1).long()
     total = torch.zeros(P, M, dtype=torch.double).scatter_add(1, group, ranked)
     size = torch.zeros(P, M, dtype=torch.double).scatter_add(1, group, torch.ones(P, M, dtype=torch.double))
     ranked = (total / size.clamp(min=1)).gather(1, group)
     r = torch.arange(M, dtype=torch.double)
-    log_c = torch.lgamma(r + 1) - torch.lgamma(torch.tensor(float(N), dtype=torch.double)) - torch.lgamma(r - N + 2)
+    log_c = torch.lgamma(r + 1) - torch.lgamma(torch.tensor(float(N),
+                                                            dtype=torch.double)) - torch.lgamma(r - N + 2)
     ways = torch.where(r >= N - 1, (log_c - _log_binomial(M, N)).exp(), 0.0)
     return (ranked * ways).sum(1).float()
 
@@ -79,7 +81,8 @@ def over_samples(s, problems, ns, seed, right, read=0, reading=0.0):
     t, seconds = draw(s, problems, M, seed)
     reward, spent = t.reward.view(P, M), (t.lengths - t.ends[:, 0] - 1).float().view(P, M).mean(1)
     read = torch.as_tensor(read).float().expand(P, M).mean(1)
-    return [Result(right(t, reward, n), s.remember(("pass", M, seed, n), lambda n=n: pass_at_n(reward, n)), n * spent,
+    return [Result(right(t, reward, n), s.remember(("pass", M, seed, n), lambda n=n: pass_at_n(reward, n)),
+                   n * spent,
                    n * read, seconds=(seconds + reading) * n / M) for n in ns]
 
 
@@ -113,7 +116,8 @@ def best_of_n(s, problems, ns, seed):
     q_mu = q_best_of_k(q, s.K) if s.mu_verifier is None else values(s, s.mu_verifier, t, problems)
     row, last = torch.arange(len(t)), t.last
     before = (last - 1).clamp(min=0)  # a sample without a step: V(x) itself
-    value = s.score.of(Step(q[row, last], q_mu[row, last], q[row, before], q_mu[row, before], q, int(last.max()),
+    value = s.score.of(Step(q[row, last], q_mu[row, last], q[row, before], q_mu[row, before], q,
+                            int(last.max()),
                             torch.zeros(len(t)), s.alpha))
     ended = t.tokens[row, t.lengths - 1] == s.env.enc.eot_token                 # what never ended ranks last
     value = torch.where(ended, value, -torch.inf).view(P, M)

@@ -24,8 +24,10 @@ def describe(bench, a, seed, tables):
     texts = responses(run.enc, s.tokens, s.lengths, s.ends[:, 0] + 1)
     judged = [run.task.judge(problems[i], t) for i, t in zip(s.problem.tolist(), texts)]
     failures = [v for v in judged if v != "right"]
-    rows = [row for path in tables for row in read_csv(path, COLUMNS) if row["prover"] == f"bo{a.K}" or not a.alpha]
-    solved = [r for r in rows if r["method"] == "beam" and r["n"] == str(a.widths[-1]) and float(r["right"]) == 1]
+    rows = [row for path in tables for row in read_csv(path,
+                                                       COLUMNS) if row["prover"] == f"bo{a.K}" or not a.alpha]
+    solved = [r for r in rows if r["method"] == "beam" and r["n"] == str(a.widths[-1])
+              and float(r["right"]) == 1]
     text = "no problem was solved\n"
     if solved:
         text = explain(bench, problems[int(solved[0]["problem"])], solved[0]["text"], a.alpha, a.K, seed)
@@ -39,7 +41,8 @@ def tells_apart(verifier, right, wrong):
     """AUC of right traces against wrong ones by their final score; None if there are none."""
     if len(right) == 0 or len(wrong) == 0:
         return None
-    q = torch.cat([score(verifier, t.tokens, t.ends).gather(1, t.last[:, None])[:, 0] for t in (right, wrong)])
+    q = torch.cat([score(verifier, t.tokens, t.ends).gather(1,
+                                                            t.last[:, None])[:, 0] for t in (right, wrong)])
     label = torch.cat([torch.ones(len(right)), torch.zeros(len(wrong))])
     return round(auc(q, label, torch.ones_like(label)), 4)
 
@@ -49,7 +52,8 @@ def explain(bench, problem, response, alpha, K, seed, n_mc=256):
     reward."""
     run, prompt = bench.run, bench.run.task.prompt(problem)
     tokens, lengths = encode_rows(run.enc, [prompt + response])
-    t = label_with_outcome(run, [problem], torch.tensor([0]), tokens, lengths, encode_rows(run.enc, [prompt])[1])
+    t = label_with_outcome(run, [problem], torch.tensor([0]), tokens, lengths,
+                           encode_rows(run.enc, [prompt])[1])
     q = score(bench.model("q_pi"), t.tokens, t.ends)[0]
     q_mu = q_best_of_k(q, K)
     adv_mu = advantage(q_mu)
@@ -58,7 +62,8 @@ def explain(bench, problem, response, alpha, K, seed, n_mc=256):
     lines = [prompt.strip(), f"{'':<36}{'Q^pi':>8}{f'({n_mc} rollouts)':>18}{f'Q^Bo{K}':>9}{'A^mu':>8}{'Q+aA':>8}"]
     for h, step in enumerate(["(the bare prompt)", *run.task.steps(response)]):
         line = f"{step:<36}{q[h]:>8.3f}{f'{mc.q[0, h]:.3f} +- {se[h]:.3f}':>18}{q_mu[h]:>9.3f}"
-        lines.append(line + (f"{adv_mu[h - 1]:>8.3f}{effective_reward(q[h], adv_mu[h - 1], alpha):>8.3f}" if h else ""))
+        lines.append(line + (f"{adv_mu[h - 1]:>8.3f}{effective_reward(q[h], adv_mu[h - 1], alpha):>8.3f}" if h
+                             else ""))
     return "\n".join(lines) + "\n"
 
 

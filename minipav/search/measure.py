@@ -9,7 +9,8 @@ from minipav.search import METHODS
 from minipav.search.score import SCORES, Search
 from minipav.utils import Fail
 
-COLUMNS = ("method", "score", "policy", "prover", "alpha", "split", "sample_seed", "n", "problem", "right", "solved",
+COLUMNS = ("method", "score", "policy", "prover", "alpha", "split", "sample_seed", "n", "problem", "right",
+           "solved",
            "tokens", "verifier_tokens", "text")
 
 
@@ -37,7 +38,8 @@ class Cell:
     def parse(cls, text, **fields):
         """"beam:effective" -> that method and score. Raises Fail if there is no such method or score."""
         method, _, score = text.partition(":")
-        if method not in METHODS or score and score not in SCORES or bool(score) != (method in ("beam", "best_of_n")):
+        if method not in METHODS or score and score not in SCORES or bool(score) != (method in ("beam",
+                                                                                                "best_of_n")):
             raise Fail(f"--search {text}: choose METHOD or METHOD:SCORE of {', '.join(METHODS)} and {', '.join(SCORES)}")
         return cls(method, score, **fields)
 

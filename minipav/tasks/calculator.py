@@ -142,7 +142,8 @@ class Calculator(Task):
         for i in range(0, len(problems), chunk):
             s = slice(i, i + chunk)
             nxt, target = transitions(problems[s]), np.array([p.target for p in problems[s]])
-            actions = walk(nxt, dp(nxt, target, self.H)[0], directed[s], value[s], step[s], target, self.H, rng)
+            actions = walk(nxt, dp(nxt, target, self.H)[0], directed[s], value[s], step[s], target, self.H,
+                           rng)
             for p, ks, v in zip(problems[s], actions, value[s].tolist()):
                 out.append([])
                 for k in ks[ks >= 0]:
@@ -214,5 +215,6 @@ class Calculator(Task):
                 on_target = truth != p.target and rng.random() < 0.5
                 value.append(p.target if on_target else int(rng.choice(near)))
             heads.append([*lines[:where[-1]], f"{sign}{x} = {value[-1]}"])
-        rest = self._walks(problems, rng.random(len(problems)) < 0.5, np.array(value), np.array(where) + 1, rng)
+        rest = self._walks(problems, rng.random(len(problems)) < 0.5, np.array(value), np.array(where) + 1,
+                           rng)
         return ["\n".join(a + b) + END for a, b in zip(heads, rest)], where

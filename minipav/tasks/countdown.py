@@ -115,7 +115,8 @@ class Countdown(Task):
         for line in lines:
             a, sign, b, result, left = parse(line) or (0, "+", 0, 0, ())
             enough = a in out[-1] and b in out[-1] and (a != b or out[-1].count(a) > 1)
-            if not enough or apply(a, sign, b) != result or tuple(sorted(left)) != after(out[-1], (a, sign, b)):
+            if not enough or apply(a, sign,
+                                   b) != result or tuple(sorted(left)) != after(out[-1], (a, sign, b)):
                 break
             out.append(after(out[-1], (a, sign, b)))
         return out
