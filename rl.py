@@ -4,9 +4,8 @@
     python rl.py --all                    # every reward
     python rl.py --sweep                  # other alphas, provers, difficulties; without what keeps it stable
     python rl.py --reward pav --alpha 1 --prover bo16 --policy weak         # one training with other flags
-    python rl.py --tune lr --all          # the learning rate (or the KL) of each reward, on validation
-    problems python rl.py --run runs/calculator-seed? --all --out results/rl         # several seeds, and
-    their mean
+    python rl.py --tune lr --all          # the learning rate (or KL) of each reward, on validation problems
+    python rl.py --run runs/calculator-seed? --all --out results/rl         # several seeds, and their mean
 
 Each training has a folder RUN/rl/REWARD-HASH with log.csv, rows.csv, the policy, and while it runs a
 checkpoint; it goes on where it was stopped, and what is finished is not done again. The loop is in
@@ -52,14 +51,14 @@ class Trial:
     n_mc: int = flag(4, "completions a prefix, for the rewards that sample them (VinePPO: 9)", low=1,
                      high=4096)
     refresh: int = flag(0, "a step of the verifier every so many iterations; 0: frozen")
-    trust_verifier: bool = flag(False, "believe the verifier at a trace's end and after H steps too")
+    trust_verifier: bool = flag(False, "believe the verifier also where the value is known: at a trace's end")
     # the loop
     policy: str = flag("base", "of train.py: where RFT starts", choices=("weak", "base", "strong"))
     no_rft: bool = flag(False, "start from that policy itself")
     iterations: int = flag(150, "of the loop", low=1, high=10**6)
     batch: int = flag(128, "traces an iteration", low=1, high=1 << 16)
     group: int = flag(4, "traces a problem", low=1, high=1 << 16)
-    baseline: str = flag("value", "what is subtracted from a return",
+    baseline: str = flag("value", "what is subtracted from a return: the value network, ...",
                          choices=("value", "group", "mean", "none"))
     lr: float = flag(1e-3, "of the policy (AdamW)", low=1e-12, high=10)
     warmup: float = flag(0.1, "share of the iterations; the learning rate then falls as a cosine", high=1)

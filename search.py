@@ -1,11 +1,10 @@
 """Test-time search with what train.py left, on held-out problems (section 4.1 of the paper).
 
-    python search.py                      # runs/calculator-seed0: re-ranking and beams, alpha chosen on
-    validation problems python search.py --all                # the paper's figures: other scores, bases,
-    provers, data sizes (Fig. 4, 5, 6, 10, 11) python search.py --show 3             # three problems, every
-    candidate step with its values, and what the beam kept python search.py --search beam:effective --alpha
-    0.5 --prover bo16      # one method and score with other flags python search.py --run
-    runs/calculator-seed? --all --out results/search     # several seeds, and their mean
+    python search.py                      # runs/calculator-seed0: re-ranking and beams, alpha chosen first
+    python search.py --all                # the paper's figures: other scores, bases, provers, data
+    python search.py --show 3             # three problems, every candidate step with its values
+    python search.py --search beam:effective --alpha 0.5 --prover bo16     # one method and score, other flags
+    python search.py --run runs/calculator-seed? --all --out results/search    # several seeds, and their mean
 
 Each search (method, score, policy, prover, alpha, budgets) is one table of rows in RUN/search; what is there
 is not searched again. The methods and scores are in minipav/search/, the experiments of --all in
@@ -19,6 +18,7 @@ from minipav.paper.experiments import EXPERIMENTS
 from minipav.paper.report import report_search
 from minipav.prover import Prover
 from minipav.run import open_runs
+from minipav.search import METHODS
 from minipav.search.inspect import show
 from minipav.search.measure import Bench, Cell, accuracy
 from minipav.utils import Fail, main_guard, pick_device, tune_process
@@ -66,9 +66,10 @@ def main():
         Prover.parse(a.prover)
     if len(a.run) > 1 and a.out is None and not a.show:
         raise Fail("several --run folders need an --out for their mean")
-    ns, widths = tuple(2 ** k for k in range(a.n.bit_length())), tuple(sorted(a.widths))
+    ns = tuple(2 ** k for k in range(a.n.bit_length()))
+    budgets = {"n": ns, "widths": tuple(sorted(a.widths)), "one": (1,)}
     wanted = [Cell.parse(x, policy=a.policy, problems=a.problems) for x in a.search]
-    wanted = [replace(c, ns={"beam": widths, "greedy": (1,)}.get(c.method, ns),
+    wanted = [replace(c, ns=budgets[getattr(METHODS[c.method], "budgets", "n")],
                       seed=s) for c in wanted for s in a.seeds]
     runs, measured, alphas = open_runs(a.run, pick_device(a.device)), [], []
     for run in runs:

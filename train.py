@@ -1,9 +1,8 @@
 """The whole of minipav, from nothing to a figure, in the order of the paper.
 
-    python train.py                       # calculator, 2 CPU cores: 11 to 15 minutes; a GPU is used if there
-    is one python train.py --smoke --out /tmp/x  # every stage at toy size, seconds
-    python train.py --resume              # go on where an interrupted run stopped: same result as
-    uninterrupted
+    python train.py                       # calculator, 2 CPU cores: 11 to 15 minutes; or a GPU
+    python train.py --smoke --out /tmp/x  # every stage at toy size, seconds
+    python train.py --resume              # go on where an interrupted run stopped: to the same result
 
 1 policies    SFT of the base policy pi, and of a weaker and a stronger prover
 2 rollouts    seed rollouts, and from them the labelled traces of each policy (section 4.2, App. D)
@@ -33,21 +32,20 @@ from minipav.tasks import TASKS
 from minipav.utils import Fail, derive_seed, main_guard, pick_device, progress, tune_process
 from minipav.verifier import TARGETS, outcome_only, train_verifier
 
-SIZES = {"nano": dict(n_layer=2, n_head=2, n_kv_head=1, n_embd=64, n_ffn=128),  # 0.1M parameters: the tests
-         "mini": dict(),                                                                # 0.5M: the default
-         "midi": dict(n_layer=6, n_head=8, n_kv_head=2, n_embd=256, n_ffn=640),         # 4M
-         "maxi": dict(n_layer=12, n_head=12, n_kv_head=4, n_embd=768, n_ffn=2048)}      # 76M: a GPU
+SIZES = {"nano": dict(n_layer=2, n_head=2, n_kv_head=1, n_embd=64, n_ffn=128),       # 0.1M parameters: tests
+         "mini": dict(),                                                             # 0.5M: the default
+         "midi": dict(n_layer=6, n_head=8, n_kv_head=2, n_embd=256, n_ffn=640),      # 4M
+         "maxi": dict(n_layer=12, n_head=12, n_kv_head=4, n_embd=768, n_ffn=2048)}   # 76M: a GPU
 SMOKE = dict(size="nano", sft_steps=60, strong_steps=10, batch_size=64, problems=150, branches=400, n_mc=2,
-             pit_traces=20,
-             prover_rollouts=200, orm_steps=20, q_steps=25, mu_steps=8, test_problems=40, max_n=8,
-             widths=[1, 2])
+             pit_traces=20, prover_rollouts=200, orm_steps=20, q_steps=25, mu_steps=8, test_problems=40,
+             max_n=8, widths=[1, 2])
 
 
 @dataclass
 class Flags:
     # run
     task: str = flag("calculator", "what is solved", choices=list(TASKS))
-    size: str = flag("mini", "of policies and verifiers", choices=list(SIZES))
+    size: str = flag("mini", "size of policies and verifiers", choices=list(SIZES))
     device: str = flag("auto", "where it runs", choices=("auto", "cpu", "cuda", "mps"))
     seed: int = flag(0, "of everything; the same seed gives the same run on a machine", high=2**32 - 1)
     out: Path = flag(None, "run folder; default: runs/TASK-seedSEED", kind=Path)
@@ -55,33 +53,33 @@ class Flags:
     smoke: bool = flag(False, "toy size, to see every stage work")
     # SFT
     expert_fraction: float = flag(0.15, "of the demonstrations: those that reach the target", high=1)
-    sft_steps: int = flag(400, "of the base policy")
+    sft_steps: int = flag(400, "optimizer steps of the base policy")
     weak_at: float = flag(0.45, "the weaker prover is the base after this share of its SFT", high=1)
     strong_steps: int = flag(320, "the stronger prover is the base, trained on for so many steps ...")
     strong_expert_fraction: float = flag(1.0, "... with this fraction of expert demonstrations", high=1)
     batch_size: int = flag(256, "rows of an optimizer step", low=1, high=1 << 16)
-    lr_muon: float = flag(0.02, "of the blocks' matrices; 0: AdamW alone", high=10)
-    lr_adamw: float = flag(3e-3, "of the rest", low=1e-12, high=10)
+    lr_muon: float = flag(0.02, "learning rate of the blocks' matrices; 0: AdamW alone", high=10)
+    lr_adamw: float = flag(3e-3, "learning rate of the rest", low=1e-12, high=10)
     # rollouts; a count of 0 means none
     top_p: float = flag(0.98, "nucleus of every sample of every policy; 1: all of it", low=1e-6, high=1)
     recipe: str = flag("dense", "of the verifiers' data: the paper's, or ours", choices=list(RECIPES))
     problems: int = flag(10000, "training problems with seed rollouts of pi", low=1, high=10**7)
     n_cov: int = flag(4, "seed rollouts a problem", low=1, high=4096)
-    n_mc: int = flag(3, "completions a prefix; 4 n_mc up to a first pit", low=1, high=4096)
+    n_mc: int = flag(3, "completions a prefix (four times as many up to a first pit)", low=1, high=4096)
     pit_traces: int = flag(250, "wrong traces that are searched for a first pit")
     pit_threshold: float = flag(0.2, "Q above which a state is a high-value one", high=1)
     branches: int = flag(40000, "dense: completions of prefixes of right seeds, n_mc a prefix")
     corrupted_fraction: float = flag(0.15, "dense: seeds copied with a corrupted step, like right branches",
                                      high=1)
     prover_rollouts: int = flag(20000,
-                                "of each prover: half its own seeds, half on from pi's prefixes (dense)")
+                                "of each prover: half seeds of its own, half from pi's prefixes")
     # verifiers
     target: str = flag("bce", "what a verifier learns", choices=list(TARGETS))
-    q_steps: int = flag(500, "of Q^pi, which starts from the stronger policy", low=1)
-    orm_steps: int = flag(60, "of the ORM, which starts from Q^pi", low=1)
-    mu_steps: int = flag(50, "of each Q^mu, which starts from Q^pi", low=1)
-    lr_muon_verifier: float = flag(0.01, "as above", high=10)
-    lr_adamw_verifier: float = flag(1e-3, "as above", low=1e-12, high=10)
+    q_steps: int = flag(500, "optimizer steps of Q^pi, which starts from the stronger policy", low=1)
+    orm_steps: int = flag(60, "optimizer steps of the ORM, which starts from Q^pi", low=1)
+    mu_steps: int = flag(50, "optimizer steps of each Q^mu, which starts from Q^pi", low=1)
+    lr_muon_verifier: float = flag(0.01, "as --lr_muon, for verifiers", high=10)
+    lr_adamw_verifier: float = flag(1e-3, "as --lr_adamw, for verifiers", low=1e-12, high=10)
     balance: bool = flag(False, "weigh labels Q < .5 and Q >= .5 the same, as in the paper")
     # evaluation
     test_problems: int = flag(500, "held-out problems", low=1, high=10**6)
@@ -94,7 +92,6 @@ class Flags:
 
 
 # ---- 1 policies
-# -----------------------------------------------------------------------------------------------
 
 def policies(run, a):
     """pi; the weaker prover is pi early in its training, the stronger one pi trained on with expert
@@ -117,8 +114,7 @@ def policies(run, a):
             print(f"  {name}: no SFT ({'0 steps' if steps == 0 else 'the task has no demonstrations'})")
         else:
             train_policy(model, run, fraction, steps=steps, batch_size=a.batch_size, lr_muon=a.lr_muon,
-                         lr_adamw=a.lr_adamw,
-                         seed=seed, log=log)
+                         lr_adamw=a.lr_adamw, seed=seed, log=log)
         model.save(run.out / name)
     model.save(run.out / "weak")
     train("base", a.expert_fraction, a.sft_steps, seed, log)
@@ -126,7 +122,6 @@ def policies(run, a):
 
 
 # ---- 2 rollouts
-# -----------------------------------------------------------------------------------------------
 
 def rollouts(run, a):
     """Of every policy: its seed rollouts, and by --recipe the labelled traces of its verifier."""
@@ -144,7 +139,8 @@ def rollouts(run, a):
                 seeds[name] = seed_rollouts(model, run, [problems[i % len(problems)] for i in range(n_mu)], 1,
                                             s + 3)
                 seeds[name].problem %= len(problems)
-            print(f"  {name}, {split}: {len(seeds[name]):,} seeds, {float(seeds[name].reward.mean()):.1%} right")
+            right = float(seeds[name].reward.mean())
+            print(f"  {name}, {split}: {len(seeds[name]):,} seeds, {right:.1%} right")
             run.save_traces(f"seeds_{name}_{split}", seeds[name])
         c = Collect(run, problems, a.n_mc, int(share * a.branches), n_mu, a.corrupted_fraction,
                     a.pit_traces if split == "train" else 0, a.pit_threshold, s, rng)
@@ -159,7 +155,6 @@ def rollouts(run, a):
 
 
 # ---- 3 verifiers
-# ----------------------------------------------------------------------------------------------
 
 def verifier(run, a, name, data, init, steps, select=lambda traces: traces):
     """Train one verifier and report it on held-out problems."""
@@ -180,12 +175,11 @@ def verifier(run, a, name, data, init, steps, select=lambda traces: traces):
 
 
 # ---- 4 evaluation
-# ---------------------------------------------------------------------------------------------
 
 def cells(a, seed):
     """Every method at every budget."""
-    ns, few = tuple(2 ** k for k in range(a.max_n.bit_length())), tuple(w for w in a.widths
-                                                                        if w <= 4) or tuple(a.widths[:1])
+    ns = tuple(2 ** k for k in range(a.max_n.bit_length()))
+    few = tuple(w for w in a.widths if w <= 4) or tuple(a.widths[:1])
     fixed = dict(problems=a.test_problems, seed=seed)
     yield Cell("greedy", **fixed)
     for search in ("pass", "majority", "best_of_n:orm", "best_of_n:q_pi"):
@@ -205,8 +199,8 @@ def main():
         c = GPTConfig(vocab_size=1, **SIZES[a.size])
         slot = 8 * c.n_layer * c.n_kv_head * c.n_embd // c.n_head
         a.max_tokens_in_flight = (4 << 30 if a.device == "cuda" else 400 << 20) // slot
-    config = {k: v for k, v in vars(a).items() if k not in ("out",
-                                                            "resume")} | {"dials": dataclasses.asdict(dials)}
+    config = {k: v for k, v in vars(a).items() if k not in ("out", "resume")}
+    config["dials"] = dataclasses.asdict(dials)
     run = Run(a.out or Path("runs") / f"{a.task}-seed{a.seed}", config, a.resume)
     run.stage("policies", lambda: policies(run, a))
     run.stage("rollouts", lambda: rollouts(run, a))

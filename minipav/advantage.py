@@ -46,7 +46,6 @@ def first_pit(q, reward, threshold):
 
 
 # ---- Monte-Carlo estimates
-# ------------------------------------------------------------------------------------
 
 def _sample(policy, env, rows, lengths, n, seed, **sampling):
     task, enc = env.task, env.enc

@@ -4,8 +4,7 @@ A recipe is a function (c, policies, seeds) -> {policy: Traces}: c says how much
 models by name ("base" is pi, the others provers), `seeds` their own seed rollouts.
 
     paper   n_mc completions at every prefix of every seed, first pits                     (the paper's)
-    dense   a seed's outcome labels all of its prefixes; completions where the values are   (ours, the
-    default)
+    dense   a seed's outcome labels all of its prefixes; completions where the values are  (ours, the default)
 """
 from dataclasses import dataclass, replace
 

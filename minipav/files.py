@@ -57,7 +57,7 @@ def damaged(path, why):
     """The error for a file that is there and is not what it should be, or is not there."""
     if isinstance(why, FileNotFoundError):
         return Fail(f"{path} does not exist: is this the right folder?")
-    return Fail(f"{path} is damaged or of another version ({str(why)[:200]}): delete it, or start again elsewhere")
+    return Fail(f"{path} is damaged or of another version ({str(why)[:200]}): delete it, or start elsewhere")
 
 
 def read_text(path):
@@ -121,10 +121,10 @@ def lock(folder):
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         f.seek(0)
-        raise Fail(f"{folder} is in use by process {f.read().strip() or '?'}: wait for it, or choose another folder"
-                   ) from None
+        holder = f.read().strip() or "?"
+        raise Fail(f"{folder} is in use by process {holder}: wait for it, or choose another folder") from None
     except OSError as e:
-        raise Fail(f"--out {folder}: cannot make or write this folder ({e.strerror}); choose another") from None
+        raise Fail(f"--out {folder}: cannot make or write it ({e.strerror}); choose another") from None
     LOCKS[folder] = f
     f.truncate(0)
     f.write(str(os.getpid()))

@@ -29,7 +29,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add(parser, cls):
-    group = parser.add_argument_group(f"flags of {cls.__name__}" if cls.__name__ != "Flags" else "flags")
+    group = parser.add_argument_group("flags" if cls.__name__ == "Flags" else f"flags of {cls.__name__}")
     for f in dataclasses.fields(cls):
         m, several = f.metadata, f.default is dataclasses.MISSING
         if m["kind"] is bool:
@@ -39,7 +39,7 @@ def add(parser, cls):
         shown = " ".join(map(str, default)) if several else default
         group.add_argument(f"--{f.name}", type=m["kind"], default=default, choices=m["choices"],
                            nargs="+" if several else None,
-                           metavar=None if m["choices"] else m["kind"].__name__.upper(),
+                           metavar=None if m["choices"] else m["kind"].__name__.removeprefix("Posix").upper(),
                            help=(m["help"] + (f" ({shown})" if default not in (None, [])
                                               else "")).replace("%", "%%"))
 

@@ -4,8 +4,7 @@ Decoder-only: RMSNorm, rotary positions, grouped-query attention with optional q
 untied head. One forward serves training (no cache) and cached decoding. Shapes are written beside the code
 with
 
-    B rows, T positions, C = n_embd, H = n_head, G = n_kv_head, D = C / H, V = vocab_size, S = slots of the KV
-    cache.
+    B rows, T positions, S cache slots, C = n_embd, H = n_head, G = n_kv_head, D = C / H, V = vocab_size
 """
 import dataclasses
 from dataclasses import dataclass
@@ -40,11 +39,11 @@ class GPTConfig:
         wrong = [f.name for f in dataclasses.fields(self) if not isinstance(getattr(self, f.name), f.type)]
         sizes = None if wrong else (*dataclasses.astuple(self)[:7], self.n_out)
         if wrong or min(sizes) < 1 or max(sizes) > 1 << 24 or self.head not in ("lm", "scalar"):
-            raise Fail(f"impossible size: {wrong[0] if wrong else 'a size below 1 or above 2^24, or an unknown head'} "
-                       f"in {self}")
+            why = wrong[0] if wrong else "a size below 1 or above 2^24, or an unknown head"
+            raise Fail(f"impossible size: {why} in {self}")
         if self.n_embd % self.n_head or self.n_head % self.n_kv_head or (self.n_embd // self.n_head) % 2:
-            raise Fail(f"impossible size: n_embd={self.n_embd} must be a multiple of n_head={self.n_head} with an even "
-                       f"quotient, and n_head a multiple of n_kv_head={self.n_kv_head}")
+            raise Fail(f"impossible size: n_embd={self.n_embd} must be an even multiple of "
+                       f"n_head={self.n_head}, and n_head a multiple of n_kv_head={self.n_kv_head}")
 
 
 class KVCache:
@@ -182,7 +181,7 @@ class GPT(nn.Module):
         if pos is None:
             T = idx.shape[1]
             if T > self.config.block_size:
-                raise ValueError(f"{T} tokens in a row, but the model's block_size is {self.config.block_size}")
+                raise ValueError(f"{T} tokens in a row, but block_size is {self.config.block_size}")
             rope = self.cos[None, :T], self.sin[None, :T]
             pos = torch.arange(T, device=idx.device).expand(len(idx), T)
         else:

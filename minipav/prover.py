@@ -26,5 +26,5 @@ class Prover(NamedTuple):
             return cls(text)
         if (Path(text) / "model.safetensors").exists():
             return cls(str(Path(text).resolve()))
-        raise Fail(f"--prover {text}: unknown; choose boK with K from 1 to 999999 (bo4), weak, strong, or the folder "
-                   "of a saved model")
+        raise Fail(f"--prover {text}: unknown; choose boK with K from 1 to 999999 (bo4), weak, strong, or "
+                   "the folder of a saved model")

@@ -3,8 +3,7 @@
     sample    problems, and a group of traces of each, from the whole distribution of the policy
     credit    a return for each step, Rex + alpha A^mu(s_h, a_h), and from it the weight of each of its tokens
     update    one step of policy and value network: sum_h grad log pi(a_h | s_h) (return_h - b(s_h)) (Eq. 5),
-    with a
-              KL to the initial policy
+              with a KL to the initial policy
     log       accuracy on held-out problems, every eval_every iterations
 """
 import copy
@@ -37,17 +36,14 @@ from minipav.traces import Traces, responses
 from minipav.utils import Fail, NotFinite, apply_step, make_optimizers, progress
 from minipav.verifier import label_weights, verifier_loss
 
-
 # a row of log.csv: sampled so far; of held-out problems; means over the iterations since the row before, a
 # trace (length, kl), a token (entropy, value_error) or a share of the traces: right, with an illegal step,
 # with return 0
 COLUMNS = ("iteration", "tokens", "seconds", "accuracy", "greedy", "pass_n", "length", "kl", "entropy",
-           "value_error",
-           "train_reward", "illegal", "zero_return", "tokens_per_s")
+           "value_error", "train_reward", "illegal", "zero_return", "tokens_per_s")
 
 
 # ---- losses
-# ---------------------------------------------------------------------------------------------------
 
 def policy_loss(policy, ref, tokens, step, weight, kl_coef):
     """REINFORCE with KL to the initial policy, summed over rows: (loss, KL, entropy, tokens). Arguments (N,
@@ -82,7 +78,6 @@ def outcomes(policy, env, problems, n, seed, **sampling):
 
 
 # ---- the loop
-# -------------------------------------------------------------------------------------------------
 
 class Reinforce:
     """One training; `folder` gets log.csv and the checkpoint. init: the initial policy; a: a Trial; split: of
@@ -100,8 +95,8 @@ class Reinforce:
         if self.reward.values == "verifier":
             self.verifier, c = run.model(verifier_of(self.mu.policy)), run.config
             if a.refresh:
-                self.optimizers["verifier"] = make_optimizers(self.verifier, c["lr_muon_verifier"] / 4,
-                                                              c["lr_adamw_verifier"] / 4)
+                lrs = c["lr_muon_verifier"] / 4, c["lr_adamw_verifier"] / 4
+                self.optimizers["verifier"] = make_optimizers(self.verifier, *lrs)
                 self.old = run.traces(f"{a.policy}_train")
         if self.reward.values == "rollouts":
             self.mu_policy = run.model(self.mu.policy)
@@ -123,9 +118,9 @@ class Reinforce:
                     or i >= a.iterations) and (not self.rows or self.rows[-1]["iteration"] < i):
                     r = self.log(problems)
                     self.save()
-                    bar.write(f"  {self.folder.name:<24} iteration {i:>4}   accuracy {r['accuracy']:.3f}   greedy "
-                              f"{r['greedy']:.3f}   pass@{a.eval_n} {r['pass_n']:.3f}   KL {r['kl'] or 0:5.2f}   "
-                              f"{r['tokens_per_s']:>7.0f} tokens/s", file=sys.stderr)
+                    bar.write(f"  {self.folder.name:<20} iteration {i:>4}   accuracy {r['accuracy']:.3f}   "
+                              f"greedy {r['greedy']:.3f}   pass@{a.eval_n} {r['pass_n']:.3f}   "
+                              f"KL {r['kl'] or 0:5.2f}   {r['tokens_per_s']:>7.0f} tokens/s", file=sys.stderr)
                 if i >= a.iterations:
                     return self.policy
                 start = time.time()
@@ -232,11 +227,11 @@ class Reinforce:
         path = self.folder / "bad_batch.safetensors"
         write_tensors(path, {"tokens": traces.tokens, "ends": traces.ends, "reward": traces.reward,
                              "q_mu": q_mu})
-        raise Fail(f"{self.folder.name}: the loss is not finite at iteration {i}: its batch is in {path}, the state of "
-                   f"iteration {self.rows[-1]['iteration']} in checkpoint.safetensors; lower --lr or --alpha")
+        raise Fail(f"{self.folder.name}: the loss is not finite at iteration {i}: its batch is in {path}, "
+                   f"the state of iteration {self.rows[-1]['iteration']} in checkpoint.safetensors; "
+                   "lower --lr or --alpha")
 
     # ---- log and checkpoint
-    # -----------------------------------------------------------------------------------
 
     def log(self, problems):
         """Evaluate on held-out problems, and write one row. -> the row"""

@@ -46,7 +46,6 @@ REWARDS = {
 
 
 # ---- from values to token weights
-# -----------------------------------------------------------------------------
 
 def step_returns(reward, rex, q_mu, alpha):
     """The return (N, S) of each step, from Rex (N,) and Q^mu (N, S + 1), NaN behind the last step end: 0
@@ -88,8 +87,8 @@ def step_baseline(kind, returns, ends, group, running):
     if kind == "group":
         there = (ends[:, 1:] >= 0).float()
         total, n = (x.view(-1, group, x.shape[1]) for x in (returns * there, there))
-        return ((total.sum(1, keepdim=True) - total) / (n.sum(1, keepdim=True) - n).clamp(min=1)).flatten(0,
-                                                                                                          1)
+        others, count = (x.sum(1, keepdim=True) - x for x in (total, n))
+        return (others / count.clamp(min=1)).flatten(0, 1)
     return torch.full_like(returns, running if kind == "mean" else 0.0)
 
 
@@ -126,7 +125,7 @@ def check_prover(reward, mu, a):
     """Raises Fail if this reward cannot be had with this prover."""
     values, other = REWARDS[reward].values, mu.policy != a.policy
     if other and (values == "exact" or values == "verifier" and a.refresh):
-        raise Fail(f"--prover {a.prover}: only best-of-K has exact values, or a verifier to --refresh; use boK")
+        raise Fail(f"--prover {a.prover}: only boK has exact values, or a verifier to --refresh; use boK")
     if values == "rollouts" and a.n_mc < mu.K:
         raise Fail(f"--n_mc {a.n_mc}: best-of-{mu.K} needs at least {mu.K} completions a prefix")
 

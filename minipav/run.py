@@ -2,8 +2,8 @@
 go on.
 
     run = Run(Path("runs/calculator-seed0"), config)      # start, or with resume=True go on
-    run.stage("orm", work)                                # work() unless it is done; what it wrote is then
-    final run.model("q_pi"), run.traces("base_train"), run.problems("test", 500)
+    run.stage("orm", work)                                # work() unless it is done; what it wrote is final
+    run.model("q_pi"), run.traces("base_train"), run.problems("test", 500)
 
 A stage is done once stages/NAME.json is there, which is written last. A stage that was killed is run again
 from its start, from its own seed and the files of the stages before it: the result is that of the
@@ -40,12 +40,12 @@ class Run:
         lock(self.out)
         if path.exists() or (self.out / "stages").exists():
             if not resume:
-                raise Fail(f"--out {out} already holds a run: add --resume to go on with it, or choose another --out")
+                raise Fail(f"--out {out} already holds a run: add --resume to go on, or choose another --out")
             old = read_json(path, **CONFIG)
             for k, v in json.loads(json.dumps(config)).items():
                 if old.get(k) != v:
-                    raise Fail(f"--{k} is {v}, but the run in {out} was started with {old.get(k)}: repeat its flags "
-                               "to resume it, or choose another --out")
+                    raise Fail(f"--{k} is {v}, but the run in {out} was started with {old.get(k)}: repeat "
+                               "its flags to resume it, or choose another --out")
         else:
             write_json(path, config)
         self._prepare(config)
@@ -68,8 +68,8 @@ class Run:
         config = read_json(run.out / "config.json", **CONFIG)
         missing = [s for s in TRAINED if not (run.out / "stages" / f"{s}.json").exists()]
         if missing:
-            raise Fail(f"--run {out}: train.py has not finished there ({', '.join(missing)} not done); finish it with "
-                       "its flags and --resume")
+            raise Fail(f"--run {out}: train.py has not finished there ({', '.join(missing)} not done); "
+                       "finish it with its flags and --resume")
         lock(run.out)
         try:
             run._prepare(config | {"device": device})
@@ -78,7 +78,6 @@ class Run:
         return run
 
     # ---- stages
-    # -----------------------------------------------------------------------------------------------
 
     def stage(self, name, work, spec=None):
         """Do work(), which may return facts, unless stages/NAME.json says that it was done. spec: what it
@@ -110,10 +109,10 @@ class Run:
         return record
 
     def peak_memory(self):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 30 if sys.platform == "darwin"
-                                                                     else 1 << 20)
-        return round(torch.cuda.max_memory_allocated() / (1 << 30) if self.config["device"] == "cuda"
-                     else peak, 2)
+        if self.config["device"] == "cuda":
+            return round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        unit = 2**30 if sys.platform == "darwin" else 2**20
+        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 2)
 
     def logger(self, name, steps):
         """log(step, steps, loss, held-out loss) -> a progress bar and a row of the stage's log."""
@@ -129,7 +128,6 @@ class Run:
         return log
 
     # ---- what it holds
-    # ----------------------------------------------------------------------------------------
 
     def seed(self, *names):
         return derive_seed(self.config["seed"], *names)

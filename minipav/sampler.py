@@ -75,25 +75,23 @@ def sample(model, prompts, prompt_lengths, n=1, *, max_new_tokens, stop, seed=0,
     """
     B, device, longest = len(prompts), model.device, int(prompt_lengths.max()) + max_new_tokens
     if int(prompt_lengths.min()) < 1 or longest - 1 > model.config.block_size:
-        raise ValueError(f"prompts must hold 1 token or more and {longest - 1} positions fit into the model's block_size "
-                         f"{model.config.block_size}")
+        raise ValueError(f"prompts must hold 1 token or more, and {longest - 1} positions fit into "
+                         f"block_size {model.config.block_size}")
     # One uniform number for each token that may come (temperature 0 uses none).
     u = torch.rand(B * n, max_new_tokens if temperature else 1, generator=torch.Generator().manual_seed(seed))
     out = Samples(torch.full((B * n, max_new_tokens), pad), torch.zeros(B * n, dtype=torch.long),
                   torch.zeros(B * n, max_new_tokens), torch.full((B * n,), LENGTH))
-    done = 0
-    for rows in prompt_lengths.repeat_interleave(n).argsort(stable=True).split(max(1,
-                                                                                   max_tokens_in_flight // longest)):
+    done, order = 0, prompt_lengths.repeat_interleave(n).argsort(stable=True)   # short prompts first
+    for rows in order.split(max(1, max_tokens_in_flight // longest)):
         which, copies = torch.unique_consecutive(rows // n, return_inverse=True)
         lengths = prompt_lengths[which].to(device)
         chunk = prompts[which, :int(lengths.max())].to(device)
-        cache = KVCache(model.config, len(chunk), chunk.shape[1] + max_new_tokens - 1, device,
-                        model.embed.weight.dtype)
+        slots = chunk.shape[1] + max_new_tokens - 1
+        cache = KVCache(model.config, len(chunk), slots, device, model.embed.weight.dtype)
         hidden, copies = prefill(model, cache, chunk, lengths), copies.to(device)
         result = decode(model, cache[copies], hidden[copies], lengths[copies], u[rows].to(device),
-                        max_new_tokens,
-                        torch.tensor(stop, device=device), pad, compact, temperature=temperature, top_k=top_k,
-                        top_p=top_p)
+                        max_new_tokens, torch.tensor(stop, device=device), pad, compact,
+                        temperature=temperature, top_k=top_k, top_p=top_p)
         for name, value in zip(("tokens", "lengths", "logprobs", "finish_reason"), result):
             getattr(out, name)[rows] = value.cpu()
         done += len(rows)

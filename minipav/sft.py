@@ -51,7 +51,7 @@ def rft(policy, seeds, seed, name="", epochs=2, batch_size=64, lr=3e-4):
     there with the settings of SFT). Raises Fail if none is right."""
     policy, right = copy.deepcopy(policy), seeds[seeds.reward == 1]
     if len(right) == 0:
-        raise Fail(f"no seed rollout of the policy {name} is right: there is nothing to fine-tune on; use --no_rft")
+        raise Fail(f"no seed rollout of the policy {name} is right: nothing to fine-tune on; use --no_rft")
     generator = torch.Generator().manual_seed(seed)
     order = torch.cat([torch.randperm(len(right), generator=generator) for _ in range(epochs)])
     parts = (right[rows] for rows in order.split(batch_size))

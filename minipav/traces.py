@@ -61,10 +61,9 @@ class Traces:
 def step_ends(tokens, prompt_lengths, lengths, delimiters):
     """Positions (N, S + 1) of the last token of the prompt and of every finished step; -1 beyond the last
     one. A step ends with one of the tokens `delimiters`. tokens (N, T)."""
-    N, T = tokens.shape
-    t = torch.arange(T)
-    end = torch.isin(tokens, torch.tensor(delimiters)) & (t >= prompt_lengths[:, None]) & (t < lengths[:,
-                                                                                                       None])
+    N, t = len(tokens), torch.arange(tokens.shape[1])
+    response = (t >= prompt_lengths[:, None]) & (t < lengths[:, None])          # (N, T)
+    end = torch.isin(tokens, torch.tensor(delimiters)) & response
     end[torch.arange(N), prompt_lengths - 1] = True
     index = end.cumsum(1) - 1  # (N, T) which step end a position is
     out = torch.full((N, int(index.max()) + 1), -1)

@@ -30,8 +30,8 @@ def main_guard(main):
         tqdm.write(f"error: {' '.join(str(e).split())}", file=sys.stderr)       # clear of a progress bar
         sys.exit(1)
     except KeyboardInterrupt:
-        tqdm.write("stopped: what was finished is on disk; the same command goes on from there (train.py with "
-                   "--resume)", file=sys.stderr)
+        tqdm.write("stopped: what was finished is on disk; the same command goes on from there (train.py "
+                   "with --resume)", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:                                                     # piped into head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -34,13 +34,12 @@ TARGETS = {"bce": Target(  # soft labels, cross-entropy (App. D)
 
 def target_of(model):
     if model.config.head != "scalar" or model.config.target not in TARGETS:
-        raise Fail(f"a model with the head {model.config.head} ({model.config.target}) is no verifier: is it the right "
-                   "folder?")
+        raise Fail(f"a model with the head {model.config.head} ({model.config.target}) is no verifier: is it "
+                   "the right folder?")
     return TARGETS[model.config.target]
 
 
 # ---- reading
-# --------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def score(model, tokens, ends, batch_tokens=None):
@@ -132,7 +131,6 @@ def exact_q(env, problems, traces):
 
 
 # ---- training
-# -------------------------------------------------------------------------------------------------
 
 def outcome_only(traces):
     """The ORM's data: of each trace the end alone, labelled with Rex."""

@@ -9,6 +9,7 @@ import torch
 from minipav.advantage import advantage, effective_reward, first_pit, monte_carlo, q_best_of_k, seed_rollouts
 from minipav.data import corrupted_steps
 from minipav.prover import Prover, verifier_of
+from minipav.run import keyed
 from minipav.sampler import sample
 from minipav.search.beam import search_all
 from minipav.search.measure import Bench, Cell
@@ -18,38 +19,42 @@ from minipav.verifier import score, train_verifier
 
 GRID = {"lr": (3e-4, 1e-3, 2e-3), "kl": (0.01, 0.03, 0.1)}      # of --tune, the same for every reward
 # of --sweep; ORM-RL in 480 iterations costs about what PAV-RL does in 150, its verifier's data included
-SWEEPS = [*(("pav", x) for x in (
-    {"alpha": 0.5}, {"alpha": 3.0}, {"alpha": 6.0}, {"prover": "bo16"}, {"prover": "weak"},
-    {"prover": "strong"},
-    {"refresh": 2}, {"trust_verifier": True})), *((r, x) for x in (
-        {"policy": "weak"}, {"policy": "strong"}, {"kl": 1e-3}, {"kl": 0.1}, {"kl": 0.2},
-        {"baseline": "none"},
-        {"baseline": "group"}, {"no_rft": True}, {"iterations": 480}) for r in ("outcome", "pav")),
-    ("pav_exact", {"kl": 1e-3})]
+SWEEPS = [("pav", {flag: x}) for flag, x in (
+    ("alpha", 0.5), ("alpha", 3.0), ("alpha", 6.0), ("prover", "bo16"), ("prover", "weak"),
+    ("prover", "strong"),
+    ("refresh", 2), ("trust_verifier", True))]
+SWEEPS += [(reward, {flag: x}) for flag, x in (
+    ("policy", "weak"), ("policy", "strong"), ("kl", 1e-3), ("kl", 0.1), ("kl", 0.2), ("baseline", "none"),
+    ("baseline", "group"), ("no_rft", True), ("iterations", 480)) for reward in ("outcome", "pav")]
+SWEEPS += [("pav_exact", {"kl": 1e-3})]
 KS = (1, 2, 4, 8, 16, 32)
 
 
-def beams(bench, a, group, search="beam:effective", ns=(8,), **fields):
-    """Beam searches, one for each of --seeds."""
-    return [(group, bench.measure(Cell.parse(search, ns=ns, problems=a.problems, seed=s,
-                                             **fields))) for s in a.seeds]
+def trained(bench):
+    """The policies that have a verifier (with --prover_rollouts 0 only pi has)."""
+    return [p for p in ("base", "weak", "strong") if (bench.run.out / verifier_of(p)).exists()]
+
+
+def searches(bench, a, group, *names, ns=(8,), **fields):
+    """These searches, each for every one of --seeds."""
+    cells = [Cell.parse(name, ns=ns, problems=a.problems, seed=s,
+                        **fields) for name in names for s in a.seeds]
+    return [(group, bench.measure(cell)) for cell in cells]
 
 
 def controls(bench, a, mu, alpha):
     """Fig. 5a: other scores of the same beam; and the two beams at the budget of best-of-128."""
-    out = [t for w in ("beam:advantage",
-                       "beam:bonus") for t in beams(bench, a, "main", w, (1, 2, 4), prover=mu, alpha=alpha)]
+    how = dict(prover=mu, alpha=alpha)
+    out = searches(bench, a, "main", "beam:advantage", "beam:bonus", ns=(1, 2, 4), **how)
     if bench.run.task.exact:
-        out += beams(bench, a, "main", "beam:exact", (1, 2, 4, 8))
-    return out + [t for w in ("beam:q_pi",
-                              "beam:effective") for t in beams(bench, a, "main", w, (64,), prover=mu,
-                                                               alpha=alpha)], {}
+        out += searches(bench, a, "main", "beam:exact", ns=(1, 2, 4, 8))
+    return out + searches(bench, a, "main", "beam:q_pi", "beam:effective", ns=(64,), **how), {}
 
 
 def errors_by_step(bench, a, mu, alpha, n=8):
     """Fig. 10: how often a threshold on the score after step h mispredicts the outcome of a rollout. The
     threshold is chosen on validation problems; right and wrong rollouts weigh the same, so guessing is .5
-    (the paper does not say)."""
+    (the paper: unsaid)."""
     def scores(split):
         t = seed_rollouts(bench.model("base"), bench.run, bench.run.problems(split, a.problems), n,
                           a.seeds[0])
@@ -58,36 +63,39 @@ def errors_by_step(bench, a, mu, alpha, n=8):
                 "q_pi": q[:, 1:]}, t.reward
 
     def error(value, reward, cut):
-        return 1 - (float((value[reward == 1] >= cut).float().mean())
-                    + float((value[reward == 0] < cut).float().mean())) / 2
-    (validation, reward_v), (test, reward_t) = scores("validation"), scores("test")
-    out = {name: [] for name in test}
+        hits = (value[reward == 1] >= cut).float().mean(), (value[reward == 0] < cut).float().mean()
+        return 1 - (float(hits[0]) + float(hits[1])) / 2
+    (validation, reward_v), (test, reward_t), out = scores("validation"), scores("test"), {}
     for name in test:
-        for h in range(min(bench.run.task.max_steps, validation[name].shape[1], test[name].shape[1])):
-            ok, ok_t = ~validation[name][:, h].isnan(), ~test[name][:, h].isnan()
+        out[name] = []
+        for v, x in list(zip(validation[name].T, test[name].T))[:bench.run.task.max_steps]:
+            ok, ok_t = ~v.isnan(), ~x.isnan()
             if not ok.any() or not ok_t.any():
                 break
-            cuts = torch.quantile(validation[name][ok, h], torch.linspace(0, 1, 201))
-            best = min(cuts, key=lambda c: error(validation[name][ok, h], reward_v[ok], c))
-            out[name].append(error(test[name][ok_t, h], reward_t[ok_t], best))
+            cuts = torch.quantile(v[ok], torch.linspace(0, 1, 201))
+            best = min(cuts, key=lambda c: error(v[ok], reward_v[ok], c))
+            out[name].append(error(x[ok_t], reward_t[ok_t], best))
     return [], out
+
+
+def exact_values(bench, a, mu, alpha):
+    """Is it the verifier's error? The PAV beam with exact Q^pi, and A^mu of best-of-K from it, by alpha and
+    K."""
+    pairs = [(0.0, "bo1"), *((x, f"bo{k}") for k in (1, 4, 16) for x in (0.2, 0.5, 1.0))]
+    return [t for x, m in pairs * bool(bench.run.task.exact)
+            for t in searches(bench, a, "exact", "beam:exact", ns=(2, 4), prover=m, alpha=x)], {}
 
 
 def other_bases(bench, a, mu, alpha):
     """Fig. 4 for a weaker and a stronger base policy, at the base's alpha. Each has its own Q; the ORM is the
     base's, since at the end of a trace the outcome does not depend on who wrote it. (Its own Q re-ranks them
     too.)"""
-    ns, widths = tuple(2 ** k for k in range(max(1,
-                                                 a.n // 2).bit_length())), tuple(w for w in sorted(a.widths)
-                                                                                 if w <= 16)
-    out = []
-    for policy in ("weak", "strong"):
-        for s in a.seeds:
-            fixed = dict(policy=policy, problems=a.problems, seed=s)
-            wanted = [Cell("greedy", **fixed), *(Cell.parse(x, ns=ns, **fixed) for x in (
-                "pass", "best_of_n:orm", "best_of_n:q_pi"))]
-            out += [("bases", bench.measure(c)) for c in wanted]
-        out += beams(bench, a, "bases", ns=widths or (1,), policy=policy, prover=mu, alpha=alpha)
+    ns = tuple(2 ** k for k in range(max(1, a.n // 2).bit_length()))
+    widths, out = tuple(w for w in sorted(a.widths) if w <= 16) or (1,), []
+    for policy in trained(bench)[1:]:
+        out += searches(bench, a, "bases", "greedy", ns=(1,), policy=policy)
+        out += searches(bench, a, "bases", "pass", "best_of_n:orm", "best_of_n:q_pi", ns=ns, policy=policy)
+        out += searches(bench, a, "bases", "beam:effective", ns=widths, policy=policy, prover=mu, alpha=alpha)
     return out, {}
 
 
@@ -95,15 +103,15 @@ def provers(bench, a, mu, alpha):
     """Fig. 5b: best-of-K for every K; 5c: each base with each prover; and before any search, from logged
     values alone, the two terms of Theorem 3.1 for each (base, prover)."""
     out, facts, config = [], [], bench.run.config
-    for policy in ("base", "weak", "strong"):
-        others = [p for p in ("weak", "strong") if p != policy]
-        mus = [f"bo{k}" for k in KS] + others if policy == "base" else ["bo1", f"bo{config['K']}", *others,
-                                                                        "base"]
+    for policy in trained(bench):
+        mus = [f"bo{k}" for k in KS] if policy == "base" else ["bo1", f"bo{config['K']}"]
+        mus += [p for p in trained(bench)[1:] if p != policy] + ["base"] * (policy != "base")
         fixed = dict(policy=policy, ns=(4, 8) if policy == "base" else (8,))
         q_mus, q = logged_values(bench, a, policy, mus)
-        out += beams(bench, a, "provers", "beam:q_pi", **fixed)
+        out += searches(bench, a, "provers", "beam:q_pi", **fixed)
         for m in mus:                                           # at alpha 0 all provers are the same
-            out += beams(bench, a, "provers", prover=m, alpha=alpha or config["alpha"], **fixed)
+            out += searches(bench, a, "provers", "beam:effective", prover=m, alpha=alpha or config["alpha"],
+                            **fixed)
             d, al = theorem_terms(q_mus[m], q)
             facts.append({"base": policy, "prover": m, "distinguishability": d, "alignment": al})
     return out, {"theorem": facts}
@@ -122,12 +130,12 @@ def theorem_terms(q_mu, q_pi):
 
 def values(bench, policy, mus, tokens, ends):
     """Q^pi at these step ends, and {prover: Q^mu}."""
-    q = score(bench.model(verifier_of(policy)), tokens, ends)
-    parsed = {m: Prover.parse(m, policy) for m in mus}
-    return q, {m: q_best_of_k(q,
-                              p.K) if p.policy == policy
-                              else score(bench.model(verifier_of(p.policy)), tokens, ends)
-               for m, p in parsed.items()}
+    q, out = score(bench.model(verifier_of(policy)), tokens, ends), {}
+    for m in mus:
+        mu = Prover.parse(m, policy)
+        own = mu.policy == policy
+        out[m] = q_best_of_k(q, mu.K) if own else score(bench.model(verifier_of(mu.policy)), tokens, ends)
+    return q, out
 
 
 def logged_values(bench, a, policy, mus, states=400, actions=16):
@@ -146,66 +154,56 @@ def logged_values(bench, a, policy, mus, states=400, actions=16):
     return {m: x.view(-1, actions) for m, x in q_mus.items()}, q.view(-1, actions)
 
 
-def exact_values(bench, a, mu, alpha):
-    """Is it the verifier's error? The PAV beam with exact Q^pi, and A^mu of best-of-K from it, by alpha and
-    K."""
-    if not bench.run.task.exact:
-        return [], {}
-    pairs = [(0.0, "bo1"), *((x, f"bo{k}") for k in (1, 4, 16) for x in (0.2, 0.5, 1.0))]
-    return [t for x, m in pairs for t in beams(bench, a, "exact", "beam:exact", (2, 4), prover=m,
-                                               alpha=x)], {}
-
-
 def data_sizes(bench, a, mu, alpha, shares=(0.05, 0.4), width=8):
     """Fig. 6b and 11: Q^pi trained anew, from the stronger policy, on fresh rollouts of pi (as many as a
-    share of the seeds of train.py): seeds with n_mc completions of each of their prefixes (n_mc = 0: a seed's
-    own outcome is its prefixes' label), or spent on first pits. Each sees its data at least once, and 100
-    batches of 128. Judged by a beam by Q^pi."""
-    def work():
-        return {"rows": list(train_on_sizes(bench, a, shares, width))}
-    return [], bench.run.stage("search/data", work, {"shares": shares, "width": width, "problems": a.problems,
-                                                     "seed": a.seeds[0]})
+    share of the seeds of train.py). Each verifier sees its data at least once, and 100 batches of 128. Judged
+    by a beam by Q^pi."""
+    spec = {"shares": shares, "width": width, "problems": a.problems, "seed": a.seeds[0]}
+    return [], bench.run.stage(keyed("search/data", spec), lambda: {
+        "rows": list(train_on_sizes(bench, a, shares, width))}, spec)
 
 
-def train_on_sizes(bench, a, shares, width):
-    run, base, c = bench.run, bench.model("base"), bench.run.config
-    sizes, seed = [round(x * c["problems"] * c["n_cov"]) for x in shares], run.seed("data")
-    problems, rng = run.problems("train", max(sizes)), np.random.default_rng(seed)
-    seeds = seed_rollouts(base, run, problems, 1, seed)
-
+def data_by_way(run, base, problems, seeds):
+    """{way: rollouts -> Traces}: seeds with n_mc completions of each of their prefixes (n_mc = 0: a seed's
+    own outcome is its prefixes' label), or two thirds of the rollouts for probing, and the rest for the
+    prefixes up to the first pits that were found (App. D)."""
     def labelled(rollouts, n_mc):
-        """As many seeds as the rollouts pay for, with n_mc completions of each of their prefixes."""
         t = seeds[:max(1, int(((1 + n_mc * seeds.last).cumsum(0) <= rollouts).sum()))]
         return monte_carlo(base, run, problems, t, t.ends >= 0, n_mc, run.seed("data", n_mc)) if n_mc else t
 
     def with_pits(rollouts, n_probe=4, most=32):
-        """Two thirds of the rollouts for probing, the rest for the prefixes up to the first pits (App. D)."""
         t = labelled(2 * rollouts // 3, n_probe)
-        pit = first_pit(t.q.masked_fill(~t.labelled, float("nan")), t.reward, c["pit_threshold"])
+        pit = first_pit(t.q.masked_fill(~t.labelled, float("nan")), t.reward, run.config["pit_threshold"])
         upto = torch.arange(t.ends.shape[1]) <= pit[:, None]
         n = min(most, rollouts // 3 // max(1, int(upto.sum())))
         if n == 0 or not upto.any():
             return t
+        # the probe chose the pit
         again = monte_carlo(base, run, problems, t, upto, n, run.seed("data", "pits"))
-        # the probe chose it
         return replace(t, q=torch.where(upto, again.q, t.q), n=torch.where(upto, again.n, t.n))
-    ways = {f"n_mc = {n}": lambda r, n=n: labelled(r, n) for n in (0, 4, 16)} | {"first pits": with_pits}
-    for size in sizes:
-        for way, collect in ways.items():
-            data = collect(size)
-            few = seeds[torch.from_numpy(rng.permutation(len(data))[:max(1, len(data) // 6)])]
-            data = Traces.cat([data, corrupted_steps(run, problems, few, rng)], pad_token(run.enc))
-            q, r = train_verifier(run.model("strong"), data, run.traces("base_validation"), batch_size=128,
-                                  steps=max(100, len(data) // 128), lr_muon=c["lr_muon_verifier"],
-                                  lr_adamw=c["lr_adamw_verifier"],
-                                  seed=run.seed("data", size), log=lambda *x: None)
-            judge = Bench(run)
-            judge.models = bench.models | {"q_pi": q}
-            found = search_all(judge.search(Cell("beam", "q_pi")), run.problems("test", a.problems), width,
-                               a.seeds[0])
-            yield {"rollouts": size, "way": way, "traces": len(data), "auc": r.auc,
-                   "accuracy": float(found.right.mean()),
-                   "solved": "".join(str(int(x)) for x in found.right)}
+    return {f"n_mc = {n}": lambda r, n=n: labelled(r, n) for n in (0, 4, 16)} | {"first pits": with_pits}
+
+
+def train_on_sizes(bench, a, shares, width):
+    run, base, c, seed = bench.run, bench.model("base"), bench.run.config, bench.run.seed("data")
+    sizes, rng = [round(x * c["problems"] * c["n_cov"]) for x in shares], np.random.default_rng(seed)
+    problems, test = run.problems("train", max(sizes)), run.problems("test", a.problems)
+    seeds, held_out = seed_rollouts(base, run, problems, 1, seed), run.traces("base_validation")
+    ways = data_by_way(run, base, problems, seeds)
+    for size, (way, collect) in ((size, w) for size in sizes for w in ways.items()):
+        data = collect(size)
+        few = seeds[torch.from_numpy(rng.permutation(len(data))[:max(1, len(data) // 6)])]
+        data = Traces.cat([data, corrupted_steps(run, problems, few, rng)], pad_token(run.enc))
+        q, r = train_verifier(run.model("strong"), data, held_out, batch_size=128,
+                              steps=max(100, len(data) // 128),
+                              lr_muon=c["lr_muon_verifier"], lr_adamw=c["lr_adamw_verifier"],
+                              seed=run.seed("data", size), log=lambda *x: None)
+        judge = Bench(run)
+        judge.models = bench.models | {"q_pi": q}
+        found = search_all(judge.search(Cell("beam", "q_pi")), test, width, a.seeds[0])
+        yield {"rollouts": size, "way": way, "traces": len(data), "auc": r.auc,
+               "accuracy": float(found.right.mean()),
+               "solved": "".join(str(int(x)) for x in found.right)}
 
 
 EXPERIMENTS = {"controls": controls, "steps": errors_by_step, "exact": exact_values, "bases": other_bases,

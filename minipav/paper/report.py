@@ -1,8 +1,8 @@
 """From the rows of one run, or of several seeds, to tables, figures, claims and a summary.
 
-    python -m minipav.paper.report runs/a runs/b runs/c --out results/train      # the same training with
-    three seeds python -m minipav.paper.report --claims runs/didactic                        # of the didactic
-    example and the theory
+    python -m minipav.paper.report --runs runs/a runs/b runs/c --out results/train     # one training, three
+    seeds python -m minipav.paper.report --claims runs/didactic                 # of the didactic example and
+    the theory
 
 Intervals are 95% bootstrap intervals over problems, the same resampled problems for every method (paired);
 with several runs the runs are resampled too, so that the spread over seeds is in them.
@@ -19,19 +19,19 @@ from minipav.paper.figures import draw, lines, name_of, search_figures
 from minipav.paper.statistics import Curves, interval, load, spread
 from minipav.utils import Fail, main_guard
 
-STAGE = dict(seconds=(int, float), command=str, commit=str, hardware=str, spec=dict)
-
 
 def stage(folder, name):
-    return read_json(Path(folder) / "stages" / f"{name}.json", **STAGE)
+    """The record of a finished stage of the run in this folder."""
+    path = Path(folder) / "stages" / f"{name}.json"
+    return read_json(path, seconds=(int, float), command=str, commit=str, hardware=str, spec=dict)
 
 
 def provenance(runs, names):
     """What a result must be quoted with; names: of each run (a folder), the stages that it rests on."""
-    records = [[stage(run, n) for n in ns] for run, ns in zip(runs, names)]
-    return {"command": " ".join(["python", *sys.argv]),
-            "commit": sorted({r["commit"] for x in records for r in x}),
-            "hardware": sorted({r["hardware"] for x in records for r in x}),
+    records = [[stage(run, n) for n in each] for run, each in zip(runs, names)]
+    every = [r for x in records for r in x]
+    return {"command": " ".join(["python", *sys.argv]), "commit": sorted({r["commit"] for r in every}),
+            "hardware": sorted({r["hardware"] for r in every}),
             "minutes": spread(sum(r["seconds"] for r in x) / 60 for x in records)}
 
 
@@ -47,11 +47,18 @@ def finish(out, summary, claims, text, made, after):
     print(f"\nin {out}: table.txt, summary.json, {', '.join(made)}\nnext: {after}")
 
 
-# ---- search and training
-# --------------------------------------------------------------------------------------
+def drawer(out):
+    """(figure(name, title, panels), the names of what it has drawn)"""
+    made = []
+
+    def figure(name, title, panels):
+        draw(out / name, title, panels)
+        made.append(f"{name}.png")
+    return figure, made
+
 
 class Searched:
-    """Curves of several runs: tables {run's seed: [(group, path)]}, facts {experiment: facts} of each run."""
+    """Searches of several runs: tables {run's seed: [(group, path)]}, and of each run {experiment: facts}."""
 
     def __init__(self, tables, facts, group="main"):
         self.rows, self.facts, self.group = load(tables), facts, group
@@ -63,109 +70,89 @@ class Searched:
 
     def fact(self, experiment, get):
         """get(facts) of each run, or None if it was not measured everywhere."""
-        return [get(f[experiment]) for f in self.facts] if all(f.get(experiment)
-                                                               for f in self.facts) else None
-
-    def table(self):
-        """Rows (search, prover, policy, n, tokens, accuracy, lo, hi) of the main curves."""
-        for (group, policy, method, score, prover, _), c in self.curves.by.items():
-            if group == self.group:
-                for k, n in enumerate(c.n):
-                    x = interval(c.acc[:, k])
-                    yield ":".join(y for y in (method,
-                                               score) if y), prover, policy, int(n), round(c.tokens[0, k],
-                                                                                           1), *x.values()
+        found = [f[experiment] for f in self.facts if f.get(experiment)]
+        return [get(f) for f in found] if found and len(found) == len(self.facts) else None
 
     def write(self, out):
         """rows.csv.gz, curves.csv. -> the table as text"""
-        write_whole(out / "rows.csv.gz", lambda p: self.rows.to_csv(p, index=False, float_format="%.7g",
-                                                                     compression={"method": "gzip",
-                                                                                  "mtime": 0}))
-        body = list(self.table())
-        write_csv(out / "curves.csv", ["search", "prover", "policy", "n", "tokens_per_problem", "accuracy",
-                                       "lo", "hi"], body)
-        return "\n".join([f"{'method':<28}{'N or width':>10}{'tokens/problem':>16}{'accuracy':>10}   95% interval", *(
-            f"{' '.join(x for x in (name_of(m), mu and f'({mu})') if x):<28}{n:>10}{tokens:>16.0f}{acc:>10.3f}   [{lo:.3f}, {hi:.3f}]"
-            for m, mu, _, n, tokens, acc, lo, hi in body)])
+        gz = {"method": "gzip", "mtime": 0}
+        write_whole(out / "rows.csv.gz", lambda p: self.rows.to_csv(p, index=False, compression=gz))
+        header, body = ["search", "prover", "n", "tokens_per_problem", "accuracy", "lo", "hi"], []
+        text = [f"{'method':<28}{'N or width':>10}{'tokens/problem':>16}{'accuracy':>10}   95% interval"]
+        for (group, _, method, score, prover, _), c in self.curves.by.items():
+            search = f"{method}:{score}" if score else method
+            for k, n in enumerate(c.n if group == self.group else ()):
+                acc, lo, hi = interval(c.acc[:, k]).values()
+                body.append((search, prover, n, round(c.tokens[0, k], 1), acc, lo, hi))
+                name = name_of(search) + (f" ({prover})" if prover else "")
+                text.append(f"{name:<28}{n:>10}{c.tokens[0, k]:>16.0f}{acc:>10.3f}   [{lo:.3f}, {hi:.3f}]")
+        write_csv(out / "curves.csv", header, body)
+        return "\n".join(text)
 
 
 def report_training(runs, out):
-    """Of finished runs of train.py (folders), in `out`; the first one's base and q_pi are copied there if it
-    is not the run itself."""
+    """Of finished runs of train.py (folders), in `out`; if that is none of them, the first one's base and
+    q_pi are copied there."""
     configs = [read_json(run / "config.json", seed=int, task=str, alpha=(int, float), K=int) for run in runs]
-    if len({c["seed"] for c in configs}) < len(runs):
+    seeds, same = [c["seed"] for c in configs], {**configs[0], "seed": "each"}
+    if len(set(seeds)) < len(runs):
         raise Fail("two of these runs have the same seed: each counts once")
-    if any({**c, "seed": 0} != {**configs[0], "seed": 0} for c in configs):
+    if any({**c, "seed": "each"} != same for c in configs):
         raise Fail("these runs differ in more than their seed: their numbers cannot be averaged")
-    examples, mu = [stage(run,
-                          "example") for run in runs], f"bo{configs[0]['K']}" if configs[0]["alpha"] else ""
-    tables = {c["seed"]: [("train", run / t) for t in x["tables"]] for c, run,
-              x in zip(configs, runs, examples)}
+    examples = [stage(run, "example") for run in runs]
+    tables = {n: [("train", run / t) for t in x["tables"]] for n, run, x in zip(seeds, runs, examples)}
     s = Searched(tables, [{} for _ in runs], "train")
-    for (*key, prover, alpha), c in list(s.curves.by.items()):
-        if prover == mu:  # the prover of the PAV beam is not named in claims
-            s.curves.by[(*key, "", alpha)] = c if mu else s.curves.by[(*key, prover, alpha)]
-    text = s.write(out)
-    draw(out / "accuracy", f"{configs[0]['task']}, seed {', '.join(str(c['seed']) for c in configs)}", [
-        ("", "policy tokens generated a problem", "accuracy on held-out problems",
-         lines({name_of(m): s.main(m) for m in (
-            "greedy", "majority", "best_of_n:orm", "best_of_n:q_pi", "beam:q_pi", "beam:effective",
-            "pass")}))])
+    # the PAV beam's prover goes without saying
+    for key in [k for k in s.curves.by if k[4] == f"bo{same['K']}"]:
+        s.curves.by[(*key[:4], "", key[5])] = s.curves.by.pop(key)
+    text, searches = s.write(out), ("greedy", "majority", "best_of_n:orm", "best_of_n:q_pi", "beam:q_pi",
+                                    "beam:effective", "pass")
+    draw(out / "accuracy", f"{same['task']}, seed {', '.join(map(str, seeds))}", [
+        ("", "policy tokens generated a problem", "accuracy",
+         lines({name_of(m): s.main(m) for m in searches}))])
     names = [[*x["stages"], "example", *(t.removesuffix(".csv") for t in x["tables"])] for x in examples]
-    facts = provenance(runs, names) | {"seeds": [c["seed"] for c in configs],
-                                       "config": {**configs[0], "seed": "each"}}
-    facts |= {"base_sampled": spread(c["right"].mean() for _,
-                                     c in s.rows[(s.rows.method == "pass") & (s.rows.n == 1)].groupby("run")),
-              "base_greedy": spread(c["right"].mean() for _,
-                                    c in s.rows[s.rows.method == "greedy"].groupby("run")),
-              "planning_failure_share": spread(x["planning_failure_share"] for x in examples),
-              "corrupted_step_auc": [x["corrupted_step_auc"] for x in examples],
-              "pav_minus_best_q_points": ahead(s, "beam:effective", "best_of_n:q_pi")}
-    if out not in runs:
-        for name in ("base", "q_pi"):
-            shutil.copytree(runs[0] / name, out / name, dirs_exist_ok=True)
-    first = examples[0]
-    print(f"\nbase policy: {facts['base_sampled']['mean']:.1%} sampled, {facts['base_greedy']['mean']:.1%} greedy; "
-          f"{first['planning_failure_share']:.1%} of its failures are planning failures; AUC of right traces against the same with "
-          f"a corrupted step: {first['corrupted_step_auc']}; {facts['minutes']['mean']:.1f} minutes")
+    one = s.rows[s.rows.n == 1].groupby(["method", "run"])["right"].mean()
+    facts = provenance(runs, names) | {
+        "seeds": seeds, "config": same, "base_sampled": spread(one["pass"]),
+        "base_greedy": spread(one["greedy"]),
+        "planning_failure_share": spread(x["planning_failure_share"] for x in examples),
+        "corrupted_step_auc": [x["corrupted_step_auc"] for x in examples],
+        "pav_minus_best_q_points": ahead(s, "beam:effective", "best_of_n:q_pi")}
+    for name in ("base", "q_pi") if out not in runs else ():
+        shutil.copytree(runs[0] / name, out / name, dirs_exist_ok=True)
+    print(f"\nbase policy: {one['pass'].mean():.1%} sampled, {one['greedy'].mean():.1%} greedy; "
+          f"{facts['planning_failure_share']['mean']:.1%} of its failures are planning failures\n"
+          f"AUC of right traces against the same with a corrupted step: {facts['corrupted_step_auc'][0]}\n"
+          f"{facts['minutes']['mean']:.1f} minutes")
     finish(out, facts, judged(SEARCH[:4], s), text, ["accuracy.png", "curves.csv", "rows.csv.gz"],
-           f"python search.py --run {runs[0]}, python rl.py --run {runs[0]}; or other seeds, then python -m minipav.paper.report "
-           f"{runs[0]} ... --out DIR for their mean")
+           f"python search.py --run {runs[0]}, python rl.py --run {runs[0]}; or other seeds, then "
+           f"python -m minipav.paper.report --runs {runs[0]} ... --out DIR for their mean")
 
 
 def report_search(runs, measured, alphas, out):
     """Of the searches of search.py: measured has, for each run, its tables and the facts of its
     experiments."""
     tables = {run.config["seed"]: t for run, (t, _) in zip(runs, measured)}
-    s, made = Searched(tables, [f for _, f in measured]), []
-
-    def figure(name, title, panels):
-        draw(out / name, title, panels)
-        made.append(f"{name}.png")
-    text = s.write(out)
-    if "alpha" in tables[runs[0].config["seed"]][0]:
-        rows = s.rows[s.rows.group == "alpha"].astype({"alpha": float}).groupby(["alpha",
-                                                                                 "run"])["right"].mean().unstack()
-        figure("alpha", "alpha on validation problems (beam 16, mu = pi)",
-               [("mean, extreme runs", "alpha", "accuracy", {
-            "beam, PAV": (list(rows.index), *(list(x) for x in (rows.mean(axis=1), rows.min(axis=1),
-                                                                rows.max(axis=1))))})])
+    s, (figure, made) = Searched(tables, [f for _, f in measured]), drawer(out)
+    tried = s.rows[s.rows.group == "alpha"]
+    if len(tried):
+        by = tried.groupby([tried.alpha.astype(float), "run"])["right"].mean().unstack()
+        line = list(by.index), by.mean(axis=1).tolist(), by.min(axis=1).tolist(), by.max(axis=1).tolist()
+        figure("alpha", "alpha on validation problems (beam 16, mu = pi)", [
+            ("mean, extreme runs", "alpha", "accuracy", {"beam, PAV": line})])
     search_figures(s, figure)
     names = [[str(p.relative_to(run.out)).removesuffix(".csv") for _, p in t] for run,
              (t, _) in zip(runs, measured)]
     facts = provenance([run.out for run in runs], names) | {"seeds": list(tables), "alpha": alphas}
-    finish(out, facts, judged(SEARCH, s), text, [*made, "curves.csv", "rows.csv.gz"],
-           f"python rl.py --run {runs[0].out}; or --all; or other seeds, then --run RUN RUN ... --out DIR for their mean")
+    finish(out, facts, judged(SEARCH, s), s.write(out), [*made, "curves.csv", "rows.csv.gz"],
+           f"python rl.py --run {runs[0].out}; or --all; or other seeds, then --run RUN RUN ... --out DIR")
 
-
-# ---- command line
-# ---------------------------------------------------------------------------------------------
 
 @dataclass
 class Flags:
     runs: list = flag([], "folders of train.py, one a seed", kind=Path)
     out: Path = flag(None, "folder for their table, figure and summary", kind=Path)
-    claims: Path = flag(None, "folder of the didactic example and the theory: print what their numbers say",
+    claims: Path = flag(None, "folder of the didactic example and the theory: what their numbers say",
                         kind=Path)
 
 

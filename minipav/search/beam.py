@@ -68,6 +68,9 @@ def beam(s, problems, widths, seed):
     return out
 
 
+beam.budgets = "widths"             # of search.py it takes these budgets; else "n" (the default) or "one"
+
+
 def search_all(s, problems, width, seed):
     task, enc, device, start, P = s.env.task, s.env.enc, s.policy.device, time.time(), len(problems)
     if width < 1 or s.C < 1 or s.alpha < 0:

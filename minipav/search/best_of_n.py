@@ -22,20 +22,18 @@ def expected_best(scores, reward, N):
     P, M = scores.shape
     ranked = reward.gather(1, scores.argsort(1)).double()
     # equal scores are in no order: each of them gets the mean reward of its group
-    group = torch.cat([torch.zeros(P, 1), (scores.sort(1).values.diff(dim=1) > 0).float()],
-                      1).cumsum(1).long()
-    total = torch.zeros(P, M, dtype=torch.double).scatter_add(1, group, ranked)
-    size = torch.zeros(P, M, dtype=torch.double).scatter_add(1, group, torch.ones(P, M, dtype=torch.double))
+    steps = (scores.sort(1).values.diff(dim=1) > 0).long()
+    group = torch.cat([torch.zeros(P, 1).long(), steps], 1).cumsum(1)
+    total, size = torch.zeros(2, P, M, dtype=torch.double)
+    total.scatter_add_(1, group, ranked), size.scatter_add_(1, group, torch.ones_like(ranked))
     ranked = (total / size.clamp(min=1)).gather(1, group)
     r = torch.arange(M, dtype=torch.double)
-    log_c = torch.lgamma(r + 1) - torch.lgamma(torch.tensor(float(N),
-                                                            dtype=torch.double)) - torch.lgamma(r - N + 2)
-    ways = torch.where(r >= N - 1, (log_c - _log_binomial(M, N)).exp(), 0.0)
+    ways = torch.where(r >= N - 1, (log_binomial(r, N - 1) - log_binomial(M, N)).exp(), 0.0)
     return (ranked * ways).sum(1).float()
 
 
-def _log_binomial(n, k):
-    n, k = (torch.tensor(float(x), dtype=torch.double) for x in (n, k))
+def log_binomial(n, k):
+    n, k = (torch.as_tensor(x, dtype=torch.double) for x in (n, k))
     return torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
 
 
@@ -62,7 +60,6 @@ def majority_vote(answers, reward, N):
 
 
 # ---- methods: (Search, problems, budgets, seed) -> a Result for each budget
-# -----------------------------------
 
 def draw(s, problems, M, seed):
     """(traces, seconds) of M samples a problem, drawn once for all methods."""
@@ -109,7 +106,7 @@ def values(s, model, t, problems):
 
 
 def best_of_n(s, problems, ns, seed):
-    """Best-of-N by the score of each sample's last step."""
+    """Best-of-N by the score of each sample's last step (its Step has all values in `path`, no logprob)."""
     P, M, start = len(problems), max(ns), time.time()
     t, seconds = draw(s, problems, M, seed)
     q = values(s, s.verifier, t, problems)
@@ -129,3 +126,6 @@ def greedy(s, problems, ns, seed):
     t = seed_rollouts(s.policy, s.env, problems, 1, seed, temperature=0)
     return [Result(t.reward, t.reward, (t.lengths - t.ends[:, 0] - 1).float(), torch.zeros(len(t)),
                    responses(s.env.enc, t.tokens, t.lengths, t.ends[:, 0] + 1))] * len(ns)
+
+
+greedy.budgets = "one"

@@ -41,8 +41,8 @@ def tells_apart(verifier, right, wrong):
     """AUC of right traces against wrong ones by their final score; None if there are none."""
     if len(right) == 0 or len(wrong) == 0:
         return None
-    q = torch.cat([score(verifier, t.tokens, t.ends).gather(1,
-                                                            t.last[:, None])[:, 0] for t in (right, wrong)])
+    values = [(score(verifier, t.tokens, t.ends), t) for t in (right, wrong)]
+    q = torch.cat([q.gather(1, t.last[:, None])[:, 0] for q, t in values])
     label = torch.cat([torch.ones(len(right)), torch.zeros(len(wrong))])
     return round(auc(q, label, torch.ones_like(label)), 4)
 
@@ -59,7 +59,8 @@ def explain(bench, problem, response, alpha, K, seed, n_mc=256):
     adv_mu = advantage(q_mu)
     mc = monte_carlo(bench.model("base"), run, [problem], t, t.ends >= 0, n_mc, seed)
     se = standard_error(mc.q[0], mc.n[0].clamp(min=1))
-    lines = [prompt.strip(), f"{'':<36}{'Q^pi':>8}{f'({n_mc} rollouts)':>18}{f'Q^Bo{K}':>9}{'A^mu':>8}{'Q+aA':>8}"]
+    head = f"{'':<36}{'Q^pi':>8}{f'({n_mc} rollouts)':>18}{f'Q^Bo{K}':>9}{'A^mu':>8}{'Q+aA':>8}"
+    lines = [prompt.strip(), head]
     for h, step in enumerate(["(the bare prompt)", *run.task.steps(response)]):
         line = f"{step:<36}{q[h]:>8.3f}{f'{mc.q[0, h]:.3f} +- {se[h]:.3f}':>18}{q_mu[h]:>9.3f}"
         lines.append(line + (f"{adv_mu[h - 1]:>8.3f}{effective_reward(q[h], adv_mu[h - 1], alpha):>8.3f}" if h
@@ -75,7 +76,7 @@ def show(bench, cell, count):
     r = beam(s, problems, cell.ns, cell.seed)[0]
     for i, problem in enumerate(problems):
         prompt = run.task.prompt(problem)
-        print(f"{prompt.strip()}        (mu = {cell.prover or 'none'}, alpha = {cell.alpha}, width {cell.ns[0]})\n"
+        print(f"{prompt.strip()}  (mu = {cell.prover or 'none'}, alpha = {cell.alpha}, width {cell.ns[0]})\n"
               f"{'kept':<6}{'Q^pi':>7}{'Q^mu':>7}{'A^mu':>8}{'score':>8}   steps so far")
         for level in s.log:
             b, step = level["beam"], level["step"]
@@ -84,6 +85,8 @@ def show(bench, cell, count):
             for x, text in zip(rows.tolist(), decode_rows(run.enc, b.tokens[rows], b.lengths[rows])):
                 q, q_mu, adv, value = (float(v[x]) for v in (step.q_pi, step.q_mu, step.adv_mu, b.score))
                 steps = ", ".join(run.task.steps(text.removeprefix(prompt).strip()))
-                print(f"{'  *' if level['kept'][x] else '':<6}{q:>7.3f}{q_mu:>7.3f}{adv:>8.3f}{value:>8.3f}   {steps}")
+                kept = "  *" if level["kept"][x] else ""
+                print(f"{kept:<6}{q:>7.3f}{q_mu:>7.3f}{adv:>8.3f}{value:>8.3f}   {steps}")
             print()
-        print(f"answer: {', '.join(run.task.steps(r.text[i])) or 'none'} -> {'right' if r.right[i] else 'wrong'}\n")
+        verdict = "right" if r.right[i] else "wrong"
+        print(f"answer: {', '.join(run.task.steps(r.text[i])) or 'none'} -> {verdict}\n")

@@ -36,12 +36,13 @@ class Cell:
 
     @classmethod
     def parse(cls, text, **fields):
-        """"beam:effective" -> that method and score. Raises Fail if there is no such method or score."""
+        """"beam:effective" -> that method and score; "beam" is that too, "best_of_n" is "best_of_n:orm".
+        Raises Fail if there is no such method or score."""
         method, _, score = text.partition(":")
-        if method not in METHODS or score and score not in SCORES or bool(score) != (method in ("beam",
-                                                                                                "best_of_n")):
-            raise Fail(f"--search {text}: choose METHOD or METHOD:SCORE of {', '.join(METHODS)} and {', '.join(SCORES)}")
-        return cls(method, score, **fields)
+        if method not in METHODS or score and score not in SCORES:
+            raise Fail(f"--search {text}: choose METHOD or METHOD:SCORE of {', '.join(METHODS)} and the "
+                       f"scores {', '.join(SCORES)}")
+        return cls(method, score or {"beam": "effective", "best_of_n": "orm"}.get(method, ""), **fields)
 
 
 class Bench:
@@ -64,7 +65,8 @@ class Bench:
             s.verifier = self.model(verifier_of(cell.policy) if score.verifier == "q_pi" else score.verifier)
         if cell.prover:
             mu = Prover.parse(cell.prover, cell.policy)
-            s.K, s.mu_verifier = mu.K, None if mu.policy == cell.policy else self.model(verifier_of(mu.policy))
+            s.K = mu.K
+            s.mu_verifier = self.model(verifier_of(mu.policy)) if mu.policy != cell.policy else None
         return s
 
     def measure(self, cell):

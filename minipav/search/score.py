@@ -37,7 +37,7 @@ SCORES = {
     "effective": Score("PAV", lambda s: effective_reward(s.q_pi, s.adv_mu, s.alpha)),               # Eq. 5
     "advantage": Score("A^mu alone", lambda s: s.adv_mu, uses=("prover",)),
     "bonus": Score("Q^pi + a Q^mu", lambda s: s.q_pi + s.alpha * s.q_mu),  # App. G's control
-    "exact": Score("PAV, exact Q", lambda s: effective_reward(s.q_pi, s.adv_mu, s.alpha), verifier="exact")}
+    "exact": Score("exact values", lambda s: effective_reward(s.q_pi, s.adv_mu, s.alpha), verifier="exact")}
 
 
 @dataclass

@@ -133,8 +133,8 @@ class Calculator(Task):
         return [p._replace(target=int(t)) for p, t, f in zip(problems, target, fits) if f[t]]
 
     def prompt(self, problem):
-        a, b, c, d = problem.ops
-        return f"from {problem.start} reach {problem.target} in at most {self.H} steps with +{a} -{b} *{c} /{d}\n"
+        offered = " ".join(f"{sign}{x}" for sign, x in zip("+-*/", problem.ops))
+        return f"from {problem.start} reach {problem.target} in at most {self.H} steps with {offered}\n"
 
     def _walks(self, problems, directed, value, step, rng, chunk=512):
         """The lines of a `walk` of every problem; chunks keep the tables in the processor's cache."""
@@ -172,7 +172,9 @@ class Calculator(Task):
         if not response.endswith(END) or len(lines) > self.H:
             return "illegal"
         values = self.values(problem, lines)
-        return "illegal" if len(values) <= len(lines) else "right" if values[-1] == problem.target else "planning"
+        if len(values) <= len(lines):
+            return "illegal"
+        return "right" if values[-1] == problem.target else "planning"
 
     def exact(self, problems):
         """Exact Q of the uniform legal walk that stops at the target: -> f(i, prefix), the chance of a right

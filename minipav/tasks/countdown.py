@@ -29,9 +29,8 @@ class Problem(NamedTuple):
 @lru_cache(1 << 16)
 def parse(line):
     """(a, sign, b, result, left) of '19 - 12 = 7 (left: 3 5 7)', or None if it is malformed."""
-    number = "[1-9][0-9]?"
-    m = re.fullmatch(rf"({number}) ([+\-*/]) ({number}) = ({number}) \(left: ({number}(?: {number}){{0,5}})\)", line,
-                     re.ASCII)
+    n = "[1-9][0-9]?"
+    m = re.fullmatch(rf"({n}) ([+\-*/]) ({n}) = ({n}) \(left: ({n}(?: {n}){{0,5}})\)", line, re.ASCII)
     return m and (int(m[1]), m[2], int(m[3]), int(m[4]), tuple(map(int, m[5].split(" "))))
 
 
@@ -126,7 +125,9 @@ class Countdown(Task):
         if not response.endswith(END) or len(lines) > self.max_steps:
             return "illegal"
         left = self.left(problem, lines)
-        return "illegal" if len(left) <= len(lines) else "right" if left[-1] == (problem.target,) else "planning"
+        if len(left) <= len(lines):
+            return "illegal"
+        return "right" if left[-1] == (problem.target,) else "planning"
 
     def corrupt(self, problems, responses, rng):
         """Wrong arithmetic, on the last step often the target, or a number that is not there; then on at

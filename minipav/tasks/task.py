@@ -22,8 +22,9 @@ class Task:
 
     # draw(n, rng) -> about n random solvable problems, of any split
     # prompt(problem) -> the question as text, ended by the delimiter
-    # judge(problem, response) -> 'right', 'planning' (all legal and computed right, the target missed) or
-    # 'illegal' and, optional (None: what needs them is left out, with a word):
+    # judge(problem, response) -> 'right', 'planning' (each step legal, the target missed) or 'illegal'
+
+    # Optional; where they are None, what needs them is left out with a word.
     # (problems, expert_fraction, rng) -> a text with END each: with that chance a right one, else legal steps
     demonstrations = None
     # (problems, responses, rng) -> texts, each with an illegal step put in, and the index of that step
