@@ -90,8 +90,7 @@ def used(reward, a, split):
 
 
 def label(reward, a, default):
-    """The name of a training in tables: its reward and the flags in which it differs from the others of this
-    call."""
+    """The name of a training in tables: its reward and the flags in which it differs from this call's."""
     one, other = (used(reward, x, "") for x in (a, default))
     return "-".join([reward, *(f"{k}{v}".removesuffix("True") for k, v in one.items() if v != other[k])])
 
@@ -131,8 +130,8 @@ def start(run, a, split):
 
 
 def train(run, reward, a, split, micro_batch):
-    """One training, unless it is done already; where it was stopped it goes on. -> (name of its stage, its
-    accuracy)"""
+    """One training, unless it is done already; where it was stopped it goes on. -> (start's stages, its
+    stage, accuracy)"""
     spec = used(reward, a, split)
     name = keyed(f"rl/{reward}", spec)
     folder, initial = run.out / name, start(run, a, split)

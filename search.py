@@ -49,7 +49,7 @@ class Flags:
 
 
 def choose_alpha(bench, a):
-    """The paper's rule: the best alpha of the grid on validation problems, at beam 16 with mu = pi. Ties: the
+    """The paper's rule: the best alpha of the grid on validation problems, beam 16, mu = pi; ties: the
     smaller.
     -> (alpha, the tables)"""
     cells = [Cell("beam", "effective", (16,), prover="bo1", alpha=x, split="validation",

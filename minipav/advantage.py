@@ -13,14 +13,12 @@ from minipav.traces import label_with_outcome
 
 
 def advantage(q):
-    """Eq. 2: A(s_h, a_h) = Q(s_h, a_h) - Q(s_{h-1}, a_{h-1}), from q (..., S + 1) whose first is V(x). ->
-    (..., S)"""
+    """Eq. 2: A(s_h, a_h) = Q(s_h, a_h) - Q(s_{h-1}, a_{h-1}), q (..., S + 1), the first V(x). -> (..., S)"""
     return q[..., 1:] - q[..., :-1]
 
 
 def q_best_of_k(q, K):
-    """Eq. 30: the value of the prover that samples K continuations of pi and keeps a right one if there is
-    one."""
+    """Eq. 30: the value of the prover that samples K continuations of pi and keeps a right one if any is."""
     return 1 - (1 - q) ** K
 
 
@@ -38,8 +36,8 @@ def standard_error(q, n):
 
 def first_pit(q, reward, threshold):
     """The first pit of each trace (App. D): the first step with Q = 0 after a step end with Q > threshold, in
-    a trace that ends wrong. q (N, S + 1) with NaN where there is no estimate, reward (N,). -> index (N,), or
-    -1 for none."""
+    a trace that ends wrong. q (N, S + 1) with NaN where there is no estimate, reward (N,). -> index (N,) or
+    -1."""
     high = torch.cummax((q > threshold).int(), 1).values.bool()
     pit = high & (q == 0) & (reward[:, None] == 0)
     return torch.where(pit.any(1), pit.int().argmax(1), -1)
@@ -66,8 +64,7 @@ def seed_rollouts(policy, env, problems, n_cov, seed, **sampling):
 
 def rollout_from(mu, env, problems, traces, rows, ends, n_mc, seed, **sampling):
     """n_mc completions by mu of each prefix of traces[rows[i]] up to its step end ends[i]. -> Traces
-    (prefix-major), labelled with their outcomes from there on; their mean is the prefix's estimate of Q^mu
-    (Eq. 1)."""
+    (prefix-major), labelled with their outcomes from there on; their mean estimates Q^mu (Eq. 1)."""
     t, since = traces[rows], ends.repeat_interleave(n_mc)
     prefix_lengths = t.ends.gather(1, ends[:, None])[:, 0] + 1
     prefix = t.tokens[:, :int(prefix_lengths.max())]

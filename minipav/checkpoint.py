@@ -1,5 +1,4 @@
-"""The state of a training in one safetensors file: weights, optimizers, the curve so far, numbers and log as
-JSON."""
+"""The state of a training in one safetensors file: weights, optimizers, the curve so far, numbers and log."""
 import json
 
 from minipav.files import damaged, read_tensors, write_tensors

@@ -45,8 +45,7 @@ def add(parser, cls):
 
 
 def check(values):
-    """Raises Fail if a number of these flags (a dataclass) is out of its bounds, or a list has a value
-    twice."""
+    """Raises Fail if a number of these flags (a dataclass) is out of bounds, or a list has one twice."""
     for f in dataclasses.fields(values):
         value, m = getattr(values, f.name), f.metadata
         several = value if isinstance(value, list) else [value]

@@ -200,8 +200,7 @@ class GPT(nn.Module):
         return self.head(self.trunk(idx, cache, pos))
 
     def as_verifier(self, target="bce", n_out=1):
-        """A new model with this trunk's weights and a fresh scalar head (section 4.2: verifiers start from an
-        LM)."""
+        """A new model with this trunk's weights and a fresh scalar head (section 4.2)."""
         config = dataclasses.replace(self.config, head="scalar", target=target, n_out=n_out)
         model = GPT(config).to(self.device)
         model.load_state_dict({k: v for k, v in self.state_dict().items() if not k.startswith("head.")},

@@ -18,8 +18,7 @@ class Prover(NamedTuple):
     @classmethod
     def parse(cls, text, base="base"):
         """"bo4" is best-of-4 of the policy `base` ("bo1" is pi itself), "weak" and "strong" are policies of
-        train.py, and a folder holds a policy (for rollouts) or a verifier (of its Q). Raises Fail
-        otherwise."""
+        train.py, and a folder holds a policy (for rollouts) or a verifier (of its Q). Else raises Fail."""
         if m := re.fullmatch(r"bo([1-9][0-9]{0,5})", text, re.ASCII):
             return cls(base, int(m[1]))
         if text in ("base", "weak", "strong"):

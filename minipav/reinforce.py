@@ -15,21 +15,12 @@ import time
 import numpy as np
 import torch
 
+from minipav import rewards
 from minipav.advantage import rollout_from, seed_rollouts
 from minipav.checkpoint import load, save
 from minipav.data import corrupted_steps, random_ends
 from minipav.files import write_csv, write_tensors
 from minipav.prover import Prover, verifier_of
-from minipav.rewards import (
-    REWARDS,
-    VALUES,
-    close,
-    step_baseline,
-    step_of_token,
-    step_returns,
-    to_tokens,
-    with_terminal_values,
-)
 from minipav.search.best_of_n import pass_at_n
 from minipav.tokenizer import pad_token
 from minipav.traces import Traces, responses
@@ -46,8 +37,7 @@ COLUMNS = ("iteration", "tokens", "seconds", "accuracy", "greedy", "pass_n", "le
 # ---- losses
 
 def policy_loss(policy, ref, tokens, step, weight, kl_coef):
-    """REINFORCE with KL to the initial policy, summed over rows: (loss, KL, entropy, tokens). Arguments (N,
-    T).
+    """REINFORCE with KL to the initial policy, summed over rows: (loss, KL, entropy, tokens).
 
     The KL of each token is exact, over the whole vocabulary, at the states that were visited. Padding and
     prompt have no part in the loss; the end token has.
@@ -80,13 +70,12 @@ def outcomes(policy, env, problems, n, seed, **sampling):
 # ---- the loop
 
 class Reinforce:
-    """One training; `folder` gets log.csv and the checkpoint. init: the initial policy; a: a Trial; split: of
-    the problems it is evaluated on; micro_batch: traces in one backward pass (0: all), which changes no
-    result."""
+    """One training; `folder` gets log.csv and the checkpoint. init: the initial policy; a: a Trial (rl.py);
+    split: of the problems it is evaluated on; micro_batch: traces in one backward pass (0: all)."""
 
     def __init__(self, run, init, folder, reward, a, split="test", micro_batch=0):
         self.run, self.a, self.folder, self.split, self.micro_batch = run, a, folder, split, micro_batch
-        self.reward, self.mu = REWARDS[reward], Prover.parse(a.prover, a.policy)
+        self.reward, self.mu = rewards.REWARDS[reward], Prover.parse(a.prover, a.policy)
         self.policy, self.ref = copy.deepcopy(init), init
         torch.manual_seed(run.seed("value network", a.seed))
         self.value = init.as_verifier()
@@ -114,8 +103,8 @@ class Reinforce:
             bar.update(s["iteration"])
             while True:
                 i = s["iteration"]
-                if (i % a.eval_every == 0
-                    or i >= a.iterations) and (not self.rows or self.rows[-1]["iteration"] < i):
+                due = i % a.eval_every == 0 or i >= a.iterations
+                if due and (not self.rows or self.rows[-1]["iteration"] < i):
                     r = self.log(problems)
                     self.save()
                     bar.write(f"  {self.folder.name:<20} iteration {i:>4}   accuracy {r['accuracy']:.3f}   "
@@ -131,8 +120,8 @@ class Reinforce:
     def iterate(self, i):
         """One iteration. -> what it saw, for the log"""
         problems, fresh = self.sample(i)
-        traces = close(fresh)
-        step = step_of_token(traces.tokens, traces.ends)
+        traces = rewards.close(fresh)
+        step = rewards.step_of_token(traces.tokens, traces.ends)
         q_mu, returns = self.credit(i, problems, traces)
         try:
             if "verifier" in self.optimizers and i % self.a.refresh == 0:
@@ -145,33 +134,33 @@ class Reinforce:
     def sample(self, i):
         a, run = self.a, self.run
         problems = run.task.problems("train", a.batch // a.group, run.seed("rl problems", a.seed, i))
-        return problems, seed_rollouts(self.policy, run, problems, a.group, run.seed("rl traces", a.seed, i),
-                                       top_p=None)
+        seed = run.seed("rl traces", a.seed, i)
+        return problems, seed_rollouts(self.policy, run, problems, a.group, seed, top_p=None)
 
     def credit(self, i, problems, traces):
         """(Q^mu (N, S + 1), the return (N, S) of each step)"""
         q_mu, tokens = torch.zeros(traces.ends.shape), 0
         if self.reward.values:
-            q_mu, tokens = VALUES[self.reward.values](self, problems, traces,
-                                                      self.run.seed("rl rollouts", self.a.seed, i))
+            seed = self.run.seed("rl rollouts", self.a.seed, i)
+            q_mu, tokens = rewards.VALUES[self.reward.values](self, problems, traces, seed)
         self.state["tokens"] += tokens + int((traces.lengths - traces.ends[:, 0] - 1).sum())
         if not torch.isfinite(q_mu[traces.ends >= 0]).all():
             self.stop(i, traces, q_mu)
         if self.a.trust_verifier:
             q_mu = q_mu.masked_fill(traces.ends < 0, float("nan"))
         else:
-            q_mu = with_terminal_values(q_mu, traces, self.run.task.max_steps)
-        return q_mu, step_returns(self.reward, traces.reward, q_mu, self.a.alpha)
+            q_mu = rewards.with_terminal_values(q_mu, traces, self.run.task.max_steps)
+        return q_mu, rewards.step_returns(self.reward, traces.reward, q_mu, self.a.alpha)
 
     def update(self, i, traces, step, returns):
         """One step of the policy, and one of the value network if it is the baseline. -> sums over the batch
         of KL, entropy, tokens, squared value error"""
         a, n, device, sums = self.a, len(traces), self.policy.device, torch.zeros(4)
-        target, learned = to_tokens(returns, step), a.baseline == "value" and self.reward.baseline
+        target, learned = rewards.to_tokens(returns, step), a.baseline == "value" and self.reward.baseline
         if not learned:
             kind = a.baseline if self.reward.baseline else "none"
-            baseline = to_tokens(step_baseline(kind, returns, traces.ends, a.group, self.state["running"]),
-                                 step)
+            b = rewards.step_baseline(kind, returns, traces.ends, a.group, self.state["running"])
+            baseline = rewards.to_tokens(b, step)
             self.state["running"] += 0.1 * (float(target.sum() / (step >= 0).sum()) - self.state["running"])
         size = self.micro_batch or n
         for rows in (slice(at, at + size) for at in range(0, n, size)):         # gradients add up
@@ -186,24 +175,23 @@ class Reinforce:
             loss, kl, entropy, count = policy_loss(self.policy, self.ref, tokens, where, g - b, a.kl)
             (loss / n).backward()
             sums[:3] += torch.tensor([float(kl), float(entropy), count])
-        factor = min((i + 1) / max(1, a.warmup * a.iterations),
-                     (1 + math.cos(math.pi * i / a.iterations)) / 2)
-        apply_step(self.policy, self.optimizers["policy"], factor)
+        warmup, cosine = (i + 1) / max(1,
+                                       a.warmup * a.iterations), (1
+                                                                  + math.cos(math.pi * i / a.iterations)) / 2
+        apply_step(self.policy, self.optimizers["policy"], min(warmup, cosine))
         if learned:
             apply_step(self.value, self.optimizers["value"], 1.0)
         return sums
 
     def refresh(self, i, problems, traces):
-        """One step of the verifier, on rollouts of the policy as it now is: this iteration's traces, and
-        completions of prefixes that are hotter, which show it what the policy may try next; and on corrupted
-        steps and old rollouts. The prover is then best-of-K of a policy between the initial and the present
-        one."""
+        """One step of the verifier, on rollouts of the policy as it now is: these traces, and completions of
+        prefixes that are hotter, which show what it may try next; on corrupted steps and old rollouts too. mu
+        is then best-of-K of a policy between the initial and the present one."""
         a, run, seed = self.a, self.run, self.run.seed("refresh", self.a.seed, i)
         rng = np.random.default_rng(seed)
         hot = seed_rollouts(self.policy, run, problems, a.group, seed, temperature=2.0, top_p=None)
-        branches = rollout_from(self.policy, run, problems, hot, torch.arange(len(hot)),
-                                random_ends(hot.ends, rng), 1,
-                                seed + 1, top_p=None)
+        rows, ends = torch.arange(len(hot)), random_ends(hot.ends, rng)
+        branches = rollout_from(self.policy, run, problems, hot, rows, ends, 1, seed + 1, top_p=None)
         self.state["tokens"] += int(hot.cost.sum() + branches.cost.sum())
         old = self.old[torch.from_numpy(rng.integers(len(self.old), size=2 * a.batch))]
         wrong = corrupted_steps(run, problems, traces[:max(1, a.batch // 2)], rng)
@@ -222,11 +210,10 @@ class Reinforce:
                 "zero_return": float((returns == 0).all(1).float().mean())}
 
     def stop(self, i, traces, q_mu):
-        """A number is not finite: keep the batch for inspection and the last checkpoint, and end with an
-        error."""
+        """A number is not finite: keep the batch and the last checkpoint, and end with an error."""
         path = self.folder / "bad_batch.safetensors"
-        write_tensors(path, {"tokens": traces.tokens, "ends": traces.ends, "reward": traces.reward,
-                             "q_mu": q_mu})
+        state = {"tokens": traces.tokens, "ends": traces.ends, "reward": traces.reward, "q_mu": q_mu}
+        write_tensors(path, state)
         raise Fail(f"{self.folder.name}: the loss is not finite at iteration {i}: its batch is in {path}, "
                    f"the state of iteration {self.rows[-1]['iteration']} in checkpoint.safetensors; "
                    "lower --lr or --alpha")
@@ -252,8 +239,7 @@ class Reinforce:
 
     def checkpoint(self, act):
         """Save or load (checkpoint.py) all of the state: one file, written whole."""
-        modules = {"policy": self.policy, "value": self.value} | (
-            {"verifier": self.verifier} if "verifier" in self.optimizers else {})
+        modules = {name: getattr(self, name) for name in self.optimizers}
         return act(self.folder / "checkpoint.safetensors", modules, self.optimizers)
 
     def save(self):

@@ -48,15 +48,14 @@ REWARDS = {
 # ---- from values to token weights
 
 def step_returns(reward, rex, q_mu, alpha):
-    """The return (N, S) of each step, from Rex (N,) and Q^mu (N, S + 1), NaN behind the last step end: 0
+    """The return (N, S) of each step, from Rex (N,) and Q^mu (N, S + 1), NaN behind the last step: 0
     there."""
     rex = rex[:, None].expand(-1, q_mu.shape[1] - 1)
     return reward.returns(rex, q_mu[:, 1:], advantage(q_mu), alpha).masked_fill(q_mu[:, 1:].isnan(), 0.0)
 
 
 def close(traces):
-    """Traces in which a row that was truncated within a step has a step end at its last token too; without
-    labels."""
+    """Traces in which a row that was truncated within a step has a step end there too; without labels."""
     row, last = torch.arange(len(traces)), traces.last
     cut = traces.ends[row, last] < traces.lengths - 1
     ends = pad_right(traces.ends, (0, 1), value=-1)
@@ -67,8 +66,7 @@ def close(traces):
 
 
 def step_of_token(tokens, ends):
-    """The step (N, T) that each token of a response belongs to, its delimiter included; -1 in prompt and
-    padding."""
+    """The step (N, T) that each token of a response belongs to, delimiter included; -1 elsewhere."""
     t, last = torch.arange(tokens.shape[1]), ends.max(1, keepdim=True).values
     sorted_ends = ends.masked_fill(ends < 0, tokens.shape[1])
     before = torch.searchsorted(sorted_ends, t.expand(len(ends), -1).contiguous())  # step ends before a token
@@ -131,8 +129,7 @@ def check_prover(reward, mu, a):
 
 
 def unknown(traces, H):
-    """The step ends (N, S + 1) whose value has to be estimated: at the last it is Rex, and after H steps
-    0."""
+    """The step ends (N, S + 1) whose value has to be estimated: at the last it is Rex."""
     index = torch.arange(traces.ends.shape[1])
     return (index < traces.last[:, None]) & (index < H)
 

@@ -59,8 +59,7 @@ class Run:
 
     @classmethod
     def open(cls, out, device):
-        """The run in a folder, to go on with on any device. Raises Fail if train.py has not trained its
-        models."""
+        """The run in a folder, to go on with on any device. Raises Fail if it is not trained."""
         run = object.__new__(cls)
         run.out = Path(out)
         if not (run.out / "config.json").exists():
@@ -81,8 +80,8 @@ class Run:
 
     def stage(self, name, work, spec=None):
         """Do work(), which may return facts, unless stages/NAME.json says that it was done. spec: what it
-        depends on beside the run's configuration. -> the record: facts, seconds, memory, command, commit,
-        hardware"""
+        depends on beside the run's configuration. -> the record: facts and seconds, memory, command,
+        commit"""
         path, spec = self.out / "stages" / f"{name}.json", json.loads(json.dumps(spec or {}))
         if path.exists():
             record = read_json(path, spec=dict, seconds=(int, float), peak_memory_gb=(int, float),

@@ -44,8 +44,7 @@ def _nucleus(p, order, u, top_p, total):
 
 
 def choose(logits, u, temperature=1.0, top_k=None, top_p=None):
-    """Token (R,) by inverse CDF at the uniform numbers u (R,) from logits (R, V). Temperature 0 is exact
-    argmax.
+    """Token (R,) by inverse CDF at the uniform numbers u (R,) from logits (R, V). Temperature 0: argmax.
 
     top_k keeps the k likeliest tokens, then top_p the smallest set of likeliest tokens whose probability
     reaches it.

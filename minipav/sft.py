@@ -14,8 +14,7 @@ from minipav.utils import Fail, apply_step, derive_seed, make_optimizers, schedu
 
 
 def sft_loss(model, tokens, lengths, prompt_lengths):
-    """Mean cross-entropy of the response tokens, END included; prompt and padding give none. tokens (B,
-    T)."""
+    """Mean cross-entropy of the response tokens, END included; prompt and padding give none."""
     hidden = model.trunk(tokens[:, :-1])                                        # (B, T - 1, C)
     t = torch.arange(1, tokens.shape[1], device=tokens.device)
     inside = (t >= prompt_lengths[:, None]) & (t < lengths[:, None])            # (B, T - 1)

@@ -1,5 +1,4 @@
-"""tiktoken encodings: our own for the synthetic tasks, built offline, and published ones by name for real
-text.
+"""tiktoken encodings: our own for the synthetic tasks, built offline, and published ones by name.
 
 The synthetic vocabulary is: all 256 bytes (so that no input is untokenizable), the integers 10-99, every
 operation such as *2, and the phrases of the task (" reach ", " = "), each one token. <|endoftext|> and
@@ -17,8 +16,7 @@ END, PAD = "<|endoftext|>", "<|pad|>"
 
 
 def synthetic_encoding(phrases):
-    """The tiktoken.Encoding of a task whose prompts and lines are made of numbers, operations and
-    `phrases`."""
+    """The tiktoken.Encoding of a task whose prompts and lines are made of numbers, operations, `phrases`."""
     words = [*phrases, *(f"{op}{d}" for op in "+-*/" for d in range(1, 10)),
              *(str(i) for i in range(10, 100))]
     ranks = {bytes([b]): b for b in range(256)} | {w.encode(): 256 + i for i, w in enumerate(words)}
@@ -41,16 +39,14 @@ def text_encoding(name="gpt2"):
 
 
 def pad_token(enc):
-    """The padding token; an encoding without one pads with end-of-text (lengths are kept beside the
-    tokens)."""
+    """The padding token; an encoding without one pads with end-of-text (lengths are known)."""
     return enc._special_tokens.get(PAD, enc.eot_token)
 
 
 @functools.lru_cache
 def delimiter_tokens(enc, delimiter):
     """The tokens that end a step: all whose text contains the delimiter (real encodings merge ".\\n" and
-    "\\n\\n"), and end-of-text. With a delimiter of one byte none can hide between two tokens. -> ids,
-    ascending"""
+    "\\n\\n"), and end-of-text. A delimiter of one byte cannot hide between two tokens. -> ids"""
     return sorted([*(i for piece, i in enc._mergeable_ranks.items() if delimiter.encode() in piece),
                    enc.eot_token])
 
@@ -71,8 +67,7 @@ def decode_rows(enc, tokens, lengths):
 
 
 def join(prefix, prefix_lengths, new, new_lengths, pad):
-    """Rows of prefix (N, P) with new (N, M) behind each one's own end. -> tokens (N, <= P + M), lengths
-    (N,)"""
+    """Rows of prefix (N, P) with new (N, M) behind each one's end. -> tokens, lengths (N,)"""
     lengths = prefix_lengths + new_lengths
     out = torch.full((len(prefix), int(max(prefix.shape[1], lengths.max()))), pad)
     out[:, :prefix.shape[1]] = prefix

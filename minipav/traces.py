@@ -84,8 +84,7 @@ def responses(enc, tokens, lengths, prompt_lengths):
 
 
 def label_with_outcome(env, problems, which, tokens, lengths, prompt_lengths, since=None, sampled=True):
-    """Traces of finished rollouts: a rollout's outcome is an unbiased one-sample label for each of its
-    prefixes.
+    """Traces of finished rollouts: a rollout's outcome is an unbiased label for each prefix.
 
     which (N,) indexes `problems`; since (N,): the first step end whose continuation was sampled from the
     policy that is being valued (default 0: the whole trace was); sampled: whether that cost tokens.

@@ -11,8 +11,7 @@ from tqdm import tqdm
 
 
 class Fail(Exception):
-    """A mistake of the user's, or of the disk's, told in one line that names the flag or file and what to
-    do."""
+    """A mistake of the user's, or of the disk's, told in a line: the flag or file, what to do."""
 
 
 class NotFinite(Fail):
@@ -20,8 +19,7 @@ class NotFinite(Fail):
 
 
 def main_guard(main):
-    """Run main(); a Fail ends the program with its one line on stderr and exit status 1, without a
-    traceback."""
+    """Run main(); a Fail ends the program with its line on stderr and exit status 1."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)                   # told to stop: like Ctrl-C
     try:
         main()
@@ -64,8 +62,7 @@ def tokens_per_forward(device):
 
 
 def derive_seed(seed, *names):
-    """A seed of its own for each named use of randomness: stages can be re-run one by one with the same
-    result."""
+    """A seed of its own for each named use of randomness: stages can be re-run one by one."""
     return zlib.crc32(repr((seed, *names)).encode())
 
 
@@ -86,8 +83,7 @@ def schedule(step, steps, warmup=0.05, decay=0.5):
 
 def apply_step(model, optimizers, factor):
     """Clip the gradient to norm 1, take one step with every learning rate times `factor`, clear the gradient.
-    Raises NotFinite, before any weight is changed, if the gradient is not finite (as it is if the loss is
-    not)."""
+    Raises NotFinite, before any weight is changed, if the gradient (hence the loss) is not finite."""
     if not torch.isfinite(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)):
         raise NotFinite("the loss or its gradient is not a finite number: lower the learning rate")
     for opt in optimizers:

@@ -1,5 +1,4 @@
-"""The verifier trainer: the ORM, Q^pi and Q^mu are a policy's trunk with a scalar head, fitted to soft
-labels.
+"""The verifier trainer: the ORM, Q^pi and Q^mu are a policy's trunk with a scalar head.
 
 The network predicts Q, never A (App. D): A is a difference of two of its predictions, best-of-K a function of
 one. Every labelled step end of a trace is supervised in one forward pass, and no other position is. The ORM
@@ -118,8 +117,7 @@ class ExactValues:
 
 
 def exact_q(env, problems, traces):
-    """Exact Q (N, S + 1) of the task's reference policy at every step end of traces; NaN where there is
-    none."""
+    """Exact Q (N, S + 1) of the task's reference policy at every step end; NaN where there is none."""
     if env.task.exact is None:
         raise Fail(f"task {env.task.name} has no exact values")
     value, q = env.task.exact(problems), torch.full(traces.ends.shape, float("nan"))
@@ -152,7 +150,7 @@ def label_weights(traces, balance=False):
 
 
 def verifier_loss(model, tokens, ends, q, n, weight):
-    """Weighted mean of the target's loss at the step ends of positive weight. tokens (B, T); the rest (B, S +
+    """Weighted mean of the target's loss at the step ends of positive weight. tokens (B, T), else (B, S +
     1)."""
     hidden = model.trunk(tokens)                                                # (B, T, C)
     at = (weight > 0).nonzero(as_tuple=True)
@@ -196,8 +194,7 @@ def evaluate(model, traces):
 def train_verifier(init, train, held_out, *, steps, batch_size, lr_muon, lr_adamw, seed, log, balance=False,
                    target="bce", checks=6):
     """Fit a verifier that starts from `init` (a policy, or another verifier) to `train`; the checkpoint with
-    the lowest cross-entropy on `held_out` (traces of other problems) is kept. -> (model, its Report on those
-    traces)
+    the lowest cross-entropy on `held_out` (traces of other problems) is kept. -> (model, Report)
 
     log(step, steps, loss, held-out loss) is called at every step.
     """

@@ -1,2 +1,1 @@
-"""The replication: experiments, statistics, the table of claims, figures; the didactic example and the
-theory."""
+"""The replication: experiments, statistics, claims, figures; the didactic example and the theory."""

@@ -1,5 +1,4 @@
-"""Every claim of the paper that can be tested here: what it says, what is measured, and the rule for the
-verdict.
+"""Every claim of the paper that can be tested here: what it says, what is measured, the rule for the verdict.
 
 A claim measures one or several quantities, each with an interval, and says in which range they must lie. One
 meaning of the verdicts, everywhere:
@@ -68,8 +67,7 @@ def ahead(s, a, b):
 
 
 def token_ratio(s):
-    """Tokens of best-of-N by the ORM at its best over the PAV beam's at that accuracy; 0 if it never gets
-    there."""
+    """Tokens of best-of-N by the ORM at its best over the PAV beam's at that accuracy; 0 if it never is."""
     orm, pav = s.main("best_of_n:orm"), s.main("beam:effective")
     if not (orm and pav):
         return None
@@ -146,8 +144,7 @@ def few_then_many(s):
 
 
 def error_drop(s):
-    """Points by which the error of predicting the outcome falls with A^mu, after each step, with the extreme
-    runs."""
+    """Points by which the error of predicting the outcome falls with A^mu, after each step (extreme runs)."""
     each = s.fact("steps", lambda f: [100 * (q - e) for q, e in zip(f["q_pi"], f["effective"])])
     return each and {f"step {h + 1}": spread(x) for h, x in enumerate(zip(*each))}
 

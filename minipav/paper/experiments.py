@@ -79,8 +79,7 @@ def errors_by_step(bench, a, mu, alpha, n=8):
 
 
 def exact_values(bench, a, mu, alpha):
-    """Is it the verifier's error? The PAV beam with exact Q^pi, and A^mu of best-of-K from it, by alpha and
-    K."""
+    """Is it the verifier's error? The PAV beam with exact Q^pi, and A^mu of boK from it."""
     pairs = [(0.0, "bo1"), *((x, f"bo{k}") for k in (1, 4, 16) for x in (0.2, 0.5, 1.0))]
     return [t for x, m in pairs * bool(bench.run.task.exact)
             for t in searches(bench, a, "exact", "beam:exact", ns=(2, 4), prover=m, alpha=x)], {}
@@ -88,8 +87,7 @@ def exact_values(bench, a, mu, alpha):
 
 def other_bases(bench, a, mu, alpha):
     """Fig. 4 for a weaker and a stronger base policy, at the base's alpha. Each has its own Q; the ORM is the
-    base's, since at the end of a trace the outcome does not depend on who wrote it. (Its own Q re-ranks them
-    too.)"""
+    base's, since at the end of a trace the outcome does not depend on who wrote it."""
     ns = tuple(2 ** k for k in range(max(1, a.n // 2).bit_length()))
     widths, out = tuple(w for w in sorted(a.widths) if w <= 16) or (1,), []
     for policy in trained(bench)[1:]:

@@ -1,6 +1,5 @@
 """The figures. Each is a PNG and a CSV of the same name with the numbers that are drawn: panel, line, x, y,
-lo, hi. Where the paper has a curve, it stands in a panel of its own beside ours (paper.json, read off its
-figures)."""
+lo, hi. Where the paper has a curve, it stands in a panel of its own (paper.json, read off its figures)."""
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +25,7 @@ def name_of(search):
 
 
 def draw(path, title, panels):
-    """panels: [(title, xlabel, ylabel, {line: (x, y, lo, hi)})]; lo and hi may be None; string x make
-    bars."""
+    """panels: [(title, xlabel, ylabel, {line: (x, y, lo, hi)})]; lo, hi may be None; text as x: bars."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -205,8 +203,7 @@ def spent(t, names):
 
 
 def kl_figure(t, draw):
-    """Of the trainings that differ from pav in reward and KL alone: where they end, against how far they
-    went."""
+    """Of the trainings that differ from pav in reward and KL alone: the end against how far they went."""
     by, panels = {}, []
     for x, n in sorted((t.mean(n, "kl")[-1], n) for n in t.trained if t.differs(n, "pav") <= {"kl"}):
         reward = t.spec(n)["reward"]
@@ -218,8 +215,7 @@ def kl_figure(t, draw):
 
 
 def sweep_figure(t, draw):
-    """One panel a flag: what trainings that differ from `outcome` or `pav` in this flag alone come to in the
-    end."""
+    """One panel a flag: what trainings that differ from `outcome` or `pav` in this flag alone come to."""
     by, rewards, nan = {}, ("outcome", "pav"), np.full(len(t.end("pav")), np.nan)
     for n in t.trained:
         reward = t.spec(n)["reward"]

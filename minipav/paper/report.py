@@ -130,8 +130,7 @@ def report_training(runs, out):
 
 
 def report_search(runs, measured, alphas, out):
-    """Of the searches of search.py: measured has, for each run, its tables and the facts of its
-    experiments."""
+    """Of the searches of search.py: measured has the tables and facts of each run."""
     tables = {run.config["seed"]: t for run, (t, _) in zip(runs, measured)}
     s, (figure, made) = Searched(tables, [f for _, f in measured]), drawer(out)
     tried = s.rows[s.rows.group == "alpha"]

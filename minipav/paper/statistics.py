@@ -43,8 +43,7 @@ def load(tables):
 
 
 def bootstrap(each, R=1000, seed=0):
-    """each: for every run a DataFrame (problems x columns), the same columns. -> DataFrame (R + 1,
-    columns)"""
+    """each: of every run a DataFrame (problems x columns). -> DataFrame (R + 1, columns)"""
     rng, runs = np.random.default_rng(seed), len(each)
     means = np.mean([x.to_numpy().mean(0) for x in each], 0)
     drawn = []
@@ -115,8 +114,8 @@ def first_reach(x, acc, level):
 
 
 def tokens_to_reach(curve, level):
-    """The fewest tokens (R + 1,) at which the curve reaches `level` (R + 1,), linear in log tokens; NaN if
-    never."""
+    """The fewest tokens (R + 1,) at which the curve reaches `level` (R + 1,), linear in log tokens, or
+    NaN."""
     return np.exp(first_reach(np.log(curve.tokens), curve.acc, level))
 
 

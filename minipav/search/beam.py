@@ -1,5 +1,4 @@
-"""Step-level beam search (section 4.1): sample steps, score them by progress, keep the best, all problems at
-once."""
+"""Step-level beam search (section 4.1): sample steps, score them, keep the best, all problems at once."""
 import time
 from dataclasses import dataclass, fields, replace
 
@@ -150,8 +149,7 @@ def expand(s, live, cache, hidden, u, times):
 
 
 def distinct(parent, new, reason):
-    """Indices of the children without duplicates (same parent, same step) and without steps that never
-    ended."""
+    """Indices of the children but duplicates (same parent, same step) and steps that never ended."""
     generator = torch.Generator().manual_seed(0)
     salt = torch.randint(-2**62, 2**62, (new.shape[1] + 1,), generator=generator).to(new.device)
     key = (torch.cat([parent[:, None], new + 1], 1) * salt).sum(1)              # a 64-bit hash of the row

@@ -38,8 +38,7 @@ def log_binomial(n, k):
 
 
 def pass_at_n(reward, N):
-    """Chance (P,) that at least one of N of the M samples is right: best-of-N by the outcome. reward (P,
-    M)."""
+    """Chance (P,) that at least one of N of the M samples is right: reward (P, M)."""
     return expected_best(reward, reward, N)
 
 
@@ -72,8 +71,7 @@ def draw(s, problems, M, seed):
 
 
 def over_samples(s, problems, ns, seed, right, read=0, reading=0.0):
-    """Results at each budget N of `right`(traces, reward (P, M), N) -> (P,). read (P, M): verifier tokens a
-    sample."""
+    """Results at each budget N of `right`(traces, reward (P, M), N) -> (P,). read (P, M): verifier tokens."""
     P, M = len(problems), max(ns)
     t, seconds = draw(s, problems, M, seed)
     reward, spent = t.reward.view(P, M), (t.lengths - t.ends[:, 0] - 1).float().view(P, M).mean(1)

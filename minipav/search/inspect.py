@@ -1,5 +1,4 @@
-"""What a search looks like from near: a solved problem with the values of each step, every candidate of a
-beam."""
+"""What a search looks like from near: a solved problem with each step's values, a beam's candidates."""
 import numpy as np
 import torch
 
@@ -48,8 +47,7 @@ def tells_apart(verifier, right, wrong):
 
 
 def explain(bench, problem, response, alpha, K, seed, n_mc=256):
-    """A problem as text, each step with Q^pi (the verifier's and from rollouts), Q^mu, A^mu, the effective
-    reward."""
+    """A problem as text, each step with Q^pi (verifier's, rollouts'), Q^mu, A^mu, Q + alpha A."""
     run, prompt = bench.run, bench.run.task.prompt(problem)
     tokens, lengths = encode_rows(run.enc, [prompt + response])
     t = label_with_outcome(run, [problem], torch.tensor([0]), tokens, lengths,
@@ -69,8 +67,7 @@ def explain(bench, problem, response, alpha, K, seed, n_mc=256):
 
 
 def show(bench, cell, count):
-    """Print `count` problems of a beam search: every candidate of each level with its values, and what was
-    kept."""
+    """Print `count` problems of a beam search: each level's candidates with values."""
     run, problems, s = bench.run, bench.run.problems(cell.split, cell.problems)[:count], bench.search(cell)
     s.log = []
     r = beam(s, problems, cell.ns, cell.seed)[0]

@@ -1,5 +1,4 @@
-r"""Calculator: reach a target from a start in at most H steps with the four operations that the prompt
-offers.
+r"""Calculator: reach a target from a start in at most H steps with four operations.
 
     from 23 reach 8 in at most 8 steps with +7 -4 *2 /3         <- prompt
     *2 = 46                                                     <- a step: one operation and its result
@@ -47,8 +46,7 @@ def parse(line):
 
 
 def transitions(problems):
-    """next (N, TOP, 4): the value after each operation, 0 where it is illegal (not in 1..63, or not
-    exact)."""
+    """next (N, TOP, 4): the value after each operation, 0 where it is illegal."""
     v = np.arange(TOP)[None, :, None]
     a, b, c, d = (np.array([p.ops for p in problems])[:, None, [k]] for k in range(4))
     nxt = np.concatenate([v + a, v - b, v * c, np.where(v % d == 0, v // d, 0)], axis=2)
@@ -157,8 +155,7 @@ class Calculator(Task):
         return ["\n".join(lines) + END for lines in walks]
 
     def values(self, problem, lines):
-        """The values from the start on, up to the first line that is malformed, not allowed or computed
-        wrong."""
+        """The values from the start on, up to the first line that is not right."""
         out = [problem.start]
         for line in lines:
             sign, x, result = parse(line) or ("", 0, 0)
@@ -178,8 +175,7 @@ class Calculator(Task):
 
     def exact(self, problems):
         """Exact Q of the uniform legal walk that stops at the target: -> f(i, prefix), the chance of a right
-        answer of problems[i] behind the finished lines of `prefix`; a prefix that has ended is worth its
-        outcome."""
+        answer of problems[i] behind the finished lines of `prefix`; at an end the outcome."""
         nxt = transitions(problems)
         _, V = dp(nxt, np.array([p.target for p in problems]), self.H)
 

@@ -5,8 +5,7 @@ r"""Countdown: combine all of 3-6 numbers into a target, one operation a line, w
     7 * 3 = 21 (left: 5 21)
     21 + 5 = 26 (left: 26)<|endoftext|>                         <- legal and computed right, but not 24
 
-Every result is an integer 1..99 and division is exact. All numbers are used once, so n numbers take n - 1
-steps.
+Every result is an integer 1..99 and division is exact. All numbers are used: n - 1 steps.
 """
 import re
 from dataclasses import dataclass

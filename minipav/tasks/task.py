@@ -33,8 +33,7 @@ class Task:
     exact = None
 
     def outcome(self, problem, response):
-        """Rex(problem, response) in {0, 1}. No eval: each line must match the grammar, or the answer is
-        wrong."""
+        """Rex(problem, response) in {0, 1}. No eval: a line off the grammar is wrong."""
         return int(self.judge(problem, response) == "right")
 
     def answer(self, response):
@@ -46,8 +45,7 @@ class Task:
         return response.removesuffix(END).split(self.delimiter)
 
     def split_of(self, problem):
-        """Every problem belongs to one split for ever, by a hash of its prompt: 5% test, 5% validation, else
-        train."""
+        """Every problem belongs to one split for ever, by a hash of its prompt: 5% test, 5% validation."""
         h = zlib.crc32(self.prompt(problem).encode()) % 20
         return ("test", "validation")[h] if h < 2 else "train"
 
