@@ -99,8 +99,8 @@ def policies(run, a):
     seed = run.seed("policies")
     torch.manual_seed(seed)
     room = 32 + 2 * run.task.max_new_tokens  # a prompt, a long prefix, a whole completion behind it
-    model = GPT(GPTConfig(vocab_size=run.enc.n_vocab, block_size=max(128, room),
-                          **SIZES[a.size])).to(a.device)
+    config = GPTConfig(vocab_size=run.enc.n_vocab, block_size=max(128, room), **SIZES[a.size])
+    model = GPT(config).to(a.device)
     print(f"  {sum(p.numel() for p in model.parameters()):,} parameters on {a.device}")
     show, weak_at = run.logger("base", a.sft_steps), max(1, int(a.weak_at * a.sft_steps))
 
@@ -136,16 +136,16 @@ def rollouts(run, a):
                 with progress(f"seeds, {split}", len(problems) * a.n_cov) as bar:
                     seeds[name] = seed_rollouts(model, run, problems, a.n_cov, s, progress=bar.to)
             else:
-                seeds[name] = seed_rollouts(model, run, [problems[i % len(problems)] for i in range(n_mu)], 1,
-                                            s + 3)
+                cycled = [problems[i % len(problems)] for i in range(n_mu)]
+                seeds[name] = seed_rollouts(model, run, cycled, 1, s + 3)
                 seeds[name].problem %= len(problems)
             right = float(seeds[name].reward.mean())
             print(f"  {name}, {split}: {len(seeds[name]):,} seeds, {right:.1%} right")
             run.save_traces(f"seeds_{name}_{split}", seeds[name])
         c = Collect(run, problems, a.n_mc, int(share * a.branches), n_mu, a.corrupted_fraction,
                     a.pit_traces if split == "train" else 0, a.pit_threshold, s, rng)
-        tokens |= {f"seeds_{name}": int(t.cost.sum()) for name,
-                   t in seeds.items()} if split == "train" else {}
+        if split == "train":
+            tokens |= {f"seeds_{name}": int(t.cost.sum()) for name, t in seeds.items()}
         for name, traces in RECIPES[a.recipe](c, models, seeds).items():
             print(f"  {name}, {split}: {len(traces):,} traces, {int(traces.labelled.sum()):,} labels, "
                   f"{int(traces.cost.sum()):,} tokens sampled")

@@ -45,8 +45,8 @@ def corrupted_steps(env, problems, traces, rng):
     if env.task.corrupt is None or len(traces) == 0:
         return traces[:0]
     chosen, prompt_lengths = [problems[i] for i in traces.problem.tolist()], traces.ends[:, 0] + 1
-    texts, first = env.task.corrupt(chosen, responses(env.enc, traces.tokens, traces.lengths, prompt_lengths),
-                                    rng)
+    texts = responses(env.enc, traces.tokens, traces.lengths, prompt_lengths)
+    texts, first = env.task.corrupt(chosen, texts, rng)
     tokens, lengths = encode_rows(env.enc, [env.task.prompt(p) + t for p, t in zip(chosen, texts)])
     return label_with_outcome(env, problems, traces.problem, tokens, lengths, prompt_lengths,
                               torch.as_tensor(first) + 1, sampled=False)

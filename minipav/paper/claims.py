@@ -118,13 +118,12 @@ def weak_on_strong(s):
 
 def rank_correlation(s):
     """Of the terms of Theorem 3.1 (mean of the runs) with the gain, over the provers of the base policy."""
-    terms = s.fact("provers", lambda f: [t["distinguishability"] + t["alignment"] for t in f["theorem"]
-                                         if t["base"] == "base"])
-    g = prover_gains(s)
+    terms, g = s.fact("provers", lambda f: {t["prover"]: t["distinguishability"] + t["alignment"]
+                                            for t in f["theorem"] if t["base"] == "base"}), prover_gains(s)
     if not (g and terms):
         return None
-    mus = s.fact("provers", lambda f: [t["prover"] for t in f["theorem"] if t["base"] == "base"])[0]
-    return {"": interval(np.array([spearman(np.mean(terms, 0), x) for x in zip(*(g[m] for m in mus))]))}
+    mean = [np.mean([t[mu] for t in terms]) for mu in g]
+    return {"": interval(np.array([spearman(mean, x) for x in zip(*g.values())]))}
 
 
 def data_gain(a, b):
@@ -137,10 +136,9 @@ def data_gain(a, b):
 
 
 def few_then_many(s):
-    few, many = data_gain("n_mc = 4", "n_mc = 16")(s), data_gain("n_mc = 16", "n_mc = 4")(s)
-    (first, x), *_ = few.items() if few else [("", None)]
-    (last, y) = list(many.items() if many else [("", None)])[-1]
-    return {f"few, {first}": x, f"many, {last}": y}
+    pairs = ("n_mc = 4", "n_mc = 16"), ("n_mc = 16", "n_mc = 4")
+    few, many = (list(data_gain(*p)(s).values()) for p in pairs)
+    return {"few at the smallest size": few[0], "many at the largest": many[-1]} if few else {}
 
 
 def error_drop(s):
@@ -154,8 +152,7 @@ SEARCH = [
     Claim("search against PAVs beats re-ranking by the ORM at equal tokens (8 to 10 points at N = 128)",
           "Fig. 4", lambda s: ahead(s, "beam:effective", "best_of_n:orm")),
     Claim("at least 1.5 times fewer tokens than best-of-N by the ORM for its best accuracy", "Fig. 4",
-          token_ratio,
-          lo=1.5, unit="times (0: the beam never gets there)"),
+          token_ratio, lo=1.5, unit="times (0: the beam never gets there)"),
     Claim("the advantage adds to Q^pi: PAV beam above Q^pi beam", "Fig. 5a",
           lambda s: ahead(s, "beam:effective", "beam:q_pi")),
     Claim("the beam holds a right answer more often than as many tokens of samples", "Fig. 6a", exploration),
