@@ -2,8 +2,8 @@
 
     python rl.py                          # runs/calculator-seed0: outcome reward (ORM-RL) beside PAV-RL
     python rl.py --all                    # every reward
-    python rl.py --sweep                  # other alphas, provers, difficulties; without what keeps it stable
-    python rl.py --reward pav --alpha 1 --prover bo16 --policy weak         # one training with other flags
+    python rl.py --sweep                  # other alphas, provers, base policies, KLs, baselines
+    python rl.py --reward pav --alpha 3 --prover bo16 --policy weak         # one training with other flags
     python rl.py --tune lr --all          # the learning rate (or KL) of each reward, on validation problems
     python rl.py --run runs/calculator-seed? --all --out results/rl         # several seeds, and their mean
 
@@ -36,7 +36,7 @@ class Flags:
     out: Path = flag(None, "where figures, CSVs and summary.json go; default: RUN/rl", kind=Path)
     reward: list = flag(["outcome", "pav"], "what a step is worth", choices=list(REWARDS))
     all: bool = flag(False, "every reward")
-    sweep: bool = flag(False, "also other alphas, provers, policies; without what keeps it stable")
+    sweep: bool = flag(False, "also other alphas, provers, base policies, KLs, baselines")
     tune: str = flag(None, "try this flag over a grid, on validation problems", choices=list(GRID), kind=str)
     micro_batch: int = flag(0, "traces in one backward pass; 0: all. Changes no result", high=1 << 16)
     device: str = flag("auto", "where it runs", choices=("auto", "cpu", "cuda", "mps"))

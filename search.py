@@ -31,7 +31,7 @@ class Flags:
     run: list = flag([Path("runs/calculator-seed0")], "folders of train.py, one a seed")
     out: Path = flag(None, "where figures, CSVs and summary.json go; default: RUN/search", kind=Path)
     all: bool = flag(False, "every figure of the paper")
-    show: int = flag(0, "print so many problems step by step, measure nothing", high=10**6)
+    show: int = flag(0, "print so many problems of a PAV beam of width 4, measure nothing", high=10**6)
     search: list = flag(["greedy", "pass", "majority", "best_of_n:orm", "best_of_n:q_pi",
                          "best_of_n:effective",
                          "beam:q_pi", "beam:effective"], "METHOD or METHOD:SCORE")

@@ -62,7 +62,8 @@ class Flags:
     lr_adamw: float = flag(3e-3, "learning rate of the rest", low=1e-12, high=10)
     # rollouts; a count of 0 means none
     top_p: float = flag(0.98, "nucleus of every sample of every policy; 1: all of it", low=1e-6, high=1)
-    recipe: str = flag("dense", "of the verifiers' data: the paper's, or ours", choices=list(RECIPES))
+    recipe: str = flag("dense", "of the verifiers' data: dense is ours, paper the paper's",
+                       choices=list(RECIPES))
     problems: int = flag(10000, "training problems with seed rollouts of pi", low=1, high=10**7)
     n_cov: int = flag(4, "seed rollouts a problem", low=1, high=4096)
     n_mc: int = flag(3, "completions a prefix (four times as many up to a first pit)", low=1, high=4096)
@@ -142,8 +143,9 @@ def rollouts(run, a):
             right = float(seeds[name].reward.mean())
             print(f"  {name}, {split}: {len(seeds[name]):,} seeds, {right:.1%} right")
             run.save_traces(f"seeds_{name}_{split}", seeds[name])
-        c = Collect(run, problems, a.n_mc, int(share * a.branches), n_mu, a.corrupted_fraction,
-                    a.pit_traces if split == "train" else 0, a.pit_threshold, s, rng)
+        c = Collect(run, problems, n_mc=a.n_mc, branches=int(share * a.branches), prover_rollouts=n_mu,
+                    corrupted_fraction=a.corrupted_fraction, pit_threshold=a.pit_threshold,
+                    pit_traces=a.pit_traces if split == "train" else 0, seed=s, rng=rng)
         if split == "train":
             tokens |= {f"seeds_{name}": int(t.cost.sum()) for name, t in seeds.items()}
         for name, traces in RECIPES[a.recipe](c, models, seeds).items():

@@ -36,8 +36,8 @@ def standard_error(q, n):
 
 def first_pit(q, reward, threshold):
     """The first pit of each trace (App. D): the first step with Q = 0 after a step end with Q > threshold, in
-    a trace that ends wrong. q (N, S + 1) with NaN where there is no estimate, reward (N,). -> index (N,) or
-    -1."""
+    a trace that ends wrong. q (N, S + 1) with NaN where there is no estimate, reward (N,). -> index (N,); -1:
+    none."""
     high = torch.cummax((q > threshold).int(), 1).values.bool()
     pit = high & (q == 0) & (reward[:, None] == 0)
     return torch.where(pit.any(1), pit.int().argmax(1), -1)
@@ -66,6 +66,8 @@ def rollout_from(mu, env, problems, traces, rows, ends, n_mc, seed, **sampling):
     """n_mc completions by mu of each prefix of traces[rows[i]] up to its step end ends[i]. -> Traces
     (prefix-major), labelled with their outcomes from there on; their mean estimates Q^mu (Eq. 1)."""
     t, since = traces[rows], ends.repeat_interleave(n_mc)
+    if len(rows) == 0:
+        return t
     prefix_lengths = t.ends.gather(1, ends[:, None])[:, 0] + 1
     prefix = t.tokens[:, :int(prefix_lengths.max())]
     s = _sample(mu, env, prefix, prefix_lengths, n_mc, seed, **sampling)

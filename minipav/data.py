@@ -85,7 +85,7 @@ def dense(c, policies, seeds):
     pad, pi, own = pad_token(c.env.enc), policies["base"], seeds["base"]
     branches, q, corrupted = own[:0], torch.zeros(0), own[:0]
     if c.branches:
-        found = [own, *(seeds[k] for k in seeds if k == "strong")]
+        found = [seeds[k] for k in ("base", "strong") if k in seeds]
         branches, q = high_value_branches(pi, c, Traces.cat(found, pad))
     if c.corrupted_fraction:
         copied = own[c.pick(len(own), max(1, round(c.corrupted_fraction * len(own))))]

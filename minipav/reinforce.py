@@ -27,9 +27,8 @@ from minipav.traces import Traces, responses
 from minipav.utils import Fail, NotFinite, apply_step, make_optimizers, progress
 from minipav.verifier import label_weights, verifier_loss
 
-# a row of log.csv: sampled so far; of held-out problems; means over the iterations since the row before, a
-# trace (length, kl), a token (entropy, value_error) or a share of the traces: right, with an illegal step,
-# with return 0
+# a row of log.csv: so far; of held-out problems (accuracy, greedy, pass_n); the rest means since the row before:
+# length, kl a trace; entropy, value_error a token; train_reward, illegal, zero_return shares of the traces
 COLUMNS = ("iteration", "tokens", "seconds", "accuracy", "greedy", "pass_n", "length", "kl", "entropy",
            "value_error", "train_reward", "illegal", "zero_return", "tokens_per_s")
 
@@ -165,14 +164,15 @@ class Reinforce:
         size = self.micro_batch or n
         for rows in (slice(at, at + size) for at in range(0, n, size)):         # gradients add up
             T = int(traces.lengths[rows].max())
-            tokens, where, g = (x[rows, :T].to(device) for x in (traces.tokens, step, target))
+            tokens, step_of, returned = (x[rows, :T].to(device) for x in (traces.tokens, step, target))
             if learned:
-                v_loss, b = value_loss(self.value, tokens, where, g)
+                v_loss, b = value_loss(self.value, tokens, step_of, returned)
                 (v_loss / n).backward()
                 sums[3] += v_loss.item()
             else:
                 b = baseline[rows, :T].to(device)
-            loss, kl, entropy, count = policy_loss(self.policy, self.ref, tokens, where, g - b, a.kl)
+            weight = returned - b  # of each token: its step's return minus b(s) (Eq. 5)
+            loss, kl, entropy, count = policy_loss(self.policy, self.ref, tokens, step_of, weight, a.kl)
             (loss / n).backward()
             sums[:3] += torch.tensor([float(kl), float(entropy), count])
         warmup, cosine = (i + 1) / max(1,
@@ -185,8 +185,8 @@ class Reinforce:
 
     def refresh(self, i, problems, traces):
         """One step of the verifier, on rollouts of the policy as it now is: these traces, and completions of
-        prefixes that are hotter, which show what it may try next; on corrupted steps and old rollouts too. mu
-        is then best-of-K of a policy between the initial and the present one."""
+        prefixes sampled at temperature 2, which show what it may try next; on corrupted steps and old
+        rollouts too. mu is then best-of-K of a policy between the initial and the present one."""
         a, run, seed = self.a, self.run, self.run.seed("refresh", self.a.seed, i)
         rng = np.random.default_rng(seed)
         hot = seed_rollouts(self.policy, run, problems, a.group, seed, temperature=2.0, top_p=None)

@@ -48,8 +48,7 @@ REWARDS = {
 # ---- from values to token weights
 
 def step_returns(reward, rex, q_mu, alpha):
-    """The return (N, S) of each step, from Rex (N,) and Q^mu (N, S + 1), NaN behind the last step: 0
-    there."""
+    """The return (N, S) of each step from Rex (N,) and Q^mu (N, S + 1); 0 where Q^mu is NaN (no such step)."""
     rex = rex[:, None].expand(-1, q_mu.shape[1] - 1)
     return reward.returns(rex, q_mu[:, 1:], advantage(q_mu), alpha).masked_fill(q_mu[:, 1:].isnan(), 0.0)
 
@@ -90,8 +89,7 @@ def step_baseline(kind, returns, ends, group, running):
     return torch.full_like(returns, running if kind == "mean" else 0.0)
 
 
-# ---- where Q^mu comes from: (loop, problems, traces, seed) -> Q^mu (N, S + 1) at every step end, tokens
-# sampled -----
+# ---- where Q^mu comes from: (loop, problems, traces, seed) -> Q^mu (N, S + 1), tokens sampled
 
 def by_verifier(loop, problems, traces, seed):
     return q_best_of_k(score(loop.verifier, traces.tokens, traces.ends), loop.mu.K), 0
@@ -129,7 +127,7 @@ def check_prover(reward, mu, a):
 
 
 def unknown(traces, H):
-    """The step ends (N, S + 1) whose value has to be estimated: at the last it is Rex."""
+    """The step ends (N, S + 1) whose value has to be estimated: not the last (Rex), none after H steps (0)."""
     index = torch.arange(traces.ends.shape[1])
     return (index < traces.last[:, None]) & (index < H)
 

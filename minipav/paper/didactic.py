@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minipav.files import make_folder, write_csv, write_json
+from minipav.files import write_csv, write_json
 from minipav.paper.figures import draw
 from minipav.paper.planted import EOS, Made, Planted
 from minipav.run import commit, hardware
@@ -164,7 +164,6 @@ def main():
     if args.seeds < 1 or args.iterations < 100:
         raise Fail(f"--seeds {args.seeds} must be at least 1 and --iterations {args.iterations} at least 100")
     start, seeds, rows, out = time.time(), list(range(args.seeds)), [], args.out
-    make_folder(out)
     exact = {g: float(Planted().values(Planted().prover(g))[1][0, 0]) for g in GAMMAS}
     print("exact V^mu(s0): " + ", ".join(f"gamma {g}: {v:.4f}" for g, v in exact.items()))
     summary = {"command": " ".join(["python -m minipav.paper.didactic", *sys.argv[1:]]), "seeds": seeds,

@@ -9,6 +9,9 @@ from minipav.paper.report import drawer, finish, judged, provenance, stage
 from minipav.paper.statistics import Curve, bootstrap, interval, pass_at_n, read_table, spread
 
 
+ROWS = ["iteration", "problem", "n", "right", "greedy"]
+
+
 def columns_of(rows):
     """{(kind, x): value of each problem} of a training's rows: pass@N and greedy decoding in the end,
     accuracy by iteration before."""
@@ -29,11 +32,13 @@ class Trained:
         self.trained = [n for n in self.labels if n not in ("sft", "rft")]
         wanted = ["iteration", "tokens", "seconds", "accuracy", "greedy", "kl", "entropy", "length",
                   "train_reward"]
-        self.logs = {n: [read_table(run / s[n] / "log.csv", wanted).apply(pd.to_numeric)
+        self.logs = {n: [read_table(run / s[n] / "log.csv", wanted)
                          for run, s in zip(self.runs, stages)] for n in self.trained}
-        rows = ["iteration", "problem", "n", "right", "greedy"]
-        self.each = [pd.DataFrame({(n, *x): v for n in self.labels for x, v in columns_of(
-            read_table(run / s[n] / "rows.csv", rows)).items()}) for run, s in zip(self.runs, stages)]
+        self.each = []
+        for run, names in zip(self.runs, stages):
+            tables = {n: read_table(run / names[n] / "rows.csv", ROWS, ("iteration",)) for n in self.labels}
+            self.each.append(pd.DataFrame({(n, *x): v for n in tables for x,
+                                           v in columns_of(tables[n]).items()}))
         self.boot = bootstrap(self.each)
         self.most = max(N for n, kind, N in self.boot if kind == "end" and n in self.trained)
 

@@ -23,9 +23,11 @@ class Curve(NamedTuple):
     solved: np.ndarray              # (R + 1, k) pass@N
 
 
-def read_table(path, columns):
+def read_table(path, columns, text=()):
+    """These columns of a table; all but those in `text` hold numbers."""
     try:
-        return pd.read_csv(path, usecols=columns, keep_default_na=False)
+        table = pd.read_csv(path, usecols=columns, keep_default_na=False, dtype=str)
+        return table.apply(lambda x: x if x.name in text else pd.to_numeric(x.replace("", "nan")))
     except (OSError, ValueError, pd.errors.ParserError) as e:
         raise damaged(path, " ".join(str(e).split())) from None
 
@@ -36,7 +38,9 @@ def load(tables):
     columns, frames = [*KEY[1:], "split", "n", "problem", "right", "solved", "tokens", "verifier_tokens"], []
     for run, named in tables.items():
         for group, path in named:
-            frame = read_table(path, columns).assign(run=run, group=group)
+            frame = read_table(path, columns, (*KEY[1:-1], "split")).assign(run=run, group=group)
+            if frame.isna().any(axis=None) or frame.empty:
+                raise damaged(path, "a number is missing")
             frames.append(frame.assign(**dict.fromkeys(DROPPED.get(group, []), "")))
     rows = pd.concat(frames)
     return rows.assign(alpha=rows.alpha.astype(str))

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from minipav.advantage import q_best_of_k
-from minipav.files import make_folder, write_json
+from minipav.files import write_json
 from minipav.paper.figures import draw
 from minipav.utils import main_guard
 
@@ -116,7 +116,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/didactic"))
     out = parser.parse_args().out
-    make_folder(out)
 
     bound, gain, first_order = theorem()
     helps, y = bound > 0, "measured gain / gamma"

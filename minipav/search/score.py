@@ -8,13 +8,15 @@ from minipav.advantage import effective_reward
 
 @dataclass
 class Step:
-    """N candidate steps: the values after and before them, what led there, and the search's alpha."""
+    """N candidate steps: the values after and before them, what led there, and the search's alpha. All
+    candidates of one level of a beam have the same depth: a term in it weighs them against finished traces
+    only."""
     q_pi: torch.Tensor              # (N,) Q^pi after the step
     q_mu: torch.Tensor              # (N,) Q^mu after it
     q_pi_before: torch.Tensor       # (N,) and before it
     q_mu_before: torch.Tensor
-    path: torch.Tensor              # (N, h) Q^pi at the ancestors: the prompt, step 1, ..., the step before
-    depth: int                      # h, from 1
+    path: torch.Tensor  # (N, h) Q^pi at the ancestors, from the prompt on (best-of-N: all, then NaN)
+    depth: int                      # h, from 1; (N,) in best-of-N
     logprob: torch.Tensor           # (N,) log pi of the step's tokens
     alpha: float
 
@@ -28,7 +30,7 @@ class Score:
     label: str
     of: object                      # Step -> (N,); the search keeps the highest
     verifier: str = "q_pi"          # whose values q_pi are: Q of the policy, "orm", or "exact"
-    uses: tuple = ("prover", "alpha")
+    uses: tuple = ("prover", "alpha")   # what `of` reads of these; one that is not named is blank (alpha 0)
 
 
 SCORES = {
