@@ -27,7 +27,7 @@ from minipav.traces import Traces, responses
 from minipav.utils import Fail, NotFinite, apply_step, make_optimizers, progress
 from minipav.verifier import label_weights, verifier_loss
 
-# a row of log.csv: so far; of held-out problems (accuracy, greedy, pass_n); the rest means since the row before:
+# a row of log.csv: so far; of held-out problems (accuracy, greedy, pass_n); then means since the row before:
 # length, kl a trace; entropy, value_error a token; train_reward, illegal, zero_return shares of the traces
 COLUMNS = ("iteration", "tokens", "seconds", "accuracy", "greedy", "pass_n", "length", "kl", "entropy",
            "value_error", "train_reward", "illegal", "zero_return", "tokens_per_s")

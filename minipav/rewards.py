@@ -48,7 +48,7 @@ REWARDS = {
 # ---- from values to token weights
 
 def step_returns(reward, rex, q_mu, alpha):
-    """The return (N, S) of each step from Rex (N,) and Q^mu (N, S + 1); 0 where Q^mu is NaN (no such step)."""
+    """The return (N, S) of each step from Rex (N,) and Q^mu (N, S + 1); 0 where Q^mu is NaN (no step)."""
     rex = rex[:, None].expand(-1, q_mu.shape[1] - 1)
     return reward.returns(rex, q_mu[:, 1:], advantage(q_mu), alpha).masked_fill(q_mu[:, 1:].isnan(), 0.0)
 
@@ -127,7 +127,7 @@ def check_prover(reward, mu, a):
 
 
 def unknown(traces, H):
-    """The step ends (N, S + 1) whose value has to be estimated: not the last (Rex), none after H steps (0)."""
+    """The step ends (N, S + 1) whose value has to be estimated: not the last (Rex), none after H (0)."""
     index = torch.arange(traces.ends.shape[1])
     return (index < traces.last[:, None]) & (index < H)
 

@@ -1,4 +1,8 @@
-"""Shared pieces: a tiny random GPT, a tabular policy that speaks the sampler's language, a smoke run of train.py."""
+"""Shared pieces: a tiny random GPT, tabular policies that speak the sampler's language, a smoke run."""
+import contextlib
+import io
+import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -10,15 +14,20 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from minipav.advantage import Traces  # noqa: E402
+from minipav.advantage import standard_error  # noqa: E402
 from minipav.model import GPT, GPTConfig  # noqa: E402
-from minipav.tasks import get_task  # noqa: E402
+from minipav.tasks import make_task  # noqa: E402
 from minipav.tasks.calculator import parse, transitions  # noqa: E402
 from minipav.tokenizer import END, synthetic_encoding  # noqa: E402
+from minipav.traces import Env, Traces  # noqa: E402
+from minipav.utils import Fail  # noqa: E402
 
-SMALL = ("--device", "cpu", "--iterations", "4", "--batch", "8", "--eval_every", "2", "--problems", "5", "--eval_n", "2",
-         "--n", "4")                                            # flags for an rl.py of seconds
+ONE_CORE = os.environ | {"OMP_NUM_THREADS": "1"}
+# flags for an rl.py of seconds
+SMALL = "--device cpu --iterations 4 --batch 8 --eval_every 2 --problems 5 --eval_n 2 --n 4".split()
 
+
+# ---- models
 
 def tiny(seed=0, std=0.3, **kw):
     """A GPT with weights large enough that its distribution is far from uniform."""
@@ -32,23 +41,26 @@ def tiny(seed=0, std=0.3, **kw):
 
 
 class WalkPolicy(torch.nn.Module):
-    """The calculator policy that takes a uniformly random legal operation, computes it right and stops at the target or
-    after H steps: tabular, so that dynamic programming gives its exact Q. It keeps the tokens it has seen in the cache."""
+    """The calculator policy that takes a uniformly random legal operation, computes it right and stops at the
+    target or after H steps: tabular, so that dynamic programming gives its exact Q. It keeps the tokens it
+    saw in the cache."""
 
-    def __init__(self, task, enc, problems):
+    def __init__(self, env, problems):
         super().__init__()
-        self.config = GPTConfig(vocab_size=enc.n_vocab, n_layer=1, n_head=1, n_kv_head=1, n_embd=2)
+        self.task, self.enc, self.device = env.task, env.enc, torch.device("cpu")
+        self.config = GPTConfig(vocab_size=self.enc.n_vocab, n_layer=1, n_head=1, n_kv_head=1, n_embd=2)
         self.embed = torch.nn.Embedding(1, 1)
-        self.task, self.enc, self.device = task, enc, torch.device("cpu")
-        self.by_prompt = {task.prompt(p): (p, transitions([p])[0]) for p in problems}
+        self.by_prompt, self.known = {self.task.prompt(p): (p, transitions([p])[0]) for p in problems}, {}
 
-    def trunk(self, idx, cache=None, pos=None, span=None):
+    def trunk(self, idx, cache=None, pos=None, kv_len=None):
         pos = torch.arange(idx.shape[1]).expand(len(idx), -1) if pos is None else pos
         as_key = idx[..., None, None].float().expand(-1, -1, 1, 2)
         cache.write(0, as_key, as_key, pos)
         seen = cache.k[0][:, :, 0, 0].long()
-        return torch.stack([torch.stack([self.next(seen[b, :p + 1].tolist()) for p in row])
-                            for b, row in enumerate(pos.tolist())])
+        prefixes = [[tuple(seen[b, :p + 1].tolist()) for p in row] for b, row in enumerate(pos.tolist())]
+        for prefix in {p for row in prefixes for p in row} - self.known.keys():
+            self.known[prefix] = self.next(list(prefix))
+        return torch.stack([torch.stack([self.known[p] for p in row]) for row in prefixes])
 
     def head(self, hidden):
         return hidden
@@ -58,49 +70,145 @@ class WalkPolicy(torch.nn.Module):
         out = torch.full((self.enc.n_vocab,), float("-inf"))
         prompt, _, response = self.enc.decode(tokens).partition("\n")
         if prompt + "\n" not in self.by_prompt or END in response:
-            out[0] = 0.0                                                        # inside the prompt or past the end
+            out[0] = 0.0                                        # inside the prompt or past the end
             return out
         problem, nxt = self.by_prompt[prompt + "\n"]
+        words = self.words(problem, nxt, response)
+        for w in words:
+            out[self.enc.encode(w, allowed_special="all")[0]] = -np.log(len(words))
+        return out
+
+    def words(self, problem, nxt, response):
         *done, line = response.split("\n")
         value = parse(done[-1])[2] if done else problem.start
         words = [f"{s}{x} = " for s, x in zip("+-*/", problem.ops)]
         if not line:
-            legal = [w for w, v in zip(words, nxt[value]) if v]
-        elif line in words:
-            legal = [str(nxt[value][words.index(line)])]
-        else:
-            stop = parse(line)[2] == problem.target or len(done) + 1 == self.task.H
-            legal = [END] if stop else ["\n"]
-        for w in legal:
-            out[self.enc.encode(w, allowed_special="all")[0]] = -np.log(len(legal))
-        return out
+            return [w for w, v in zip(words, nxt[value]) if v]
+        if line in words:
+            return [str(nxt[value][words.index(line)])]
+        stop = parse(line)[2] == problem.target or len(done) + 1 == self.task.H
+        return [END] if stop else ["\n"]
 
 
-def call(script, *args):
-    """Run train.py, search.py or rl.py as a user would."""
-    return subprocess.run([sys.executable, script, *map(str, args)], cwd=ROOT, capture_output=True, text=True)
+class Says(WalkPolicy):
+    """Says these words in this order, and then the last of them for ever, whatever it is asked."""
+
+    def __init__(self, env, problems, *script):
+        super().__init__(env, problems)
+        self.script = script
+
+    def words(self, problem, nxt, response):
+        said = len(self.enc.encode(response))
+        return [self.script[min(said, len(self.script) - 1)]]
 
 
-@pytest.fixture(scope="session")
-def smoke_run(tmp_path_factory):
-    """(folder, what it printed) of python train.py --smoke. Not to be changed: copy it."""
-    out = tmp_path_factory.mktemp("run") / "a"
-    done = call("train.py", "--smoke", "--device", "cpu", "--out", out)
-    assert done.returncode == 0, done.stderr
-    return out, done.stdout
+# ---- traces and values
+
+def make_traces(tokens, lengths, ends, **fields):
+    """Traces, by default with a label 0 from one outcome at every step end."""
+    N, labelled = len(tokens), ends >= 0
+    default = dict(problem=torch.arange(N), q=torch.zeros(ends.shape), n=labelled.long(), labelled=labelled,
+                   exact=torch.zeros_like(labelled), reward=torch.zeros(N), cost=torch.zeros(N).long())
+    return Traces(tokens=tokens, lengths=lengths, ends=ends, **{**default, **fields})
+
+
+def advantage_error(q, n):
+    """Standard error of `advantage(q)` when the values rest on n (..., S + 1) independent outcomes."""
+    se = standard_error(q, n)
+    return (se[..., 1:] ** 2 + se[..., :-1] ** 2).sqrt()
+
+
+def q_best_of_k_error(q, n, K):
+    """Standard error of `q_best_of_k(q, K)`, to first order: K (1 - q)^(K-1) times that of q."""
+    return K * (1 - q) ** (K - 1) * standard_error(q, n)
 
 
 @pytest.fixture(scope="session")
 def calculator():
-    """(task, encoding, ten test problems) at H = 4, at least 2 steps."""
-    task = get_task("calculator", H=4, min_steps=2)
-    return task, synthetic_encoding(task.phrases), task.problems("test", 10, 0)
+    """(Env, ten test problems) of the calculator at H = 4, at least 2 steps."""
+    task = make_task("calculator", dict(H=4, min_steps=2))
+    return Env(task, synthetic_encoding(task.phrases)), task.problems("test", 10, 0)
 
 
 @pytest.fixture
 def batch():
-    """Three traces: two steps ended by 2, one step ended by 3 (end of text), one cut off in its second step. 0 pads."""
+    """Three traces: two steps ended by 2, one step ended by 3 (end of text), one cut off in its second step.
+    0 pads."""
     tokens = torch.tensor([[5, 6, 7, 2, 8, 9, 3, 0], [5, 6, 7, 8, 3, 0, 0, 0], [5, 6, 7, 2, 8, 9, 9, 9]])
     ends = torch.tensor([[1, 3, 6], [1, 4, -1], [1, 3, -1]])
-    return Traces(torch.arange(3), tokens, torch.tensor([7, 5, 8]), ends, torch.zeros(3, 3), torch.zeros(3, 3).long(),
-                  torch.tensor([1., 0, 0]))
+    return make_traces(tokens, torch.tensor([7, 5, 8]), ends, reward=torch.tensor([1., 0, 0]))
+
+
+# ---- scripts
+
+def call(*args):
+    """Run python with these arguments as a user would."""
+    args = [sys.executable, *map(str, args)]
+    return subprocess.run(args, cwd=ROOT, capture_output=True, text=True, env=ONE_CORE)
+
+
+def run_main(script, *args):
+    """What main() of a script (a module, or a path for a fresh copy) prints with these flags."""
+    main, out = script.main if hasattr(script, "main") else runpy.run_path(str(script))["main"], io.StringIO()
+    with pytest.MonkeyPatch.context() as m, contextlib.redirect_stdout(out):
+        m.setattr(sys, "argv", ["script.py", *map(str, args)])
+        main()
+    return out.getvalue()
+
+
+def fails(script, *args):
+    """The one line in which a script says what is wrong with these flags or files."""
+    with pytest.raises(Fail) as e:
+        run_main(script, *args)
+    assert "\n" not in str(e.value)
+    return str(e.value)
+
+
+# Runs train.py in child processes, the k-th killed soon after the k-th stage began (or was found to be done),
+# until one comes to its end. Prints, of each, its exit status and the stages that are done.
+KILLS = """
+import json, os, pathlib, re, sys, time, train
+out = pathlib.Path(sys.argv[1])
+code, k = -9, 0
+while code == -9:
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.dup2(write, 1)
+        sys.argv = ["train.py", "--smoke", "--device", "cpu", "--out", str(out), *["--resume"] * out.exists()]
+        train.main()
+        sys.stdout.flush()
+        os._exit(0)
+    os.close(write)
+    begun = (line for line in os.fdopen(read) if re.fullmatch(r"[\\w/-]+(: done before)?\\n", line))
+    for stage, _ in enumerate(begun):
+        if stage == k:
+            time.sleep(0.3 if k < 6 else 0.02)
+            os.kill(child, 9)
+            break
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    done = out / "stages"
+    print(json.dumps([code, [str(p.relative_to(done))[:-5] for p in done.rglob("*.json")]]), flush=True)
+    k += 1
+"""
+
+
+@pytest.fixture(scope="session")
+def killed_run(tmp_path_factory):
+    """(folder, process) of runs that are killed in every stage, begun in the background."""
+    out = tmp_path_factory.mktemp("run") / "killed"
+    process = subprocess.Popen([sys.executable, "-c", KILLS, str(out)], cwd=ROOT, env=ONE_CORE, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    yield out, process
+    process.kill()
+
+
+@pytest.fixture(scope="session")
+def smoke_run(tmp_path_factory, request):
+    """(folder, what it printed) of python train.py --smoke. Not to be changed: copy it."""
+    if any("killed" in item.name for item in request.session.items):
+        request.getfixturevalue("killed_run")                   # on the other core meanwhile
+    out = tmp_path_factory.mktemp("run") / "a"
+    done = call("train.py", "--smoke", "--device", "cpu", "--out", out)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout

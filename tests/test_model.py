@@ -72,7 +72,7 @@ def test_grouped_query_attention_equals_repeated_heads(kv):
     assert torch.allclose(small(idx), big(idx), atol=1e-5)
 
 
-@pytest.mark.parametrize("kw", [dict(), dict(tied=False, qkv_bias=True), dict(head="scalar")])
+@pytest.mark.parametrize("kw", [dict(), dict(tied=False, qkv_bias=True), dict(head="scalar", n_out=3)])
 def test_safetensors_round_trip(tmp_path, kw):
     model, idx = tiny(**kw), torch.randint(29, (2, 9))
     model.save(tmp_path / "m")
@@ -83,8 +83,10 @@ def test_safetensors_round_trip(tmp_path, kw):
 
 def test_a_verifier_starts_from_the_policys_trunk():
     policy = tiny()
-    verifier, idx = policy.as_verifier(), torch.randint(29, (2, 9))
-    assert torch.equal(verifier.trunk(idx), policy.trunk(idx)) and verifier(idx).shape == (2, 9)
+    for verifier, n_out in ((policy.as_verifier(), 1), (policy.as_verifier("mine", 3), 3)):
+        idx = torch.randint(29, (2, 9))
+        assert torch.equal(verifier.trunk(idx), policy.trunk(idx)) and verifier(idx).shape == (2, 9, n_out)
+    assert verifier.config.target == "mine" and policy.as_verifier().config.target == "bce"
 
 
 def test_damaged_foreign_and_missing_weights_are_one_line_errors(tmp_path):

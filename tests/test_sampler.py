@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import tiny
 
-from minipav.sampler import TOO_LONG, choose, sample
+from minipav.sampler import LENGTH, choose, sample
 
 STOP = 3
 
@@ -22,7 +22,7 @@ def run(model, n=8, seed=1, max_new_tokens=12, stop=(STOP,), **kw):
 
 
 def same(a, b):
-    return all(torch.equal(getattr(a, k), getattr(b, k)) for k in ("tokens", "lengths", "reason"))
+    return all(torch.equal(getattr(a, k), getattr(b, k)) for k in ("tokens", "lengths", "finish_reason"))
 
 
 def test_greedy_is_exact():
@@ -33,7 +33,7 @@ def test_greedy_is_exact():
         while len(new) < 12 and (not new or new[-1] not in (STOP, 17)):
             new.append(int(model(torch.tensor([row + new]))[0, -1].argmax()))
         assert got.tokens[b, :got.lengths[b]].tolist() == new
-        assert got.reason[b] == (new[-1] if new[-1] in (STOP, 17) else TOO_LONG)
+        assert got.finish_reason[b] == (new[-1] if new[-1] in (STOP, 17) else LENGTH)
 
 
 def test_each_sample_draws_its_own_first_token():
@@ -50,27 +50,28 @@ def test_same_seed_same_samples_other_seed_other_samples():
 def test_the_stop_token_is_kept_and_nothing_follows_it():
     model = tiny(std=0.05)
     s = run(model, n=100, pad=0)
-    stopped = s.reason == STOP
+    stopped = s.finish_reason == STOP
     assert 0 < stopped.sum() < len(stopped)
     assert (s.tokens[stopped].gather(1, s.lengths[stopped, None] - 1) == STOP).all()
     after = torch.arange(12) >= s.lengths[:, None]
     assert (s.tokens[after] == 0).all() and (s.logprobs[after] == 0).all() and (s.logprobs[~after] < 0).all()
-    assert (s.lengths[~stopped] == 12).all() and (s.reason[~stopped] == TOO_LONG).all()
+    assert (s.lengths[~stopped] == 12).all() and (s.finish_reason[~stopped] == LENGTH).all()
     assert (s.tokens[~after] == STOP).sum() == stopped.sum()
 
 
 def test_it_stops_at_any_of_several_tokens_and_says_which():
     s = run(tiny(std=0.05), n=200, stop=(STOP, 5))
-    assert {STOP, 5, TOO_LONG} >= set(s.reason.tolist()) >= {STOP, 5}
-    assert torch.equal(s.tokens.gather(1, s.lengths[:, None] - 1)[:, 0][s.reason >= 0], s.reason[s.reason >= 0])
+    assert {STOP, 5, LENGTH} >= set(s.finish_reason.tolist()) >= {STOP, 5}
+    stopped = s.finish_reason >= 0
+    assert torch.equal(s.tokens.gather(1, s.lengths[:, None] - 1)[:, 0][stopped], s.finish_reason[stopped])
 
 
 def test_compaction_and_chunks_change_no_sample():
     """The uniform number of a token belongs to its sample, not to its place in the batch."""
     model = tiny(std=0.05)
-    one = run(model, n=50)
+    one = run(model, n=20)
     for kw in (dict(compact=False), dict(max_tokens_in_flight=17), dict(max_tokens_in_flight=200)):
-        assert same(one, run(model, n=50, **kw))
+        assert same(one, run(model, n=20, **kw))
 
 
 def test_logprobs_are_the_models():
@@ -84,7 +85,7 @@ def test_logprobs_are_the_models():
 
 
 def test_the_distribution_of_whole_samples_is_exact():
-    """All 3-token continuations of a 4-token toy model, with stopping and compaction, against their probabilities."""
+    """All 3-token continuations of a 4-token toy model, stopping and compaction: their probabilities."""
     model, n = tiny(vocab_size=4, std=0.35), 40_000
     s = sample(model, torch.tensor([[1, 2]]), torch.tensor([2]), n, max_new_tokens=3, stop=[STOP], seed=0)
     expected = {}
@@ -129,10 +130,10 @@ def test_a_nucleus_may_be_wider_than_the_tokens_that_are_looked_at_first():
 
 
 def test_a_token_of_probability_zero_is_never_chosen():
-    """An inverse CDF that looks up u * total <= cdf picks index 0 at u = 0, and a clamp picks the last index at 1."""
+    """An inverse CDF that looks up u * total <= cdf picks index 0 at u = 0; a clamp picks the last at 1."""
     logits = torch.tensor([[float("-inf"), 0.0, float("-inf"), 1.0, float("-inf")]]).expand(3, 5)
     for kw in (dict(), dict(top_k=4), dict(top_p=1.0)):
-        first_is_likeliest = bool(kw)                                           # the filters walk the CDF from the top
+        first_is_likeliest = bool(kw)                           # the filters walk the CDF from the top
         expected = [3, 3, 1] if first_is_likeliest else [1, 3, 3]
         assert choose(logits, torch.tensor([0.0, 0.5, 1 - 2 ** -24]), **kw).tolist() == expected
 

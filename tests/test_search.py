@@ -1,19 +1,32 @@
 """Search: exact expectations over subsets, distinct prefixes, budgets counted by hand."""
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import WalkPolicy, tiny
+from conftest import Says, WalkPolicy, tiny
 
-from minipav import search
-from minipav.advantage import newline, q_best_of_k, step_ends
+from minipav.advantage import q_best_of_k, seed_rollouts
 from minipav.model import GPT, GPTConfig
-from minipav.report import LABELS, at_tokens, bootstrap, compare, interval, tokens_to_reach
+from minipav.search.beam import distinct, search_all, search_batch, top
+from minipav.search.best_of_n import (
+    at_n,
+    best_of_n,
+    expected_best,
+    greedy,
+    majority,
+    majority_vote,
+    pass_at_n,
+)
+from minipav.search.score import SCORES, Search, Step
 from minipav.tasks.calculator import Calculator, dp, transitions
-from minipav.tokenizer import END, encode_rows, synthetic_encoding
-from minipav.verifier import Oracle, score, start_values
+from minipav.tokenizer import END, delimiter_tokens, encode_rows, synthetic_encoding
+from minipav.traces import Env, step_ends
+from minipav.verifier import score
 
+
+# ---- whole samples
 
 @pytest.mark.parametrize("N", [1, 2, 3, 5])
 def test_best_of_n_equals_enumeration(N):
@@ -24,11 +37,11 @@ def test_best_of_n_equals_enumeration(N):
         total = 0.0
         for subset in itertools.combinations(range(5), N):
             best = max(scores[p, i] for i in subset)
-            top = [i for i in subset if scores[p, i] == best]
-            total += sum(reward[p, i] for i in top) / len(top)
+            tied = [i for i in subset if scores[p, i] == best]
+            total += sum(reward[p, i] for i in tied) / len(tied)
         ways = len(list(itertools.combinations(range(5), N)))
-        assert abs(search.best_of_n(scores, reward, N)[p] - total / ways) < 1e-5
-    assert (search.best_of_n(scores, reward, N) <= search.pass_at_n(reward, N) + 1e-6).all()
+        assert abs(expected_best(scores, reward, N)[p] - total / ways) < 1e-5
+    assert (expected_best(scores, reward, N) <= pass_at_n(reward, N) + 1e-6).all()
 
 
 def test_pass_at_n_closed_form():
@@ -36,79 +49,136 @@ def test_pass_at_n_closed_form():
     reward = torch.zeros(1, 64)
     reward[0, :5] = 1
     p = torch.tensor([(59 - i) / (64 - i) for i in range(8)]).prod()
-    assert abs(search.pass_at_n(reward, 8) - (1 - p)) < 1e-5 and search.pass_at_n(reward, 64) == 1
+    assert abs(pass_at_n(reward, 8) - (1 - p)) < 1e-5 and pass_at_n(reward, 64) == 1
 
 
 def test_majority_vote_counts_answers_not_traces():
-    answers, reward = [["7", "8", "8", None, None, None, "9", "7"]], torch.tensor([[0., 1, 1, 0, 0, 0, 0, 1]])
-    assert search.majority_vote(answers, reward, 4).tolist() == [0.5]            # 8 wins; then 9 against 7: the first
-    assert search.majority_vote(answers, reward, 8).tolist() == [0.5]            # 7 and 8 tie, 7 came first, half are right
+    answers = [["7", "8", "8", None, None, None, "9", "7"]]
+    reward = torch.tensor([[0., 1, 1, 0, 0, 0, 0, 1]])
+    assert majority_vote(answers, reward, 4).tolist() == [0.5]  # 8 wins; then 9 against 7: the first
+    assert majority_vote(answers, reward, 8).tolist() == [0.5]  # 7 and 8 tie, 7 came first, half are right
 
+
+def test_methods_over_samples_share_them_and_equal_their_formulas(small):
+    """pass@N, majority vote and best-of-N of the same eight samples: by hand from a fresh draw of them."""
+    s, problems = replace(small, memo={}), small.problems
+    t = seed_rollouts(s.policy, s.env, problems, 8, seed=3)
+    reward, ns = t.reward.view(5, 8), [1, 2, 4, 8]
+    q = score(s.verifier, t.tokens, t.ends)
+    last = q.gather(1, t.last[:, None])[:, 0].view(5, 8)
+    answers = [s.env.enc.decode(r[:n].tolist()).removesuffix(END).rpartition(" = ")[2]
+               for r, n in zip(t.tokens, t.lengths)]
+    answers = [answers[i:i + 8] for i in range(0, 40, 8)]
+    want = {at_n: lambda n: pass_at_n(reward, n), majority: lambda n: majority_vote(answers, reward, n),
+            best_of_n: lambda n: expected_best(last, reward, n)}
+    for method, by_hand in want.items():
+        for n, r in zip(ns, method(replace(s, score=SCORES["q_pi"]), problems, ns, 3)):
+            assert torch.allclose(r.right, by_hand(n)) and torch.allclose(r.solved, pass_at_n(reward, n))
+            spent = (t.lengths - t.ends[:, 0] - 1).float().view(5, 8).mean(1)
+            assert torch.allclose(r.tokens, n * spent)
+            read = n * t.lengths.float().view(5, 8).mean(1) if method is best_of_n else torch.zeros(5)
+            assert torch.allclose(r.verifier_tokens, read)
+    assert len([k for k in s.memo if k[0] == "samples"]) == 1
+    assert 0 < reward.mean() < 1 and not torch.equal(want[best_of_n](8), want[at_n](8))
+
+
+def test_best_of_n_by_the_effective_reward_scores_the_last_step(small):
+    """Q^pi + alpha A^mu of each sample's last step, mu with a verifier of its own; and a sample that never
+    ended is only picked if there is no other."""
+    mu = tiny(2, std=0.2, vocab_size=small.env.enc.n_vocab, block_size=48, head="scalar")
+    pi = tiny(1, std=0.2, vocab_size=small.env.enc.n_vocab, block_size=48, head="scalar")
+    s = replace(small, verifier=pi, mu_verifier=mu, alpha=0.7, score=SCORES["effective"], memo={})
+    [r] = best_of_n(s, small.problems, [6], 4)
+    t = seed_rollouts(s.policy, s.env, small.problems, 6, seed=4)
+    last = t.last[:, None]
+    q_pi, q_mu = (score(v, t.tokens, t.ends) for v in (pi, mu))
+    value = (q_pi.gather(1, last) + 0.7 * (q_mu.gather(1, last) - q_mu.gather(1, last - 1))).view(5, 6)
+    assert torch.allclose(r.right, t.reward.view(5, 6).gather(1, value.argmax(1, keepdim=True))[:, 0])
+    cut = torch.tensor([k for k in range(30) if k % 6])         # all but the first of each problem
+    s.memo[("samples", 6, 4)][0].tokens[cut, t.lengths[cut] - 1] = 0
+    [r] = best_of_n(s, small.problems, [6], 4)
+    assert torch.equal(r.right, t.reward[::6])
+
+
+def test_greedy_takes_the_likeliest_token(small):
+    word = [f"{s}{x} = " for s, x in zip("+-*/", small.problems[0].ops)][0]
+    says = Says(small.env, small.problems, word, "9", "\n", word, "9", END)
+    [r] = greedy(replace(small, policy=says), small.problems, [1], 0)
+    assert r.text == [f"{word}9\n{word}9{END}"] * 5 and (r.tokens == 6).all() and not r.right.any()
+
+
+# ---- beams
 
 def test_duplicates_and_endless_steps_leave_the_beam():
     new = torch.tensor([[5, 1], [5, 1], [6, 1], [5, 1], [7, 8]])
-    assert search._distinct(torch.tensor([0, 0, 0, 1, 1]), new, torch.tensor([1, 1, 1, 1, -1])).tolist() == [0, 2, 3]
+    assert distinct(torch.tensor([0, 0, 0, 1, 1]), new, torch.tensor([1, 1, 1, 1, -1])).tolist() == [0, 2, 3]
 
 
 def test_top_keeps_the_best_of_each_problem():
     value, owner = torch.tensor([.1, .9, .5, .3, .7]), torch.tensor([1, 0, 1, 1, 0])
-    assert search._top(value, owner, 2).tolist() == [1, 4, 2, 3] and search._top(value, owner, 1).tolist() == [1, 2]
+    assert top(value, owner, 2).tolist() == [1, 4, 2, 3] and top(value, owner, 1).tolist() == [1, 2]
 
 
 @pytest.fixture(scope="module")
 def small():
-    """A uniform walk, an untrained verifier and five problems of two steps at the most."""
+    """A Search with a uniform walk and an untrained verifier, and five problems of two steps at the most."""
     task = Calculator(H=2, min_steps=1)
-    enc, problems = synthetic_encoding(task.phrases), task.problems("test", 5, 0)
+    env, problems = Env(task, synthetic_encoding(task.phrases)), task.problems("test", 5, 0)
     torch.manual_seed(0)
-    verifier = GPT(GPTConfig(enc.n_vocab, block_size=48, n_layer=1, n_embd=32, n_ffn=32, head="scalar"))
-    return WalkPolicy(task, enc, problems), verifier, task, enc, problems
+    verifier = GPT(GPTConfig(env.enc.n_vocab, block_size=48, n_layer=1, n_embd=32, n_ffn=32, head="scalar"))
+    s = Search(env, WalkPolicy(env, problems), SCORES["effective"], verifier)
+    s.problems = problems
+    return s
+
+
+def beam(small, width, problems=None, seed=0, **fields):
+    return search_all(replace(small, **fields), problems or small.problems, width, seed)
 
 
 def test_a_wide_beam_holds_every_solution(small):
     """With room for all 16 walks of two steps the beam is exhaustive."""
-    r = search.beam_search(*small, width=20, alpha=0.5, K=4, C=12)
-    assert (r.solved == 1).all()
-    alone = search.beam_search(*small[:4], small[4][2:3], width=20, alpha=0.5, K=4, C=12)
+    assert (beam(small, 20, alpha=0.5, K=4, C=12).solved == 1).all()
+    alone = beam(small, 20, small.problems[2:3], alpha=0.5, K=4, C=12)
     assert alone.solved == 1 and alone.tokens.shape == (1,)
 
 
 def test_tokens_are_counted_by_hand(small):
-    """Each step of this policy is three tokens: width * C at the first level, C for each live prefix after it."""
-    _, _, task, _, problems = small
-    first = search.beam_search(small[0], small[1], Calculator(H=2, min_steps=1), *small[3:], width=4, alpha=0.0, C=3)
+    """Each step of this policy is three tokens: width * C at the first level, then C for each live prefix."""
+    first = beam(small, 4)
     assert (first.tokens >= 36).all() and (first.tokens <= 36 + 4 * 9).all() and (first.tokens % 9 == 0).all()
-    r = search.beam_search(*small, width=1, alpha=0.0, C=3)
-    for spent, response in zip(r.tokens.tolist(), r.responses):
-        assert spent == 9 * len(task.steps(response)) and response
+    r = beam(small, 1)
+    for spent, text in zip(r.tokens.tolist(), r.text):
+        assert spent == 9 * len(small.env.task.steps(text)) and text
 
 
 def test_alpha_zero_is_the_q_beam_whatever_the_prover(small):
-    a, b = (search.beam_search(*small, width=2, alpha=0.0, K=K, seed=3) for K in (1, 16))
-    assert a.responses == b.responses and torch.equal(a.tokens, b.tokens)
+    a, b, c = (beam(small, 2, seed=3, **x) for x in (dict(K=1), dict(K=16), dict(score=SCORES["q_pi"])))
+    assert a.text == b.text == c.text and torch.equal(a.tokens, b.tokens) and torch.equal(a.tokens, c.tokens)
 
 
 def test_fig_2a_flips_above_alpha_a_fifth():
-    """Parents 1 and 2 have V = .60 and .30, their steps Q = .55 .50 .70 and .50 .35 .25, and mu = pi. A beam of 2 by Q keeps
-    the steps 3 and 1 of the first parent; by A its step 3 and step 1 of the second, and so does Q + alpha A for alpha > .2."""
+    """Parents 1 and 2 have V = .60 and .30, their steps Q = .55 .50 .70 and .50 .35 .25, and mu = pi. A beam
+    of 2 by Q keeps the steps 3 and 1 of the first parent; by A its step 3 and step 1 of the second, and so
+    does Q + alpha A for alpha > .2."""
     q, before = torch.tensor([.55, .50, .70, .50, .35, .25]), torch.tensor([.60] * 3 + [.30] * 3)
 
-    def kept(rule, alpha):
-        return set(search.SCORES[rule](q, q, before, alpha).topk(2).indices.tolist())
-    assert kept("effective", 0.0) == kept("effective", 0.19) == {0, 2}
-    assert kept("effective", 0.21) == kept("advantage", 0) == {2, 3}
-    assert kept("bonus", 5.0) == {0, 2}                                          # Q^mu = Q^pi as a bonus changes nothing
+    def kept(name, alpha):
+        step = Step(q, q, before, before, before[:, None], 1, torch.zeros(6), alpha)
+        return set(SCORES[name].of(step).topk(2).indices.tolist())
+    assert kept("effective", 0.0) == kept("effective", 0.19) == kept("q_pi", 1) == kept("orm", 1) == {0, 2}
+    assert kept("effective", 0.21) == kept("exact", 0.21) == kept("advantage", 0) == {2, 3}
+    assert kept("bonus", 5.0) == {0, 2}                         # Q^mu = Q^pi as a bonus changes nothing
 
 
 def test_width_one_and_one_sample_is_plain_sampling(small):
     """Then nothing is chosen: the trace is the policy's own, of the same uniform numbers."""
-    policy, verifier, task, enc, problems = small
-    r = search.beam_search(*small, width=1, alpha=0.5, C=1, seed=7)
-    prompts, lengths = encode_rows(enc, [task.prompt(p) for p in problems])
-    u = torch.rand(task.max_steps, len(problems), 1, task.max_step_tokens, generator=torch.Generator().manual_seed(7))
-    for i, response in enumerate(r.responses):
+    policy, task, enc, problems = small.policy, small.env.task, small.env.enc, small.problems
+    r = beam(small, 1, alpha=0.5, C=1, seed=7)
+    u = torch.rand(task.max_steps, len(problems), 1, task.max_step_tokens,
+                   generator=torch.Generator().manual_seed(7))
+    for i, response in enumerate(r.text):
         text = ""
-        for step in u[:, i, 0]:                                                  # each token by inverse CDF
+        for step in u[:, i, 0]:                                 # each token by inverse CDF
             for x in step:
                 p = policy.next(enc.encode(task.prompt(problems[i]) + text, allowed_special="all")).exp()
                 text += enc.decode([int((p.cumsum(0) <= x * p.sum()).sum())])
@@ -121,123 +191,104 @@ def test_width_one_and_one_sample_is_plain_sampling(small):
 
 def test_all_problems_at_once_equals_one_at_a_time(small):
     """Also with a bound so small that the problems go in batches of one."""
-    policy, verifier, task, enc, problems = small
-    whole = search.beam_search(*small, width=2, alpha=0.5, K=4, seed=1)
-    split = search.beam_search(*small, width=2, alpha=0.5, K=4, seed=1, max_tokens_in_flight=1)
-    assert whole.responses == split.responses
-    assert all(torch.equal(getattr(whole, f), getattr(split, f)) for f in ("reward", "solved", "tokens", "scored"))
+    whole = beam(small, 2, alpha=0.5, K=4, seed=1)
+    one = replace(small.env, sampling={"max_tokens_in_flight": 1})
+    split = beam(small, 2, alpha=0.5, K=4, seed=1, env=one)
+    assert whole.text == split.text
+    for f in ("right", "solved", "tokens", "verifier_tokens"):
+        assert torch.equal(getattr(whole, f), getattr(split, f))
 
 
 def test_verifier_tokens_are_counted_by_hand(small):
     """Each prompt once, each distinct candidate step once, for each verifier that is asked."""
-    policy, verifier, task, enc, problems = small
-    log = []
-    r = search.beam_search(*small, width=2, alpha=0.5, K=4, log=log)
-    two = search.beam_search(*small, width=2, alpha=0.5, q_mu_model=verifier)
-    for i, p in enumerate(problems):
-        candidates = [enc.decode(t[:n]) for level in log
-                      for o, t, n in zip(*(level[k].tolist() for k in ("owner", "tokens", "lengths"))) if o == i]
+    enc, log = small.env.enc, []
+    r = beam(small, 2, alpha=0.5, K=4, log=log)
+    two = beam(small, 2, alpha=0.5, mu_verifier=small.verifier)
+    for i, p in enumerate(small.problems):
+        beams = [level["beam"] for level in log]
+        candidates = [enc.decode(b.tokens[k, :b.lengths[k]].tolist()) for b in beams
+                      for k in (b.owner == i).nonzero()[:, 0].tolist()]
         assert len(set(candidates)) == len(candidates)
-        assert r.scored[i] == len(enc.encode(task.prompt(p))) + 3 * len(candidates)      # a step of this policy is 3 tokens
-    assert (two.scored % 2 == 0).all()
+        prompt = len(enc.encode(small.env.task.prompt(p)))
+        assert r.verifier_tokens[i] == prompt + 3 * len(candidates)     # a step of this policy is 3 tokens
+    assert (two.verifier_tokens % 2 == 0).all() and not beam(small, 2, verifier=None).verifier_tokens.any()
 
 
-class Stuck(WalkPolicy):
-    """Says one thing for ever: every beam is copies of it."""
-
-    def __init__(self, *args, word):
-        super().__init__(*args)
-        self.word = word
-
-    def next(self, tokens):
-        out = torch.full((self.enc.n_vocab,), float("-inf"))
-        out[self.enc.encode(self.word, allowed_special="all")[0]] = 0.0
-        return out
+def test_the_log_has_each_candidate_with_its_values_and_what_was_kept(small):
+    """As --show prints them: the value before a step is its own parent's; the best of each problem stay."""
+    task, enc, log = small.env.task, small.env.enc, []
+    beam(small, 2, alpha=0.5, K=4, log=log, env=replace(small.env, sampling={"max_tokens_in_flight": 1}))
+    assert len(log) >= 2 * 5, "batches of one problem"
+    for level in log:
+        b, step, kept = level["beam"], level["step"], level["kept"]
+        assert torch.equal(b.score, SCORES["effective"].of(step)) and 1 <= kept.sum() <= 2
+        assert len(b.owner.unique()) == 1 and (step.logprob < 0).all() and step.path.shape[1] == step.depth
+        assert torch.equal(step.path[:, -1], step.q_pi_before)
+        start = torch.full_like(b.lengths, len(enc.encode(task.prompt(small.problems[b.owner[0]]))))
+        ends = step_ends(b.tokens, start, b.lengths, delimiter_tokens(enc, "\n"))
+        q = score(small.verifier, b.tokens, ends)
+        assert torch.allclose(q[:, :step.depth], step.path, atol=1e-4)
+        assert torch.allclose(q[:, step.depth], step.q_pi, atol=1e-4)
+    assert sorted({int(level["beam"].owner[0]) for level in log}) == list(range(5))
 
 
 def test_beams_of_duplicates_and_beams_that_die(small):
-    """All the same step: one candidate a level, and H steps without an end leave no answer. A step that never ends is no
-    candidate: the beam is dead at once. A trace that ends with its first step costs nothing more."""
-    _, verifier, task, enc, problems = small
+    """All the same step: one candidate a level, and H steps without an end leave no answer. A step that never
+    ends is no candidate: the beam is dead at once. A trace that ends with its first step costs no more."""
+    def says(word):
+        return Says(small.env, small.problems, word)
     levels = []
-    r = search.beam_search(Stuck(task, enc, problems, word="\n"), *small[1:], width=4, alpha=0.1, log=levels)
-    assert [len(level["owner"]) for level in levels] == [5, 5] and r.responses == [""] * 5 and not r.solved.any()
-    assert (r.tokens == 12 + 3).all()                                            # 4 C at the first level, C for one prefix after
-    dead = search.beam_search(Stuck(task, enc, problems, word="7"), *small[1:], width=4, alpha=0.1)
-    assert dead.responses == [""] * 5 and (dead.tokens == 12 * task.max_step_tokens).all() and not dead.reward.any()
-    done = search.beam_search(Stuck(task, enc, problems, word=END), *small[1:], width=4, alpha=0.1)
-    assert done.responses == [END] * 5 and (done.tokens == 12).all()
+    r = beam(small, 4, policy=says("\n"), alpha=0.1, log=levels)
+    assert [len(level["beam"].owner) for level in levels] == [5, 5]
+    assert r.text == [""] * 5 and not r.solved.any()
+    assert (r.tokens == 12 + 3).all()                           # 4 C at the first level, then C for a prefix
+    dead = beam(small, 4, policy=says("7"), alpha=0.1)
+    assert dead.text == [""] * 5 and (dead.tokens == 12 * small.env.task.max_step_tokens).all()
+    assert not dead.right.any()
+    done = beam(small, 4, policy=says(END), alpha=0.1)
+    assert done.text == [END] * 5 and (done.tokens == 12).all()
 
 
-def test_the_oracle_beam_is_exact(small):
-    """Exact Q of this very policy: wide enough, it never picks a wrong answer if a right one was found; its value of a
-    prefix is the dynamic program's, and 0 behind a wrong step."""
-    policy, _, task, enc, problems = small
-    r = search.beam_search(policy, Oracle(task, enc), *small[2:], width=20, alpha=0.0, C=12)
-    assert (r.reward == 1).all() and torch.equal(r.reward, r.solved)
-    value, (Q, V) = task.exact(problems), dp(transitions(problems), np.array([p.target for p in problems]), task.H)
+def test_the_exact_beam_is_exact(small):
+    """Exact Q of this very policy: wide enough, it never picks a wrong answer if a right one was found; its
+    value of a prefix is the dynamic program's, and 0 behind a wrong step."""
+    task, problems = small.env.task, small.problems
+    r = beam(small, 20, verifier=None, score=SCORES["exact"], C=12)
+    assert (r.right == 1).all() and torch.equal(r.right, r.solved)
+    value = task.exact(problems)
+    Q, V = dp(transitions(problems), np.array([p.target for p in problems]), task.H)
     for i, p in enumerate(problems):
         assert value(i, "") == pytest.approx(V[i, 0, p.start])
         for k, (sign, x) in enumerate(zip("+-*/", p.ops)):
             if v := transitions([p])[0, p.start, k]:
                 assert value(i, f"{sign}{x} = {v}" + END) == (v == p.target)
-                if v != p.target:                                                # a walk that went on past it is worth less
+                if v != p.target:                               # a walk that went on past it is worth less
                     assert value(i, f"{sign}{x} = {v}\n") == pytest.approx(Q[i, 0, p.start, k])
                 assert value(i, f"{sign}{x} = {v + 1}\n") == 0
 
 
 @pytest.mark.parametrize("own_q_mu", [False, True])
 def test_the_beam_scores_by_the_effective_reward(small, own_q_mu):
-    """Each finished trace's frozen score is Q^pi + alpha A^mu of its last step, from full re-scoring of the two prefixes:
-    a wrong sign, a parent mixed up or another step's advantage shows."""
-    policy, _, task, enc, problems = small
-    verifiers = [tiny(seed, std=0.2, vocab_size=enc.n_vocab, block_size=48, head="scalar") for seed in (1, 2)][:1 + own_q_mu]
+    """Each finished trace's frozen score is Q^pi + alpha A^mu of its last step, from full re-scoring of the
+    two prefixes: a wrong sign, a parent mixed up or another step's advantage shows."""
+    task, enc, problems = small.env.task, small.env.enc, small.problems
+    pi, mu = (tiny(seed, std=0.2, vocab_size=enc.n_vocab, block_size=48, head="scalar") for seed in (1, 2))
     prompts, lengths = encode_rows(enc, [task.prompt(p) for p in problems])
     u = torch.rand(2, 5, 15, task.max_step_tokens, generator=torch.Generator().manual_seed(0))
-    slots = prompts.shape[1] + 10
-    values = [start_values(v, problems, prompts, lengths, slots) for v in verifiers] + [None] * (2 - len(verifiers))
-    f, *_ = search._search(policy, values, task, enc, prompts, lengths, u, slots, 5,
-                           lambda *x: search.SCORES["effective"](*x, 0.7), 4, 3, {})
-    ends = step_ends(f["tokens"], lengths[f["owner"]], f["lengths"], [newline(enc), enc.eot_token])
+    s = replace(small, verifier=pi, mu_verifier=mu if own_q_mu else None, alpha=0.7, K=4)
+    with torch.no_grad():
+        f, *_ = search_batch(s, problems, prompts, lengths, u, prompts.shape[1] + 10, 5)
+    ends = step_ends(f.tokens, lengths[f.owner], f.lengths, delimiter_tokens(enc, "\n"))
     last = (ends >= 0).sum(1, keepdim=True) - 1
-    q_pi, q_mu = (score(v, f["tokens"], ends) for v in (verifiers[0], verifiers[-1]))
+    q_pi, q_mu = score(pi, f.tokens, ends), score(mu if own_q_mu else pi, f.tokens, ends)
     q_mu = q_mu if own_q_mu else q_best_of_k(q_mu, 4)
     adv_mu = (q_mu.gather(1, last) - q_mu.gather(1, last - 1))[:, 0]
     assert len(adv_mu) > 5 and adv_mu.std() > 0.01
-    assert torch.allclose(f["q_pi"], q_pi.gather(1, last)[:, 0], atol=1e-4)
-    assert torch.allclose(f["score"], q_pi.gather(1, last)[:, 0] + 0.7 * adv_mu, atol=1e-4)
+    assert torch.allclose(f.q_pi[:, -1], q_pi.gather(1, last)[:, 0], atol=1e-4)
+    assert torch.allclose(f.score, q_pi.gather(1, last)[:, 0] + 0.7 * adv_mu, atol=1e-4)
 
 
 def test_bad_beams_are_refused(small):
-    for kw in (dict(width=0, alpha=0.1), dict(width=1, alpha=-1.0), dict(width=1, alpha=0.1, C=0)):
+    for width, kw in ((0, dict(alpha=0.1)), (1, dict(alpha=-1.0)), (1, dict(alpha=0.1, C=0))):
         with pytest.raises(ValueError, match="width >= 1"):
-            search.beam_search(*small, **kw)
-
-
-class Fake:
-    """Curves of a made-up evaluation: ORM .3 and .6 at 100 and 200 tokens, PAV .6 and .8 at half of them, both on average
-    over two runs that differ by `spread`."""
-    P = 50
-
-    def __init__(self, spread):
-        self.shift = spread - 0.1
-
-    def resampled(self, weights):
-        def one(acc, tok):
-            return np.array([4, 8]), np.tile(acc, (len(weights), 1)) + self.shift, np.tile(tok, (len(weights), 1))
-        return {m: one([.6, .8], [50., 100.]) if m == "pav_beam" else one([.3, .6], [100., 200.]) for m in LABELS}
-
-
-def test_comparisons_at_equal_tokens():
-    exact, drawn = bootstrap([Fake(0.0), Fake(0.2)], R=200)
-    assert drawn["orm"][1][:, 1].std() > 0.03                                    # the runs are resampled too
-    claims = compare(exact)
-    assert np.allclose(claims["pav_minus_orm_points"]["4"], 50) and np.allclose(claims["pav_minus_orm_points"]["8"], 20)
-    assert np.allclose(claims["token_ratio_to_match_best_orm"], 4)
-    assert np.allclose(at_tokens(exact["pav_beam"], np.array([50 * 2 ** 0.5])), 0.7)
-    assert np.isnan(at_tokens(exact["pav_beam"], np.array([49.]))) and at_tokens(exact["pav_beam"], np.array([1e6])) == 0.8
-    assert np.isnan(tokens_to_reach(exact["orm"], np.array([0.9])))
-    assert np.allclose(claims["orm_over_pav_tokens_by_width"]["4"], 4)           # .6: 200 tokens against 50
-    assert np.isnan(claims["orm_over_pav_tokens_by_width"]["8"])                 # .8 is out of the ORM's reach
-    assert interval(1.0, np.array([0.5] * 90 + [np.nan] * 10)) == {"mean": 1.0, "lo": 0.5, "hi": None}
-    assert interval(np.nan, np.ones(3)) is None
+            beam(small, width, **kw)

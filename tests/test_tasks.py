@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from minipav.tasks import countdown, get_task
+from minipav.tasks import countdown, make_task
 from minipav.tasks.calculator import TOP, Problem, distance, dp, transitions
 from minipav.tokenizer import END, decode_rows, encode_rows, synthetic_encoding, text_encoding
 from minipav.utils import Fail
@@ -15,8 +15,8 @@ TASKS = [("calculator", dict(H=5, min_steps=3)), ("countdown", {})]
 
 @pytest.mark.parametrize("name, dials", TASKS)
 def test_splits_are_disjoint_for_all_seeds(name, dials):
-    """A problem belongs to a split by its own hash, so not even another seed's training set can hold a test problem."""
-    task = get_task(name, **dials)
+    """A problem belongs to a split by its own hash: no other seed's training set holds a test problem."""
+    task = make_task(name, dials)
     drawn = {s: {task.prompt(p) for seed in (0, 1) for p in task.problems(s, 100, seed)}
              for s in ("train", "validation", "test")}
     assert all(a.isdisjoint(b) for a, b in itertools.combinations(drawn.values(), 2))
@@ -26,18 +26,18 @@ def test_splits_are_disjoint_for_all_seeds(name, dials):
 
 @pytest.mark.parametrize("name, dials", TASKS)
 def test_directed_demonstrations_are_right_and_undirected_ones_legal(name, dials):
-    task, rng = get_task(name, **dials), np.random.default_rng(0)
+    task, rng = make_task(name, dials), np.random.default_rng(0)
     problems = task.problems("train", 300, 0)
-    assert all(task.judge(p, d) == "right" for p, d in zip(problems, task.demos(problems, 1.0, rng)))
-    verdicts = [task.judge(p, d) for p, d in zip(problems, task.demos(problems, 0.0, rng))]
+    assert all(task.judge(p, d) == "right" for p, d in zip(problems, task.demonstrations(problems, 1.0, rng)))
+    verdicts = [task.judge(p, d) for p, d in zip(problems, task.demonstrations(problems, 0.0, rng))]
     assert "illegal" not in verdicts and verdicts.count("planning") > 200
 
 
 @pytest.mark.parametrize("name, dials", TASKS)
 def test_corrupted_traces_are_all_wrong_from_the_step_named(name, dials):
-    task, rng = get_task(name, **dials), np.random.default_rng(0)
+    task, rng = make_task(name, dials), np.random.default_rng(0)
     problems = task.problems("train", 300, 0)
-    demos = task.demos(problems, 0.5, rng)
+    demos = task.demonstrations(problems, 0.5, rng)
     texts, first = task.corrupt(problems, demos, rng)
     for p, d, t, w in zip(problems, demos, texts, first):
         assert task.judge(p, t) == "illegal"
@@ -46,18 +46,36 @@ def test_corrupted_traces_are_all_wrong_from_the_step_named(name, dials):
 
 
 @pytest.mark.parametrize("name, dials", TASKS)
+def test_a_corrupted_step_is_the_first_illegal_one_whatever_the_response(name, dials):
+    """Also of a response that is itself garbage, too long, cut off or empty: two wrongs may make a right."""
+    task, rng = make_task(name, dials), np.random.default_rng(0)
+    problems = task.problems("train", 40, 0)
+    demos = task.demonstrations(problems, 0.5, rng)
+    bodies = [d.removesuffix(END) for d in demos]
+    for responses in (bodies, [b[:k] for k, b in enumerate(bodies)], ["+1 = 1\n" + b + END for b in bodies],
+                      [b + "\n" + b + END for b in bodies], [b[::-1] for b in bodies],
+                      ["", END, "7 \n", "\n"] * 10):
+        texts, first = task.corrupt(problems, responses, rng)
+        for p, t, w in zip(problems, texts, first):
+            head = task.steps(t)[:w + 1]
+            assert t.endswith(END) and task.judge(p, "\n".join(head) + END) == "illegal"
+            assert w == 0 or task.judge(p, "\n".join(head[:-1]) + END) != "illegal"
+
+
+@pytest.mark.parametrize("name, dials", TASKS)
 def test_malformed_responses_score_zero(name, dials):
-    """Whatever is not a right answer to the letter is worth nothing: eighteen malformed copies of each of a hundred right
-    answers, and four random mutations, which count only if an independent reader finds them right too."""
-    task, rng = get_task(name, **dials), random.Random(0)
+    """Whatever is not a right answer to the letter is worth nothing: eighteen malformed copies of each of a
+    hundred right answers, and four random mutations, which count only if an independent reader finds them
+    right too."""
+    task, rng = make_task(name, dials), random.Random(0)
     problems = task.problems("train", 100, 0)
-    demos = task.demos(problems, 1.0, np.random.default_rng(0))
+    demos = task.demonstrations(problems, 1.0, np.random.default_rng(0))
     for p, d in zip(problems, demos):
         body = d.removesuffix(END)
-        bad = [body, body + "\n" + END, body + " " + END, "\n" + d, d + END, d + "x", body + "\n+1 = 0" + END, END, "",
-               body.replace(" = ", "="), body.replace(" = ", " =  "), body.replace("= ", "= 0"), body + "\r" + END,
-               body + "\n" + body + END, "__import__('os')" + END, body.replace("= ", "= +"), body + ".0" + END,
-               body.translate(str.maketrans("123456789", "١٢٣٤٥٦٧٨٩")) + END]
+        bad = [body, body + "\n" + END, body + " " + END, "\n" + d, d + END, d + "x", body + "\n+1 = 0" + END,
+               END, "", body.replace(" = ", "="), body.replace(" = ", " =  "), body.replace("= ", "= 0"),
+               body + "\r" + END, body + "\n" + body + END, "__import__('os')" + END, body + ".0" + END,
+               body.replace("= ", "= +"), body.translate(str.maketrans("123456789", "١٢٣٤٥٦٧٨٩")) + END]
         for b in bad:
             assert task.outcome(p, b) == 0, b
         for _ in range(4):
@@ -76,7 +94,8 @@ def read_calculator(problem, response):
     v = problem.start
     for line in response.removesuffix(END).split("\n"):
         op, result = line.split(" = ")
-        assert op in [s + str(x) for s, x in zip("+-*/", problem.ops)] and compute(v, op[0], int(op[1])) == int(result)
+        assert op in [s + str(x) for s, x in zip("+-*/", problem.ops)]
+        assert compute(v, op[0], int(op[1])) == int(result)
         v = int(result)
     return v == problem.target
 
@@ -96,17 +115,17 @@ READERS = {"calculator": read_calculator, "countdown": read_countdown}
 
 
 def test_too_many_steps_score_zero():
-    task = get_task("calculator", H=2, min_steps=1)
+    task = make_task("calculator", dict(H=2, min_steps=1))
     p = Problem(10, 13, (1, 2, 3, 4))
     assert task.outcome(p, "+1 = 11\n+1 = 12" + END) == 0
     assert task.outcome(Problem(10, 12, (1, 2, 3, 4)), "+1 = 11\n+1 = 12" + END) == 1
     assert task.outcome(p, "+1 = 11\n+1 = 12\n+1 = 13" + END) == 0
-    assert get_task("calculator", H=3, min_steps=1).outcome(p, "+1 = 11\n+1 = 12\n+1 = 13" + END) == 1
+    assert make_task("calculator", dict(H=3, min_steps=1)).outcome(p, "+1 = 11\n+1 = 12\n+1 = 13" + END) == 1
 
 
 def test_calculator_values_equal_enumeration():
     """Every sequence of operations, by hand, against dynamic programming and breadth-first distance."""
-    H, problems = 4, get_task("calculator", H=4, min_steps=2).problems("test", 8, 0)
+    H, problems = 4, make_task("calculator", dict(H=4, min_steps=2)).problems("test", 8, 0)
     nxt, target = transitions(problems), np.array([p.target for p in problems])
     Q, V = dp(nxt, target, H)
     dist = distance(nxt, np.array([p.start for p in problems]), H)
@@ -126,33 +145,37 @@ def test_calculator_values_equal_enumeration():
 
 def test_directed_walks_are_the_uniform_walk_given_success():
     """Bayes by rejection: the share of first operations among successful uniform walks."""
-    task, rng = get_task("calculator", H=3, min_steps=2), np.random.default_rng(0)
-    p = max(task.problems("train", 50, 0), key=lambda p: dp(transitions([p]), np.array([p.target]), 3)[1][0, 0, p.start])
-    demos = task.demos([p] * 4000, 0.0, rng)
+    task, rng = make_task("calculator", dict(H=3, min_steps=2)), np.random.default_rng(0)
+
+    def chance(p):
+        return dp(transitions([p]), np.array([p.target]), 3)[1][0, 0, p.start]
+    p = max(task.problems("train", 50, 0), key=chance)
+    demos = task.demonstrations([p] * 4000, 0.0, rng)
     good = [d for d in demos if task.judge(p, d) == "right"]
-    directed = task.demos([p] * 4000, 1.0, rng)
+    directed = task.demonstrations([p] * 4000, 1.0, rng)
     for first in {d.split("\n")[0] for d in directed}:
         a, b = (sum(d.startswith(first) for d in ds) / len(ds) for ds in (good, directed))
         assert abs(a - b) < 4 * (0.25 / len(good)) ** 0.5
 
 
 def test_countdown_oracle_knows_what_is_solvable():
-    task = get_task("countdown")
+    task = make_task("countdown", {})
     for p in task.problems("test", 20, 0):
         assert countdown.value(p.numbers, p.target) > 0 and all(1 <= n <= 25 for n in p.numbers)
     assert countdown.value((1, 1, 1, 1), 90) == 0
     # (3 3 3): 3+3=6 3-3 illegal 3*3=9 3/3=1, then with 3: {9,3,18,2}, {12,6,27,3}, {4,2,3,3}
     assert abs(countdown.value((3, 3, 3), 18) - 1 / 12) < 1e-12
-    hits = [task.judge(countdown.Problem((2, 3, 5, 7), 30, ()), d) for d in
-            task.demos([countdown.Problem((2, 3, 5, 7), 30, ())] * 3000, 0.0, np.random.default_rng(0))]
+    p = countdown.Problem((2, 3, 5, 7), 30, ())
+    hits = [task.judge(p, d) for d in task.demonstrations([p] * 3000, 0.0, np.random.default_rng(0))]
     v = countdown.value((2, 3, 5, 7), 30)
     assert abs(hits.count("right") / 3000 - v) < 4 * (v * (1 - v) / 3000) ** 0.5 + 1e-9
 
 
 def test_tokens_are_one_per_integer_operation_newline_and_any_text_survives():
-    task = get_task("calculator")
+    task = make_task("calculator", {})
     enc = synthetic_encoding(task.phrases)
-    for text in [*map(str, range(100)), *(f"{s}{d}" for s in "+-*/" for d in range(1, 10)), "\n", *task.phrases]:
+    operations = [f"{s}{d}" for s in "+-*/" for d in range(1, 10)]
+    for text in [*map(str, range(100)), *operations, "\n", *task.phrases]:
         assert len(enc.encode(text)) == 1, text
     assert len(enc.encode(END, allowed_special="all")) == 1 and enc.n_vocab == enc.eot_token + 2
     texts = ["*2 = 46\n", "naïve 東京 \x00 +10 = 007 --1" + END, "100 + 7 ∑"]
@@ -165,7 +188,7 @@ def test_bad_tasks_dials_and_encodings_are_one_line_errors():
     for name, dials in (("chess", {}), ("calculator", dict(H=3, min_steps=4)), ("countdown", dict(numbers=9)),
                         ("countdown", dict(H=4))):
         with pytest.raises(Fail) as e:
-            get_task(name, **dials)
+            make_task(name, dials)
         assert "\n" not in str(e.value) and "--" in str(e.value)
     with pytest.raises(Fail, match="no_such_encoding"):
         text_encoding("no_such_encoding")

@@ -1,130 +1,236 @@
-"""train.py from the outside: it runs, it resumes, and it says in one line what is wrong."""
+"""train.py from the outside: it runs, it resumes, both recipes run, and it says in one line what is wrong."""
+import csv
 import json
-import os
+import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
-import numpy as np
 import pytest
-from safetensors.numpy import load_file
+import torch
+from conftest import call, fails, run_main
+from safetensors.torch import load_file
 
-ROOT = Path(__file__).parent.parent
-STAGES = ["policies", "rollouts", "q_pi", "orm", "q_weak", "q_strong", "evaluation"]
+import train
+from minipav import files
+from minipav.paper import report
+from minipav.run import Run
+from minipav.utils import Fail
+
+TRAINED = ["policies", "rollouts", "q_pi", "orm", "q_weak", "q_strong"]
+MODELS = ["base", "weak", "strong", "q_pi", "orm", "q_weak", "q_strong"]
+SMOKE = ("--smoke", "--device", "cpu")
+# every stage, in a second or two
+LESS = (*SMOKE, *"--batch_size 8 --sft_steps 4 --strong_steps 2 --problems 24 --branches 40 --pit_traces 8 "
+        "--prover_rollouts 40 --orm_steps 2 --q_steps 4 --mu_steps 2 --test_problems 8 --max_n 4".split())
 
 
-def command(*args):
-    return [sys.executable, str(ROOT / "train.py"), "--smoke", "--device", "cpu", *map(str, args)]
+def stages(out):
+    folder = out / "stages"
+    return {str(p.relative_to(folder)).removesuffix(".json") for p in folder.rglob("*.json")}
 
 
-def train(*args):
-    return subprocess.run(command(*args), capture_output=True, text=True, cwd="/")
+def record(out, stage):
+    return json.loads((out / "stages" / f"{stage}.json").read_text())
 
 
-@pytest.fixture(scope="module")
-def run(smoke_run):
-    return smoke_run
+def table(path):
+    """A table of a search, without the columns that name it."""
+    return [row[7:] for row in csv.reader(path.open())][1:]
 
 
-def test_smoke_run_writes_all_it_promises_and_fast(run):
-    out, stdout = run
+# ---- what it leaves
+
+def test_smoke_run_writes_all_it_promises_and_fast(smoke_run):
+    out, stdout = smoke_run
     summary = json.loads((out / "summary.json").read_text())
-    for key in ("command", "commit", "hardware", "seeds", "minutes", "peak_memory_gb", "base_sampled", "base_greedy",
-                "planning_failure_share", "pav_minus_orm_points", "token_ratio_to_match_best_orm"):
-        assert key in summary
-    assert summary["minutes"] < 0.5 and summary["peak_memory_gb"] < 4
-    for name in ("table.txt", "curves.csv", "accuracy.png", "example.txt", "log.csv", "eval.safetensors"):
+    assert {"command", "commit", "hardware", "seeds", "minutes", "config", "base_sampled", "base_greedy",
+            "planning_failure_share", "corrupted_step_auc", "claims"} <= set(summary)
+    assert summary["minutes"]["mean"] < 2
+    assert {c["where"] for c in summary["claims"]} == {"Fig. 4", "Fig. 5a", "Fig. 6a"}
+    for name in ("table.txt", "curves.csv", "rows.csv.gz", "accuracy.png", "accuracy.csv", "example.txt"):
         assert (out / name).stat().st_size > 0
-    assert all(m in stdout for m in ("greedy decoding", "majority vote", "best-of-N, ORM", "beam, PAV", "pass@N", "next:"))
+    for m in ("greedy decoding", "majority vote", "best-of-N, ORM", "beam, PAV", "pass@N", "next:", "Brier"):
+        assert m in stdout
+    for name in MODELS:
+        assert {p.name for p in (out / name).iterdir()} >= {"config.json", "model.safetensors"}
+        assert (out / name / "held_out.csv").exists() == (name in ("q_pi", "orm", "q_weak", "q_strong"))
+    searches = {s for s in stages(out) if s.startswith("search/")}
+    assert {f"{s}.csv" for s in searches} == {str(p.relative_to(out)) for p in out.glob("search/*")}
+    assert stages(out) == {*TRAINED, "example", *searches} and len(searches) == 9
+    for name in stages(out):
+        r = record(out, name)
+        assert r["seconds"] >= 0 and 0 < r["peak_memory_gb"] < 4 and r["command"].startswith("python ")
+        assert {"spec", "commit", "hardware"} <= set(r)
+    assert {p.name for p in (out / "logs").iterdir()} == {f"{s}.csv" for s in TRAINED if s != "rollouts"}
     assert not list(out.rglob("*.tmp"))
+
+
+def test_the_table_has_each_search_once(smoke_run):
+    """That claims do not name the prover of the PAV beam does not make it another search."""
+    rows = [tuple(row) for row in csv.reader((smoke_run[0] / "curves.csv").open())][1:]
+    assert sum(row[0] == "beam:effective" for row in rows) == 2 * 3 and len(rows) == 1 + 4 * 4 + 4 * 2
+
+
+def test_what_a_run_cost_is_in_its_records(smoke_run):
+    """Tokens of all seeds and of all labelled traces: the reports of RL count with them."""
+    run, tokens = Run.open(smoke_run[0], "cpu"), record(smoke_run[0], "rollouts")["tokens"]
+    names = [f"{p}_{s}" for p in ("base", "weak", "strong") for s in ("train", "validation")]
+    assert tokens.keys() == {*names, *(f"seeds_{p}" for p in ("base", "weak", "strong"))}
+    for name in names:
+        t = run.traces(name)
+        assert tokens[name] == int(t.cost.sum()) > 0 and t.labelled.any() and (t.cost >= 0).all()
+    seeds, data = run.traces("seeds_base_train"), run.traces("base_train")
+    assert tokens["seeds_base"] == int((seeds.lengths - seeds.ends[:, 0] - 1).sum()) and len(seeds) == 600
+    for field in ("problem", "lengths", "reward", "cost"):
+        assert torch.equal(getattr(data[:600], field), getattr(seeds, field))
 
 
 def test_countdown_runs_too(tmp_path):
     """Every stage on the other task, whose lines and steps are longer."""
-    done = train("--task", "countdown", "--sft_steps", 5, "--out", tmp_path / "x")
-    assert done.returncode == 0 and "pass@N" in done.stdout, done.stderr
+    told = run_main(train, *LESS, "--task", "countdown", "--out", tmp_path / "x")
+    assert "pass@N" in told and {*TRAINED, "example"} <= stages(tmp_path / "x")
 
 
-def test_killed_in_every_stage_and_resumed_equals_uninterrupted(run, tmp_path):
-    """SIGKILL soon after each stage has begun; the next process goes on from the files of the stages before it."""
-    whole, _ = run
-    out = tmp_path / "b"
-    for stage in STAGES:
-        p = subprocess.Popen(command("--out", out, *(["--resume"] if out.exists() else [])), stdout=subprocess.PIPE,
-                             stderr=subprocess.DEVNULL, text=True, cwd="/")
-        for line in p.stdout:
-            if line.strip() == stage:
-                time.sleep(0.3)
-                os.kill(p.pid, signal.SIGKILL)
-                break
-        assert p.wait() == -signal.SIGKILL, f"never reached {stage}"
-        p.stdout.close()
-        done = list(json.loads((out / "stages.json").read_text())) if (out / "stages.json").exists() else []
-        assert STAGES.index(stage) <= len(done) <= STAGES.index(stage) + 1 and done == STAGES[:len(done)]
-    last = train("--out", out, "--resume")
-    assert last.returncode == 0, last.stderr
-    for name in ("table.txt", "curves.csv", "example.txt", "log.csv"):
-        assert (out / name).read_text() == (whole / name).read_text(), name
-    a, b = (load_file(x / "eval.safetensors") for x in (out, whole))
-    assert a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a if not k.endswith("/seconds"))
+def test_the_papers_recipe_runs_too(tmp_path):
+    run_main(train, *LESS, "--recipe", "paper", "--balance", "--lr_muon", 0, "--out", tmp_path / "x")
+    t = Run.open(tmp_path / "x", "cpu").traces("base_train")
+    assert "example" in stages(tmp_path / "x") and set(t.n[t.labelled & ~t.exact].tolist()) <= {1, 2, 8}
+    assert len(t) >= 24 * 4 and t.labelled[:96].sum() == (t.ends[:96] >= 0).sum()
+
+
+def test_a_count_of_0_leaves_it_out(tmp_path):
+    """No SFT, no stronger policy, no branches, no pits, no corrupted steps, no provers; at alpha 0 the PAV beam
+    is the Q^pi beam to the token."""
+    out = tmp_path / "x"
+    zeros = ("sft_steps", "strong_steps", "branches", "pit_traces", "corrupted_fraction", "prover_rollouts",
+             "alpha")
+    told = run_main(train, *LESS, *(x for k in zeros for x in (f"--{k}", 0)), "--out", out)
+    assert told.count("no SFT") == 2 and not list(out.glob("weak_*")) and not list(out.glob("strong_*"))
+    assert {s for s in stages(out) if "/" not in s} == {"policies", "rollouts", "q_pi", "orm", "example"}
+    a, b, c = (load_file(out / name / "model.safetensors") for name in ("weak", "base", "strong"))
+    assert all(torch.equal(a[k], b[k]) and torch.equal(b[k], c[k]) for k in a)
+    run = Run.open(out, "cpu")
+    assert len(run.traces("base_train")) == len(run.traces("seeds_base_train")) == 24 * 4
+    [q], [pav] = (list(out.glob(f"search/beam-{score}-*.csv")) for score in ("q_pi", "effective"))
+    assert table(q) == table(pav) and len(table(q)) == 2 * 8
+
+
+# ---- resuming
+
+def test_killed_in_every_stage_and_resumed_equals_uninterrupted(smoke_run, killed_run):
+    """SIGKILL soon after each stage has begun; the next process goes on from the files of those before it."""
+    whole, (out, killer) = smoke_run[0], killed_run
+    stdout, stderr = killer.communicate(timeout=300)
+    r = record(whole, "example")
+    order = [*r["stages"], *(t.removesuffix(".csv") for t in r["tables"]), "example"]
+    deaths = [json.loads(line) for line in stdout.splitlines()]
+    assert [code for code, _ in deaths] == [-9] * len(order) + [0], stderr
+    for k, (_, done) in enumerate(deaths):
+        assert set(done) == set(order[:len(done)]) and len(done) >= k, "in this order, and none is lost"
+        assert len(done) <= k + 1 or k >= len(TRAINED), "it was killed in this stage"
+    for pattern in ("search/*.csv", "logs/*.csv", "table.txt", "curves.csv", "example.txt", "*/held_out.csv"):
+        names = {p.relative_to(whole) for p in whole.glob(pattern)}
+        assert names == {p.relative_to(out) for p in out.glob(pattern)} and names
+        for name in names:
+            assert (out / name).read_text() == (whole / name).read_text(), name
+    for name in (*(f"{m}/model.safetensors" for m in MODELS), "base_train.safetensors"):
+        a, b = load_file(out / name), load_file(whole / name)
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
     assert not list(out.rglob("*.tmp"))
 
 
-def one_line_error(done, *words):
-    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
-    assert all(w in done.stderr for w in words), done.stderr
+def test_a_run_is_neither_overwritten_nor_resumed_with_other_flags(smoke_run):
+    out = smoke_run[0]
+    assert "--resume" in fails(train, *SMOKE, "--out", out)
+    assert "--seed" in fails(train, *SMOKE, "--out", out, "--resume", "--seed", 5)
+    assert "--min_steps" in fails(train, *SMOKE, "--out", out, "--resume", "--min_steps", 4)
+
+
+def test_a_run_has_one_process_at_a_time(smoke_run, monkeypatch):
+    """Two of them would write each other's files."""
+    Run.open(smoke_run[0], "cpu")
+    monkeypatch.setattr(files, "LOCKS", {})                     # as another process sees it
+    with pytest.raises(Fail, match=r"in use by process \d+"):
+        Run.open(smoke_run[0], "cpu")
+
+
+# ---- what is wrong
+
+def test_a_mistake_is_one_line_on_stderr_and_status_1():
+    done = call("train.py", "--task", "chess")
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert "chess" in done.stderr and "calculator" in done.stderr and not done.stdout
 
 
 @pytest.mark.parametrize("args, words", [
-    (("--task", "chess"), ("--task chess", "calculator")),
     (("--problems", "0"), ("--problems 0",)),
+    (("--problems", "many"), ("--problems", "many")),
     (("--alpha", "-1"), ("--alpha",)),
-    (("--directed", "2"), ("--directed",)),
+    (("--expert_fraction", "2"), ("--expert_fraction",)),
+    (("--widths", "2", "2"), ("--widths", "twice")),
     (("--H", "3", "--min_steps", "4"), ("--min_steps",)),
     (("--task", "countdown", "--H", "3"), ("--H",)),
-    (("--out", "/dev/null/run"), ("--out /dev/null/run",)),
+    (("--no_such_flag",), ("--no_such_flag",)),
+    (("--size", "gigantic"), ("--size", "gigantic", "mini")),
+    (("--recipe", "mine"), ("--recipe", "dense", "paper")),
+    (("--out", "/dev/null/run"), ("/dev/null/run",)),
 ])
 def test_bad_flags_are_one_line_errors(args, words, tmp_path):
-    one_line_error(train(*(() if "--out" in args else ("--out", tmp_path / "x")), *args), *words)
+    told = fails(train, *SMOKE, "--out", tmp_path / "x", *args)
+    assert all(w in told for w in words), told
+    assert not (tmp_path / "x").exists()
 
 
-def test_an_impossible_size_is_a_one_line_error(tmp_path):
-    one_line_error(train("--size", "gigantic", "--out", tmp_path / "x"), "--size gigantic", "mini")
-
-
-def test_a_run_is_neither_overwritten_nor_resumed_with_other_flags(run):
-    out, _ = run
-    one_line_error(train("--out", out), "--resume")
-    one_line_error(train("--out", out, "--resume", "--seed", 5), "--seed")
-
-
-def test_damaged_weights_in_a_run_are_a_one_line_error(run, tmp_path):
+@pytest.mark.parametrize("name, again, damage", [
+    ("q_pi/model.safetensors", "orm", lambda b: b[:1000]),
+    ("q_pi/config.json", "orm", lambda b: b"{}"),
+    ("base_train.safetensors", "orm", lambda b: b[:-1000]),
+    ("config.json", "orm", lambda b: b[:50]),
+    ("stages/q_pi.json", "orm", lambda b: b"[1]"),
+    ("stages/rollouts.json", "orm", lambda b: b"{}"),
+    ("base/model.safetensors", "search/greedy*", lambda b: b""),
+    ("search/pass-*.csv", "example", lambda b: b[:600]),
+    ("search/beam-q_pi*.csv", "example", lambda b: b.replace(b"beam", b"\xff\xfe")),
+])
+def test_damaged_files_are_one_line_errors(smoke_run, tmp_path, name, again, damage):
+    """Found by the stage that reads them, if that is done again."""
     out = tmp_path / "c"
-    shutil.copytree(run[0], out)
-    stages = json.loads((out / "stages.json").read_text())
-    (out / "stages.json").write_text(json.dumps({k: v for k, v in stages.items() if k != "evaluation"}))
-    weights = out / "q_pi" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    one_line_error(train("--out", out, "--resume"), "q_pi/model.safetensors")
+    shutil.copytree(smoke_run[0], out)
+    [path], [stage] = list(out.glob(name)), list((out / "stages").glob(f"{again}.json"))
+    stage.unlink()
+    path.write_bytes(damage(path.read_bytes()))
+    told = fails(train, *SMOKE, "--out", out, "--resume")
+    assert str(path.relative_to(out)) in told or str(path) in told
 
 
-def test_seeds_are_averaged_into_one_report(run, tmp_path):
-    merged = tmp_path / "merged"
-    other = tmp_path / "other"                                                   # a second seed, by changing the first's files
-    shutil.copytree(run[0], other)
-    one = json.loads((other / "summary.json").read_text())
-    one["config"]["seed"], one["base_sampled"] = 1, one["base_sampled"] + 0.5
-    (other / "summary.json").write_text(json.dumps(one))
+# ---- several seeds
 
-    def merge(*runs):
-        return subprocess.run([sys.executable, "-m", "minipav.report", *runs, "--out", merged], capture_output=True, text=True,
-                              cwd=ROOT)
-    one_line_error(merge(run[0], run[0]), "same seed")
-    done = merge(run[0], other)
-    assert done.returncode == 0, done.stderr
-    two = json.loads((merged / "summary.json").read_text())
-    assert two["seeds"] == [0, 1] and abs(two["base_sampled"]["hi"] - two["base_sampled"]["lo"] - 0.5) < 1e-6
-    assert {"seed0.curves.csv", "seed1.curves.csv", "q_pi", "accuracy.png"} <= {p.name for p in merged.iterdir()}
+@pytest.fixture
+def other_seed(smoke_run, tmp_path):
+    """A second seed, by changing the files of the first: half of its single samples are right."""
+    out = tmp_path / "other"
+    shutil.copytree(smoke_run[0], out)
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"seed": 1}))
+    [samples] = out.glob("search/pass-*.csv")
+    samples.write_text(re.sub(r"^((?:[^,]*,){7}1,\d+),[^,]*,", r"\1,0.5,", samples.read_text(), flags=re.M))
+    return out
+
+
+def test_seeds_are_averaged_into_one_report(smoke_run, other_seed, tmp_path):
+    run, merged = smoke_run[0], tmp_path / "merged"
+    same = shutil.copytree(run, tmp_path / "same")
+    assert "same seed" in fails(report, "--runs", run, same, "--out", merged)
+    told = run_main(report, "--runs", run, other_seed, "--out", merged)
+    one, two = (json.loads((x / "summary.json").read_text()) for x in (run, merged))
+    assert two["seeds"] == [0, 1] and "pass@N" in told
+    sampled = two["base_sampled"]
+    assert sampled["hi"] == 0.5 and sampled["lo"] == one["base_sampled"]["mean"]
+    assert sampled["mean"] == pytest.approx((sampled["lo"] + sampled["hi"]) / 2, abs=1e-4)
+    assert {"rows.csv.gz", "curves.csv", "base", "q_pi", "accuracy.png"} <= {p.name for p in merged.iterdir()}
+    assert "differ" in fails(report, "--runs", run, changed(other_seed, alpha=0.5), "--out", merged)
+
+
+def changed(out, **fields):
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | fields))
+    return out

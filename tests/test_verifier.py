@@ -1,10 +1,12 @@
 """The verifier trainer: where the loss is, and what the metrics mean."""
+import pytest
 import torch
-from conftest import tiny
+from conftest import make_traces, tiny
 
-from minipav.advantage import Traces, step_ends
 from minipav.sft import sft_loss
 from minipav.tokenizer import join
+from minipav.traces import step_ends
+from minipav.utils import Fail
 from minipav.verifier import Values, auc, evaluate, label_weights, outcome_only, score, verifier_loss
 
 
@@ -13,8 +15,7 @@ def traces(N=6, T=14, nl=1):
     tokens = torch.randint(1, 4, (N, T), generator=g)
     lengths, prompts = torch.randint(8, T + 1, (N,), generator=g), torch.full((N,), 3)
     ends = step_ends(tokens, prompts, lengths, [nl])
-    q = torch.rand(ends.shape, generator=g)
-    return Traces(torch.arange(N), tokens, lengths, ends, q, (ends >= 0).long(), torch.ones(N))
+    return make_traces(tokens, lengths, ends, q=torch.rand(ends.shape, generator=g), reward=torch.ones(N))
 
 
 def test_loss_touches_step_ends_only():
@@ -28,7 +29,7 @@ def test_loss_touches_step_ends_only():
         seen["hidden"].retain_grad()
         return seen["hidden"]
     model.trunk = spy
-    verifier_loss(model, t.tokens, t.ends, t.q, t.n.float()).backward()
+    verifier_loss(model, t.tokens, t.ends, t.q, t.n, t.labelled.float()).backward()
     got = seen["hidden"].grad.abs().sum(-1) > 0
     want = torch.zeros_like(got)
     rows, places = (t.ends >= 0).nonzero(as_tuple=True)
@@ -38,19 +39,19 @@ def test_loss_touches_step_ends_only():
 
 def test_loss_is_cross_entropy_on_soft_labels():
     model, t = tiny(head="scalar"), traces()
-    w = torch.rand(t.q.shape) * t.n
-    p, total = model(t.tokens).sigmoid(), 0.0
+    w = torch.rand(t.q.shape) * t.labelled
+    p, total = model(t.tokens)[..., 0].sigmoid(), 0.0
     for i, h in w.nonzero().tolist():
         v = p[i, t.ends[i, h]]
         total -= w[i, h] * (t.q[i, h] * v.log() + (1 - t.q[i, h]) * (1 - v).log())
-    assert torch.allclose(verifier_loss(model, t.tokens, t.ends, t.q, w), total / w.sum(), atol=1e-5)
+    assert torch.allclose(verifier_loss(model, t.tokens, t.ends, t.q, t.n, w), total / w.sum(), atol=1e-5)
 
 
 def test_batched_scores_equal_single_rows():
     model, t = tiny(head="scalar"), traces()
     got = score(model, t.tokens, t.ends, batch_tokens=30)
     for i in range(len(t)):
-        row = model(t.tokens[i:i + 1, :t.lengths[i]]).sigmoid()[0]
+        row = model(t.tokens[i:i + 1, :t.lengths[i]]).sigmoid()[0, :, 0]
         for h, e in enumerate(t.ends[i].tolist()):
             assert torch.isnan(got[i, h]) if e < 0 else abs(got[i, h] - row[e]) < 1e-5
 
@@ -66,41 +67,49 @@ def test_policy_loss_is_on_the_response_with_its_end_token_and_nowhere_else():
 def test_the_orm_sees_the_last_place_alone():
     t = traces()
     o = outcome_only(t)
-    assert (o.n.sum(1) == 1).all() and (o.ends.gather(1, o.n.argmax(1, keepdim=True))[:, 0] == t.ends.max(1).values).all()
+    assert (o.labelled.sum(1) == 1).all() and (label_weights(o)[o.labelled] == 1).all()
+    assert (o.ends.gather(1, o.labelled.int().argmax(1, keepdim=True))[:, 0] == t.ends.max(1).values).all()
 
 
 def test_balance_gives_both_buckets_the_same_weight():
     t = traces()
     t.q = t.q ** 4
     w = label_weights(t, balance=True)
-    assert torch.allclose(w[(t.q < 0.5) & (t.n > 0)].sum(), w[(t.q >= 0.5) & (t.n > 0)].sum())
-    assert torch.equal(w > 0, t.n > 0)
+    assert torch.allclose(w[(t.q < 0.5) & t.labelled].sum(), w[(t.q >= 0.5) & t.labelled].sum())
+    assert torch.equal(w > 0, t.labelled)
+    known = make_traces(t.tokens, t.lengths, t.ends, exact=t.labelled)
+    assert torch.equal(label_weights(known), t.labelled * 4.0)                   # what is known weighs as 4
     t.n *= 16
-    assert torch.equal(label_weights(t), (t.n > 0) * 4.0)                        # 16 completions weigh as 4
+    assert torch.equal(label_weights(t), t.labelled * 4.0)                       # so do 16 completions
+    t.labelled[:, 0] = False
+    assert not label_weights(t)[:, 0].any(), "a count is no label"
 
 
 def test_auc_counts_pairs():
     g = torch.Generator().manual_seed(0)
-    s, y, w = (torch.rand(60, generator=g) * 8).round(), torch.rand(60, generator=g).round(), torch.rand(60, generator=g)
-    pairs = [(w[i] * w[j], float(s[i] > s[j]) + 0.5 * float(s[i] == s[j])) for i in range(60) for j in range(60) if y[i] > y[j]]
+    s, y, w = torch.rand(3, 60, generator=g)
+    s, y = (s * 8).round(), y.round()
+    pairs = [(w[i] * w[j], float(s[i] > s[j]) + 0.5 * float(s[i] == s[j]))
+             for i in range(60) for j in range(60) if y[i] > y[j]]
     assert abs(auc(s, y, w) - sum(a * b for a, b in pairs) / sum(a for a, _ in pairs)) < 1e-6
 
 
 def test_report_is_consistent():
     model, t = tiny(head="scalar"), traces()
     t.q = t.q.round()
-    r, q, has = evaluate(model, t), score(model, t.tokens, t.ends), t.n > 0
+    r, q, has = evaluate(model, t), score(model, t.tokens, t.ends), t.labelled
     assert abs(r.brier - float(((q - t.q)[has] ** 2).mean())) < 1e-5
     assert abs(r.auc - auc(q[has], t.q[has], torch.ones(int(has.sum())))) < 1e-6
     for h, n, predicted, observed, brier in r.steps:
         m = has[:, h]
         want = q[m, h].mean(), t.q[m, h].mean(), ((q - t.q)[m, h] ** 2).mean()
-        assert n == m.sum() and torch.allclose(torch.tensor([predicted, observed, brier]), torch.stack(want), atol=1e-5)
+        got = torch.tensor([predicted, observed, brier])
+        assert n == m.sum() and torch.allclose(got, torch.stack(want), atol=1e-5)
     assert sum(n for _, n, *_ in r.steps) == int(has.sum()) and r.steps[0][0] == 0
 
 
 def test_values_of_growing_rows_equal_full_scoring():
-    """The cached values that the beam uses, over three ragged steps with rows copied and dropped in between."""
+    """The cached values that the beam uses, over three ragged steps; rows are copied and dropped."""
     model, g = tiny(head="scalar"), torch.Generator().manual_seed(0)
     rows, lengths = torch.randint(29, (3, 5), generator=g), torch.tensor([2, 5, 3])
     values = Values(model, rows, lengths, 32)
@@ -112,3 +121,10 @@ def test_values_of_growing_rows_equal_full_scoring():
         assert torch.allclose(values.q, score(model, rows, lengths[:, None] - 1)[:, 0], atol=1e-4)
         keep = torch.tensor([3, 0])
         values, rows, lengths = values[keep], rows[keep], lengths[keep]
+
+
+def test_a_policy_is_no_verifier():
+    t = traces()
+    for model in (tiny(), tiny(head="scalar", target="mine")):
+        with pytest.raises(Fail, match="no verifier"):
+            score(model, t.tokens, t.ends)

@@ -8,7 +8,6 @@ from minipav.paper.figures import line, rl_figures
 from minipav.paper.report import drawer, finish, judged, provenance, stage
 from minipav.paper.statistics import Curve, bootstrap, interval, pass_at_n, read_table, spread
 
-
 ROWS = ["iteration", "problem", "n", "right", "greedy"]
 
 
