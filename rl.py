@@ -14,8 +14,8 @@ minipav/reinforce.py, the rewards in minipav/rewards.py, the sweep in minipav/pa
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from minipav.files import write_csv
-from minipav.flags import flag, parse
+from minipav.files import make_folder, write_csv
+from minipav.flags import few, flag, parse
 from minipav.model import GPT
 from minipav.paper.experiments import GRID, SWEEPS
 from minipav.paper.rl_report import report_rl
@@ -106,7 +106,9 @@ def evaluate(run, folder, policy, a, n, split, curve=()):
             x in enumerate(row)]
     rows += [("end", i, n, int(r.sum()), int(g)) for i, (r, g) in enumerate(zip(reward, greedy[:, 0]))]
     write_csv(folder / "rows.csv", ROWS, rows)
-    return {"accuracy": round(float(reward.mean()), 4), "greedy": round(float(greedy.mean()), 4)}
+    files = [folder / "rows.csv", *folder.glob("log.csv")]
+    return {"accuracy": round(float(reward.mean()), 4), "greedy": round(float(greedy.mean()), 4),
+            "files": files}
 
 
 def start(run, a, split):
@@ -168,7 +170,13 @@ def main():
     if trial.group == 1 and trial.baseline == "group":
         raise Fail("--group 1: --baseline group needs the problem's other traces; use --group 2 or more")
     if len(a.run) > 1 and a.out is None:
-        raise Fail("several --run folders need an --out for their mean")
+        raise Fail(f"--run {' '.join(map(str, a.run))}: several folders need an --out for their mean")
+    if a.tune and a.sweep:
+        raise Fail("--tune and --sweep: one at a time")
+    few(problems=trial.problems, n=4 * trial.n)
+    few(batch=trial.batch, n_mc=trial.n_mc)
+    if a.out:
+        make_folder(a.out)
     runs, split = open_runs(a.run, pick_device(a.device)), "validation" if a.tune else "test"
     wanted = [(r, plain(r, t)) for r,
               t in trials(a, trial) if REWARDS[r].values != "exact" or runs[0].task.exact]

@@ -13,7 +13,8 @@ minipav/paper/experiments.py.
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from minipav.flags import flag, parse
+from minipav.files import make_folder
+from minipav.flags import few, flag, parse
 from minipav.paper.experiments import EXPERIMENTS
 from minipav.paper.report import report_search
 from minipav.prover import Prover
@@ -65,7 +66,11 @@ def main():
     if a.prover:
         Prover.parse(a.prover)
     if len(a.run) > 1 and a.out is None and not a.show:
-        raise Fail("several --run folders need an --out for their mean")
+        raise Fail(f"--run {' '.join(map(str, a.run))}: several folders need an --out for their mean")
+    few(problems=a.problems, n=a.n)
+    few(problems=a.problems, widths=max(a.widths))
+    if a.out:
+        make_folder(a.out)
     ns = tuple(2 ** k for k in range(a.n.bit_length()))
     budgets = {"n": ns, "widths": tuple(sorted(a.widths)), "one": (1,)}
     wanted = [Cell.parse(x, policy=a.policy, problems=a.problems) for x in a.search]

@@ -21,7 +21,7 @@ import torch
 from minipav.advantage import seed_rollouts
 from minipav.data import RECIPES, Collect
 from minipav.files import write_csv
-from minipav.flags import flag, parse
+from minipav.flags import few, flag, parse
 from minipav.model import GPT, GPTConfig
 from minipav.paper.report import report_training
 from minipav.run import Run
@@ -67,13 +67,13 @@ class Flags:
     problems: int = flag(10000, "training problems with seed rollouts of pi", low=1, high=10**7)
     n_cov: int = flag(4, "seed rollouts a problem", low=1, high=4096)
     n_mc: int = flag(3, "completions a prefix (four times as many up to a first pit)", low=1, high=4096)
-    pit_traces: int = flag(250, "wrong traces that are searched for a first pit")
+    pit_traces: int = flag(250, "wrong traces that are searched for a first pit", high=10**6)
     pit_threshold: float = flag(0.2, "Q above which a state is a high-value one", high=1)
-    branches: int = flag(40000, "dense: completions of prefixes of right seeds, n_mc a prefix")
+    branches: int = flag(40000, "dense: completions of prefixes of right seeds", high=10**8)
     corrupted_fraction: float = flag(0.15, "dense: seeds copied with a corrupted step, like right branches",
                                      high=1)
     prover_rollouts: int = flag(20000,
-                                "of each prover: half seeds of its own, half from pi's prefixes")
+                                "of each prover: half its own seeds, half from pi's prefixes", high=10**8)
     # verifiers
     target: str = flag("bce", "what a verifier learns", choices=list(TARGETS))
     q_steps: int = flag(500, "optimizer steps of Q^pi, which starts from the stronger policy", low=1)
@@ -196,6 +196,9 @@ def main():
     a, dials = parse(Flags, __doc__, more=lambda known: TASKS[known.task],
                      defaults=lambda known: SMOKE if known.smoke else {})
     tune_process()
+    few(problems=a.problems, n_cov=a.n_cov)
+    few(test_problems=a.test_problems, max_n=a.max_n)
+    few(test_problems=a.test_problems, widths=max(a.widths))
     a.device, a.widths = pick_device(a.device), sorted(a.widths)
     if a.max_tokens_in_flight is None:  # fp32 keys and values: 0.4 GB on a CPU, 4 GB on a GPU
         c = GPTConfig(vocab_size=1, **SIZES[a.size])

@@ -3,6 +3,7 @@ import csv
 import fcntl
 import json
 import os
+import zlib
 from contextlib import suppress
 from pathlib import Path
 
@@ -37,8 +38,14 @@ def write_text(path, text):
     write_whole(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
+def checksum(value):
+    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
+
+
 def write_json(path, value):
-    write_text(path, json.dumps(value, indent=1) + "\n")
+    """An object, with a checksum of it."""
+    value = json.loads(json.dumps(value))
+    write_text(path, json.dumps(value | {"crc": checksum(value)}, indent=1) + "\n")
 
 
 def write_csv(path, header, rows):
@@ -49,8 +56,24 @@ def write_csv(path, header, rows):
 
 
 def write_tensors(path, tensors, metadata=None):
+    """Tensors and metadata (text by name), with a checksum of them."""
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    write_whole(path, lambda p: save_file(tensors, p, metadata=metadata))
+    metadata = dict(metadata or {})
+    write_whole(path, lambda p: save_file(tensors, p, metadata | {"crc": tensor_checksum(tensors, metadata)}))
+
+
+def tensor_checksum(tensors, metadata):
+    crc = checksum(metadata)
+    for name in sorted(tensors):
+        crc = zlib.crc32(name.encode() + tensors[name].numpy().tobytes(), crc)
+    return str(crc)
+
+
+def file_checksum(path):
+    try:
+        return zlib.crc32(Path(path).read_bytes())
+    except OSError as e:
+        raise damaged(path, e) from None
 
 
 def damaged(path, why):
@@ -75,6 +98,9 @@ def read_json(path, **fields):
         raise damaged(path, e) from None
     if not isinstance(value, dict):
         raise damaged(path, f"a {type(value).__name__} where an object is expected")
+    crc = value.pop("crc", None)
+    if crc is not None and crc != checksum(value):
+        raise damaged(path, "its checksum is another")
     for name, kind in fields.items():
         if name not in value or not isinstance(value[name], kind):
             raise damaged(path, f"{name} is {repr(value.get(name, 'missing'))[:40]}")
@@ -106,17 +132,30 @@ def read_tensors(path, dims=None):
             raise damaged(path, f"no tensor {name} of {dim} dimensions in it")
     if wrong := [k for k, t in tensors.items() if not torch.isfinite(t).all()]:
         raise damaged(path, f"{wrong[0]} is not finite")
+    crc = metadata.pop("crc", None)
+    if crc is not None and crc != tensor_checksum(tensors, metadata):
+        raise damaged(path, "its checksum is another")
     return tensors, metadata
+
+
+def make_folder(path):
+    """Raises Fail if this folder cannot be made, or not be written."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(13, "it is read-only")
+    except OSError as e:
+        raise Fail(f"--out {path}: cannot make or write it ({e.strerror}); choose another") from None
 
 
 def lock(folder):
     """Make the folder and hold it until the process ends; clear what dead processes left half-written. Raises
     Fail if it cannot be made, or, with its process number, if another process holds it."""
+    make_folder(folder)
     folder = Path(folder).resolve()
     if folder in LOCKS:
         return
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         f = open(folder / ".lock", "a+")
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -9,6 +9,8 @@
 """
 import argparse
 import dataclasses
+import math
+from pathlib import Path
 
 from minipav.utils import Fail
 
@@ -25,7 +27,22 @@ def flag(default, help, *, low=0, high=10**9, choices=None, kind=None):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise Fail(f"{message}; --help lists all flags")
+        raise Fail(f"{message[:200]}; --help lists all flags")
+
+
+def named(kind):
+    """Text that can be a name, or a path."""
+    def convert(text):
+        if not text.strip() or any(c in text for c in "\0\n") or max(len(x) for x in text.split("/")) > 200:
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is no name")
+        return kind(text)
+    return convert
+
+
+def few(limit=10**8, **counts):
+    """Raises Fail if the product of these flags is more rows than memory holds."""
+    if math.prod(counts.values()) > limit:
+        raise Fail(" x ".join(f"--{k} {v}" for k, v in counts.items()) + f": are more than {limit:,} samples")
 
 
 def add(parser, cls):
@@ -37,7 +54,8 @@ def add(parser, cls):
             continue
         default = f.default_factory() if several else f.default
         shown = " ".join(map(str, default)) if several else default
-        group.add_argument(f"--{f.name}", type=m["kind"], default=default, choices=m["choices"],
+        kind = named(m["kind"]) if m["kind"] in (str, Path) else m["kind"]
+        group.add_argument(f"--{f.name}", type=kind, default=default, choices=m["choices"],
                            nargs="+" if several else None,
                            metavar=None if m["choices"] else m["kind"].__name__.removeprefix("Posix").upper(),
                            help=(m["help"] + (f" ({shown})" if default not in (None, [])
@@ -52,8 +70,6 @@ def check(values):
         for x in several:
             if isinstance(x, int | float) and not isinstance(x, bool) and not m["low"] <= x <= m["high"]:
                 raise Fail(f"--{f.name} {x}: must lie between {m['low']} and {m['high']}")
-            if "\0" in str(x):
-                raise Fail(f"--{f.name} {x!r}: is no name")
         if len(set(several)) < len(several):
             raise Fail(f"--{f.name} {' '.join(map(str, several))}: a value stands there twice")
     return values

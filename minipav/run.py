@@ -21,7 +21,16 @@ from pathlib import Path
 
 import torch
 
-from minipav.files import damaged, lock, read_json, read_tensors, write_csv, write_json, write_tensors
+from minipav.files import (
+    damaged,
+    file_checksum,
+    lock,
+    read_json,
+    read_tensors,
+    write_csv,
+    write_json,
+    write_tensors,
+)
 from minipav.model import GPT
 from minipav.tasks import make_task
 from minipav.tokenizer import synthetic_encoding
@@ -89,6 +98,7 @@ class Run:
                                commit=str, hardware=str)
             if record["spec"] != spec:
                 raise damaged(path, "made with other flags")
+            check_files(self.out, record)
             print(f"{name}: done before", flush=True)
             return record
         print(name, flush=True)
@@ -104,6 +114,7 @@ class Run:
                   "peak_memory_gb": self.peak_memory(),
                   "command": " ".join(["python", *sys.argv]), "commit": commit(),
                   "hardware": hardware(self.config["device"]), **facts}
+        record["files"] = {str(f.relative_to(self.out)): file_checksum(f) for f in facts.get("files", ())}
         write_json(path, record)
         return record
 
@@ -150,6 +161,13 @@ class Run:
         if not same or len(t) and (t.lengths.max() > t.tokens.shape[1] or t.tokens.max() >= self.enc.n_vocab):
             raise damaged(path, "its tensors do not fit together")
         return t
+
+
+def check_files(folder, record):
+    """Raises Fail if a file that a finished stage lists is not as the stage left it."""
+    for name, crc in record.get("files", {}).items():
+        if file_checksum(Path(folder) / name) != crc:
+            raise damaged(Path(folder) / name, "not as its stage left it")
 
 
 def keyed(name, spec):

@@ -13,6 +13,9 @@ from tqdm import tqdm
 class Fail(Exception):
     """A mistake of the user's, or of the disk's, told in a line: the flag or file, what to do."""
 
+    def __init__(self, message):
+        super().__init__(" ".join(str(message).split())[:600])
+
 
 class NotFinite(Fail):
     """A loss or a gradient is not a finite number."""
@@ -25,7 +28,7 @@ def main_guard(main):
         main()
         sys.stdout.flush()
     except Fail as e:
-        tqdm.write(f"error: {' '.join(str(e).split())}", file=sys.stderr)       # clear of a progress bar
+        tqdm.write(f"error: {e}", file=sys.stderr)       # clear of a progress bar
         sys.exit(1)
     except KeyboardInterrupt:
         tqdm.write("stopped: what was finished is on disk; the same command goes on from there (train.py "

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 from minipav.advantage import standard_error  # noqa: E402
 from minipav.model import GPT, GPTConfig  # noqa: E402
 from minipav.tasks import make_task  # noqa: E402
-from minipav.tasks.calculator import parse, transitions  # noqa: E402
+from minipav.tasks.calculator import Calculator, parse, transitions  # noqa: E402
 from minipav.tokenizer import END, synthetic_encoding  # noqa: E402
 from minipav.traces import Env, Traces  # noqa: E402
 from minipav.utils import Fail  # noqa: E402
@@ -162,6 +162,19 @@ def fails(script, *args):
         run_main(script, *args)
     assert "\n" not in str(e.value)
     return str(e.value)
+
+
+def even(task, problem, response):
+    """Another outcome for a task, a text of even length: by its own the policy of the smoke run is never right."""
+    return int(len(response) % 2 == 0)
+
+
+@pytest.fixture(scope="module")
+def right_at_times():
+    """The policy of the smoke run is right at times in this module."""
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(Calculator, "outcome", even)
+        yield
 
 
 # Runs train.py in child processes, the k-th killed soon after the k-th stage began (or was found to be done),

@@ -1,152 +1,204 @@
-"""rl.py from the outside, and what its report says."""
+"""rl.py from the outside: its trainings by name, its files, its errors."""
+import csv
 import json
 import shutil
-import sys
 
-import numpy as np
 import pytest
-import torch
-from conftest import SMALL, call
-from safetensors.torch import load_file
+from conftest import SMALL, fails, run_main
 
-import rl as cli
-from minipav.advantage import KNOWN, Traces
-from minipav.rl_report import control, cost_before, first_reach, sample_efficiency, sampled, verdicts
+import rl
+from minipav.paper import experiments
 from minipav.run import Run
-from minipav.sft import own_rollouts, rft, sft_loss
+from minipav.sft import rft, sft_loss
 from minipav.utils import Fail
 
-
-def test_a_training_is_named_by_the_flags_that_its_reward_uses():
-    args = cli.get_args(["--no_known", "--alpha", "3"])
-    assert [cli.arm_flags(args, reward=r)[0] for r in ("pav", "outcome")] == ["pav", "outcome"]
-    plain = cli.get_args([])
-    assert [cli.arm_flags(plain, reward=r, no_known=True, alpha=3.0)[1] for r in ("pav", "outcome", "pav-pi")] == [
-        "pav-no_known-alpha3.0", "outcome", "pav-pi-alpha3.0"]
-
-
-def test_what_was_sampled_before_the_first_iteration():
-    """A prompt of 2 tokens and two steps of 3: a rollout is 6 tokens; a completion of its first step 3; four completions of both
-    places 4 (6 + 3), and no completion starts at the last one."""
-    ends = torch.tensor([[1, 4, 7]] * 3)
-    n = torch.tensor([[1, 1, KNOWN], [0, 1, KNOWN], [4, 4, KNOWN]])
-    t = Traces(torch.zeros(3).long(), torch.zeros(3, 8).long(), torch.full((3,), 8), ends, torch.zeros(3, 3), n, torch.zeros(3))
-    assert [sampled(t[i:i + 1]) for i in range(3)] == [6, 3, 36] and sampled(t) == 45
-
-
-def test_a_verifier_costs_its_data_and_outcome_reward_what_rft_needs(searched):
-    run = Run.open(searched, "cpu")
-
-    def tokens(**flags):
-        return cost_before(run, {"reward": "pav", "policy": "base", "prover": "bo4", "no_rft": False} | flags)[0]
-    data = {who: sum(sampled(run.traces(f"{who}_{split}")) for split in ("train", "validation")) for who in ("base", "strong")}
-    assert tokens(reward="outcome") == sampled(own_rollouts(run, "base")) > 0 == tokens(reward="outcome", no_rft=True)
-    assert tokens() == data["base"] + sampled(own_rollouts(run, "strong")) < tokens(prover="strong") == sum(data.values())
-    assert tokens(policy="strong") == sum(data.values())
-
-
-def test_rft_makes_right_seeds_likelier(searched):
-    run = Run.open(searched, "cpu")
-    seeds = own_rollouts(run, "base")
-    right, sft = seeds[seeds.reward == 1], run.model("base")
-    batch = right.tokens, right.lengths, right.ends[:, 0] + 1
-    losses = [sft_loss(m, *batch).item() for m in (sft, rft(run, "base", sft, epochs=8))]
-    assert len(seeds) == 600 and 40 <= len(right) < 60 and losses[1] < losses[0] - 0.01
-
-
-def test_verdicts():
-    def x(mean, lo, hi):
-        return {"mean": mean, "lo": lo, "hi": hi}
-    s = {"pav_minus_orm_points": x(9, 6, 12), "sample_efficiency": x(2.9, 2, 3.1), "pav_sum_minus_outcome_points": x(.2, -1, 1.5),
-         "pav_pi_minus_outcome_points": x(3.8, 1.5, 6), "q_bonus_minus_outcome_points": x(-8, -11, -5)}
-    assert [v.partition(":")[0] for v in verdicts(s).values()] == ["reproduced", "partly", "reproduced", "not reproduced",
-                                                                     "reproduced"]
-    s = {"pav_minus_orm_points": x(9, -1, 12), "sample_efficiency": None, "pass64_pav_minus_orm_points": x(5, 2, 8),
-         "pass64_pav_minus_sft_points": x(4, 1, 7), "pass64_orm_minus_sft_points": x(-1, -4, 2)}
-    assert [v.partition(":")[0] for v in verdicts(s).values()] == ["not reproduced", "not reproduced", "partly"]
-
-
-def test_sample_efficiency():
-    """ORM-RL is best (.3) at iteration 40; PAV-RL has .3 at 15, half way between .2 and .4: 2.67 times fewer."""
-    x = np.array([0., 10, 20, 40])
-    orm, pav = np.array([[.1, .2, .2, .3]]), np.array([[.1, .2, .4, .4]])
-    assert first_reach(x, pav, np.array([.3])) == pytest.approx(15) and np.isnan(first_reach(x, orm, np.array([.5]))[0])
-    assert sample_efficiency((x, orm), (x, pav)) == pytest.approx(40 / 15) and sample_efficiency((x, pav), (x, orm)) == 0
-    assert np.isnan(sample_efficiency((x, orm[:, ::-1]), (x, pav)))                            # best at the start
-
-
-def test_each_training_is_held_against_its_own_control():
-    flags = {"outcome": dict(reward="outcome", kl=0.03, alpha=1.0, policy="base"), "pav": dict(reward="pav", kl=0.03, alpha=1.0,
-             policy="base"), "sft": dict(policy="base")}
-    flags |= {"outcome-kl0.015": flags["outcome"] | {"kl": 0.015}, "pav-sum": flags["pav"] | {"reward": "pav-sum"},
-              "pav-alpha3.0": flags["pav"] | {"alpha": 3.0}, "outcome-policyweak": flags["outcome"] | {"policy": "weak"},
-              "pav-policyweak": flags["pav"] | {"policy": "weak"}, "pav-kl0.001": flags["pav"] | {"kl": 0.001}}
-    assert [control(n, flags) for n in ("pav", "pav-alpha3.0", "pav-kl0.001")] == ["outcome"] * 3
-    assert control("pav-sum", flags) == "outcome-kl0.015" and control("pav-policyweak", flags) == "outcome-policyweak"
+pytestmark = pytest.mark.usefixtures("right_at_times")
 
 
 @pytest.fixture(scope="module")
-def searched(smoke_run, tmp_path_factory):
+def searched(smoke_run, right_at_times, tmp_path_factory):
     """A smoke run of train.py whose base policy was right at times."""
     out = tmp_path_factory.mktemp("rl") / "run"
     shutil.copytree(smoke_run[0], out)
     run = Run.open(out, "cpu")
-    traces = run.traces("base_train")
+    traces = run.traces("seeds_base_train")
     traces.reward[:40] = 1
-    run.save_traces("base_train", traces)
+    run.save_traces("seeds_base_train", traces)
     return out
 
 
-def test_rl_from_the_outside(searched, tmp_path):
-    """No --reward: ORM-RL and PAV-RL side by side, a table, figures, a summary; and again: nothing is trained twice."""
-    out = tmp_path / "out"
-    done = call("rl.py", "--run", searched, *SMALL, "--out", out)
-    assert done.returncode == 0, done.stderr
+def records(run, pattern):
+    return {p.stem: json.loads(p.read_text()) for p in (run / "stages" / "rl").glob(f"{pattern}.json")}
+
+
+# ---- what a training is
+
+def test_a_training_is_named_by_the_flags_that_its_reward_uses():
+    """Else what is the same would be trained twice, and what differs would share a folder."""
+    trust = rl.Trial(trust_verifier=True, alpha=3.0)
+    assert [rl.label(r, rl.plain(r, trust), trust) for r in ("pav", "outcome")] == ["pav", "outcome"]
+    plain = rl.Trial()
+    assert [rl.label(r, rl.plain(r, trust), plain) for r in ("pav", "outcome", "pav_pi")] == [
+        "pav-alpha3.0-trust_verifier", "outcome", "pav_pi-alpha3.0"]
+    for reward, uses in (("outcome", set()), ("pav", {"alpha", "prover", "refresh", "trust_verifier"}),
+                         ("pav_rollout", {"alpha", "prover", "n_mc"}), ("vine", {"n_mc"})):
+        special = {"alpha", "prover", "n_mc", "refresh", "trust_verifier", "baseline"}
+        got = special & rl.used(reward, plain, "test").keys()
+        assert got - {"baseline"} == uses and ("baseline" in got) == (reward != "vine")
+    assert rl.used("outcome", plain, "test") == rl.used("outcome", rl.plain("outcome", trust), "test")
+    assert rl.used("pav", plain, "test") != rl.used("pav", plain, "validation")
+
+
+def test_rewards_of_another_scale_bring_their_control():
+    """pav_sum and pav_pi have 1 + alpha times the gradient: they are held against ORM-RL at so small a KL."""
+    a = rl.Flags(reward=["pav_sum"])
+    assert [r for r, _ in rl.trials(a, rl.Trial())] == ["pav_sum", "outcome"]
+    assert rl.trials(a, rl.Trial(kl=0.03, alpha=2.0))[1][1].kl == pytest.approx(0.01)
+    assert [r for r, _ in rl.trials(rl.Flags(), rl.Trial())] == ["outcome", "pav"]
+    assert len(rl.trials(rl.Flags(all=True), rl.Trial())) == len(rl.REWARDS) + 1
+    tuned = rl.trials(rl.Flags(tune="kl", reward=["pav"]), rl.Trial())
+    assert [t.kl for _, t in tuned] == list(experiments.GRID["kl"])
+
+
+def test_rft_makes_right_seeds_likelier(searched):
+    run = Run.open(searched, "cpu")
+    seeds = run.traces("seeds_base_train")
+    right, sft = seeds[seeds.reward == 1], run.model("base")
+    batch = right.tokens, right.lengths, right.ends[:, 0] + 1
+    losses = [sft_loss(m, *batch).item() for m in (sft, rft(sft, seeds, 0, epochs=8))]
+    assert len(seeds) == 600 and 40 <= len(right) < 60 and losses[1] < losses[0] - 0.01
+    with pytest.raises(Fail, match="--no_rft"):
+        rft(sft, seeds[seeds.reward == 0], 0, "base")
+
+
+# ---- what it leaves
+
+@pytest.fixture(scope="module")
+def done(searched, tmp_path_factory):
+    """(run, folder of the report, what it printed) of rl.py without --reward: ORM-RL and PAV-RL."""
+    out = tmp_path_factory.mktemp("rl_report")
+    done = run_main(rl, "--run", searched, *SMALL, "--out", out)
+    return searched, out, done
+
+
+def test_it_leaves_a_table_figures_and_a_summary(done):
+    run, out, told = done
     summary = json.loads((out / "summary.json").read_text())
-    assert {"sample_efficiency", "pav_minus_orm_points", "orm_minus_rft_points", "verdicts", "command", "seeds"} <= set(summary)
-    assert {"fig7.png", "fig8.csv", "curves.csv", "table.txt"} <= {p.name for p in out.iterdir()} and "PAV-RL" in done.stdout
-    logs = {p: p.stat().st_mtime for p in searched.glob("rl/*/log.csv")}
-    again = call("rl.py", "--run", searched, *SMALL, "--out", out)
-    assert again.returncode == 0 and logs and logs == {p: p.stat().st_mtime for p in searched.glob("rl/*/log.csv")}
-    assert json.loads((out / "summary.json").read_text()) == summary
-    sft = [load_file(p / "final.safetensors")["reward"] for p in searched.glob("rl/sft*")]
-    assert sft[0].shape == (5, 16)
+    assert {"command", "seeds", "claims", "controls", "before", "accuracy_by_seed", "minutes"} <= set(summary)
+    assert summary["controls"]["pav"] == "outcome" and summary["before"]["pav"]["tokens"] > 0
+    files = {p.name for p in out.iterdir()}
+    assert {"fig7.png", "fig8.csv", "curves.csv", "table.txt", "table.csv", "kl.csv"} <= files
+    assert "PAV-RL" in told and {c["where"] for c in summary["claims"]} >= {"Fig. 7a"}
+    table = list(csv.DictReader((out / "table.csv").open()))
+    assert [row["training"] for row in table] == ["sft", "rft", "outcome", "pav"]
+    for row in table:
+        assert 0 <= float(row["lo"]) <= float(row["accuracy"]) <= float(row["hi"]) <= 1
+    for name, r in records(run, "*").items():
+        folder = run / "rl" / name
+        assert (folder / "model.safetensors").exists() and not (folder / "checkpoint.safetensors").exists()
+        rows = list(csv.DictReader((folder / "rows.csv").open()))
+        end = [row for row in rows if row["iteration"] == "end"]
+        n = 4 * (4 if name.startswith("sft") else 1)
+        assert [row["problem"] for row in end] == list("01234") and {row["n"] for row in end} == {str(n)}
+        assert sum(int(row["right"]) for row in end) / (5 * n) == pytest.approx(r["accuracy"], abs=1e-4)
+        trained = not name.startswith(("sft", "rft"))
+        assert len(rows) == 5 * (1 + 3 * trained) and (folder / "log.csv").exists() == trained
 
 
-def test_a_sweep_is_drawn_beside_the_default(searched, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "SWEEPS", [{"reward": "pav", "alpha": 3.0}, {"reward": "pav", "no_known": True}])
-    monkeypatch.setattr(sys, "argv", ["rl.py", "--run", str(searched), *SMALL, "--sweep", "--out", str(tmp_path)])
-    cli.main()
+def test_nothing_is_trained_twice(done):
+    run, out, _ = done
+    logs = {p: p.stat().st_mtime_ns for p in run.glob("rl/*/log.csv")}
+    summary = json.loads((out / "summary.json").read_text())
+    again = run_main(rl, "--run", run, *SMALL, "--out", out)
+    assert len(logs) == 2 and logs == {p: p.stat().st_mtime_ns for p in run.glob("rl/*/log.csv")}
+    assert again.count("done before") == 6 and json.loads((out / "summary.json").read_text()) == summary
+
+
+def test_a_sweep_is_drawn_beside_the_default(done, tmp_path, monkeypatch):
+    monkeypatch.setattr(rl, "SWEEPS", [("pav", {"alpha": 3.0}), ("pav", {"trust_verifier": True})])
+    run_main(rl, "--run", done[0], *SMALL, "--sweep", "--out", tmp_path)
     rows = [line.split(",")[:3] for line in (tmp_path / "sweeps.csv").read_text().splitlines()[1:]]
-    assert rows == [[panel, line, x] for panel, change in (("alpha", "3.0"), ("the rest", "no_known"))
-                    for line in ("ORM-RL", "PAV-RL") for x in ("default", change)]
-    assert {"outcome": "outcome", "pav-alpha3.0": "outcome"}.items() <= json.loads(
-        (tmp_path / "summary.json").read_text())["controls"].items()
+    changes = (("alpha", "3.0"), ("trust_verifier", "True"))
+    assert sorted(rows) == sorted([panel, line, x] for panel, change in changes
+                                  for line in ("ORM-RL", "PAV-RL") for x in ("default", change))
+    controls = json.loads((tmp_path / "summary.json").read_text())["controls"]
+    assert controls == {"outcome": None, "pav": "outcome", "pav-alpha3.0": "outcome",
+                        "pav-trust_verifier": "outcome"}
+
+
+def test_another_policys_verifier_may_be_the_prover(done, tmp_path):
+    """A folder with a saved verifier of its Q: trained with it, and reported."""
+    run, mu = done[0], tmp_path / "mu"
+    shutil.copytree(run / "q_weak", mu)
+    run_main(rl, "--run", run, *SMALL, "--reward", "pav", "--prover", mu, "--out", tmp_path / "out")
+    specs = [r["spec"] for r in records(run, "*").values()]
+    assert [s["reward"] for s in specs if s.get("prover") == str(mu)] == ["pav"]
+    assert "pav," in (tmp_path / "out" / "table.csv").read_text()
 
 
 def test_tuning_is_on_validation_problems(searched, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "GRID", {"lr": (1e-3, 2e-3)})
-    monkeypatch.setattr(sys, "argv", ["rl.py", "--run", str(searched), *SMALL, "--n", "3", "--tune", "lr", "--reward", "outcome",
-                                      "--out", str(tmp_path / "out")])
-    cli.main()
+    monkeypatch.setattr(rl, "GRID", {"lr": (1e-3, 2e-3)})
+    flags = ("--n", 3, "--tune", "lr", "--reward", "outcome", "--out", tmp_path / "out")
+    run_main(rl, "--run", searched, *SMALL, *flags)
     rows = [line.split(",")[:2] for line in (tmp_path / "out" / "tune_lr.csv").read_text().splitlines()[1:]]
     assert rows == [["outcome", "0.001"], ["outcome", "0.002"]]
-    assert not list(searched.glob("rl/sft*n3/final.json")), "SFT is judged on test problems, and not while tuning"
-    assert len(list(searched.glob("rl/tune/outcome*"))) == 2
+    tuned = [(k, r) for k, r in records(searched, "*").items() if r["spec"]["split"] == "validation"]
+    assert sorted(k.partition("-")[0] for k, _ in tuned) == ["outcome", "outcome", "rft", "sft"]
+    for k, r in tuned:
+        assert ("accuracy" in r) == k.startswith("outcome"), "SFT is judged on test problems alone"
 
 
-def test_bad_calls_are_one_line_errors(smoke_run, tmp_path, monkeypatch):
-    run = tmp_path / "run"
+def test_a_stopped_training_goes_on_and_ends_as_an_uninterrupted_one(searched, tmp_path, monkeypatch):
+    """The same command goes on from the checkpoint, which is gone in the end."""
+    out = tmp_path / "run"
+    shutil.copytree(searched, out, ignore=shutil.ignore_patterns("rl"))
+    flags = (*SMALL, "--no_rft", "--reward", "outcome", "--seed", 3, "--out", tmp_path / "out")
+    run_main(rl, "--run", searched, *flags)
+    iterate, begun = rl.Reinforce.iterate, []
+
+    def killed(self, i):
+        begun.append(i)
+        if len(begun) == 4:
+            raise KeyboardInterrupt
+        return iterate(self, i)
+    monkeypatch.setattr(rl.Reinforce, "iterate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_main(rl, "--run", out, *flags)
+    assert [p.name for p in out.glob("rl/outcome-*/checkpoint*")] == ["checkpoint.safetensors"]
+    run_main(rl, "--run", out, *flags)
+    assert begun == [0, 1, 2, 3, 2, 3], "from the evaluation at iteration 2"
+    [folder] = out.glob("rl/outcome-*")
+    assert not list(folder.glob("checkpoint*"))
+    for name in ("model.safetensors", "rows.csv"):
+        assert (folder / name).read_bytes() == (searched / folder.relative_to(out) / name).read_bytes(), name
+
+
+# ---- what is wrong
+
+@pytest.fixture(scope="module")
+def lacks_q_weak(smoke_run, tmp_path_factory):
+    run = tmp_path_factory.mktemp("lacking") / "run"
     shutil.copytree(smoke_run[0], run)
     shutil.rmtree(run / "q_weak")
-    for args, words in (((tmp_path / "nothing",), "python train.py"), ((run, "--alpha", -1), "--alpha"),
-                        ((run, "--lr", 0), "--lr"), ((run, "--prover", "bo0"), "--prover bo0"),
-                        ((run, "--batch", 7), "--batch 7"), ((run, "--group", 1, "--baseline", "group"), "--group 1"),
-                        ((run, run), "--out"),
-                        ((run, "--no_rft", *SMALL, "--reward", "pav", "--prover", "weak"), "q_weak"),
-                        ((run, "--no_rft", *SMALL, "--reward", "pav-rollout", "--prover", "bo16"), "--n_mc 4"),
-                        ((run, "--no_rft", *SMALL, "--reward", "pav-oracle", "--prover", "strong"), "exact values")):
-        monkeypatch.setattr(sys, "argv", ["rl.py", "--run", *map(str, args)])
-        with pytest.raises(Fail, match=words) as e:
-            cli.main()
-        assert "\n" not in str(e.value)
+    return run
+
+
+@pytest.mark.parametrize("args, words", [
+    (("--alpha", -1), "--alpha"), (("--lr", 0), "--lr"), (("--prover", "bo0"), "--prover bo0"),
+    (("--prover", "nowhere"), "--prover nowhere"), (("--batch", 7), "--batch 7"),
+    (("--reward", "gold"), "--reward"),
+    (("--warmup", 2), "--warmup"), (("--group", 1, "--baseline", "group"), "--group 1"),
+    (("--no_rft", *SMALL, "--reward", "pav", "--prover", "weak"), "q_weak"),
+    (("--no_rft", *SMALL, "--reward", "pav_rollout", "--prover", "bo16"), "--n_mc 4"),
+    (("--no_rft", *SMALL, "--reward", "pav_exact", "--prover", "strong"), "exact values"),
+    ((*SMALL, "--reward", "outcome"), "--no_rft"),
+])
+def test_bad_calls_are_one_line_errors(lacks_q_weak, args, words):
+    assert words in fails(rl, "--run", lacks_q_weak, *args)
+
+
+def test_bad_runs_are_one_line_errors(lacks_q_weak, tmp_path):
+    assert "python train.py" in fails(rl, "--run", tmp_path / "nothing")
+    other = shutil.copytree(lacks_q_weak, tmp_path / "other")
+    assert "--out" in fails(rl, "--run", lacks_q_weak, other)
+    assert "differ in their seed" in fails(rl, "--run", lacks_q_weak, other, "--out", tmp_path / "out")

@@ -2,137 +2,173 @@
 import csv
 import json
 import shutil
-import sys
+from functools import partial
+from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from conftest import call
+from conftest import fails, run_main
 
-import search as cli
-from minipav import experiments
-from minipav.advantage import theorem_terms
-from minipav.report import Curves
+import search
+from minipav.paper import experiments
+from minipav.search.measure import COLUMNS, Cell, accuracy
+from minipav.search.score import SCORES
 from minipav.utils import Fail
-from minipav.verdicts import efficiency, spearman
+from minipav.verifier import train_verifier
 
-SMALL = ("--problems", "20", "--validation", "2", "--n", "8", "--widths", "1", "2")
+pytestmark = pytest.mark.usefixtures("right_at_times")
+SMALL = "--device cpu --problems 20 --validation 3 --n 8 --widths 1 2".split()
 
 
-def measured(run):
-    """The folder of what was measured with these flags (the default ones have run/search)."""
-    [folder] = run.glob("search-*")
-    return folder
+def records(run):
+    return {f"search/{p.stem}": json.loads(p.read_text()) for p in (run / "stages" / "search").glob("*.json")}
+
+
+def rows(path):
+    return list(csv.DictReader(path.open()))
 
 
 @pytest.fixture(scope="module")
-def run(smoke_run, tmp_path_factory):
-    """A smoke run of train.py, searched."""
+def run(smoke_run, right_at_times, tmp_path_factory):
+    """(a smoke run of train.py, searched; what search.py printed)"""
     out = tmp_path_factory.mktemp("searched") / "run"
     shutil.copytree(smoke_run[0], out)
-    done = call("search.py", "--run", out, *SMALL)
-    assert done.returncode == 0, done.stderr
-    return out, done
+    return out, run_main(search, "--run", out, *SMALL)
 
+
+# ---- what it leaves
 
 def test_it_leaves_tables_figures_and_a_summary(run):
-    out, done = measured(run[0]), run[1]
-    files = {p.name for p in out.iterdir()}
-    assert {"table.txt", "curves.csv", "by_seed.csv", "summary.json", "main.safetensors", "fig4.png", "fig5a.csv", "fig6a.csv",
-            "fig10.csv", "alpha.csv"} <= files
+    out, told = run[0] / "search", run[1]
+    assert {"table.txt", "curves.csv", "rows.csv.gz", "summary.json", "fig4.png", "fig5a.csv", "fig6a.csv",
+            "alpha.csv"} <= {p.name for p in out.iterdir()}
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["test_problems"] == 20 and summary["alpha"][0] in [i / 10 for i in range(11)] and summary["verdicts"]
-    assert str(out) in done.stdout and "beam, exact Q" in done.stdout
-    for row in csv.DictReader((out / "curves.csv").open()):
+    assert summary["alpha"][0] in search.ALPHAS and summary["seeds"] == [0] and len(summary["claims"]) == 4
+    assert {"command", "commit", "hardware", "minutes"} <= set(summary)
+    assert str(out) in told and "best-of-n, pav" in told.lower(), told
+    curves = rows(out / "curves.csv")
+    assert len(curves) == 1 + 5 * 4 + 2 * 2, "each search once, at each of its budgets"
+    for row in curves:
         assert 0 <= float(row["lo"]) <= float(row["accuracy"]) + 1e-9 <= float(row["hi"]) + 2e-9 <= 1 + 3e-9
+    assert len({row["accuracy"] for row in curves}) > 10
 
 
 def test_budgets_hold_for_every_method(run):
-    """N samples cost N times one; a re-ranker is never above pass@N; a beam's answer is among its candidates."""
-    curves = Curves.load(measured(run[0]) / "main.safetensors")
-    n, best, tokens = curves.by["base:pass"]
-    assert np.allclose(tokens, n[:, None] * tokens[:1], rtol=1e-5) and (np.diff(best.mean(1)) >= -1e-6).all()
-    for m, (_, acc, _) in curves.by.items():
-        assert (acc <= curves.also[m]["passed"] + 1e-6).all() if "majority" not in m else True
-        assert (curves.also[m]["scored"] > 0).all() == (m not in ("base:pass", "base:greedy", "base:sample", "base:majority",
-                                                                   "base:oracle_beam")) or "oracle" in m
+    """One row for each problem and budget. N samples cost N times one; a re-ranker is never above pass@N; a
+    beam's answer is among its candidates; only a score needs a verifier."""
+    samples = set()
+    for name, record in records(run[0]).items():
+        table, spec = rows(run[0] / f"{name}.csv"), record["spec"]
+        assert tuple(table[0]) == COLUMNS and len(table) == len(spec["ns"]) * spec["problems"]
+        assert [(int(r["n"]), int(r["problem"])) for r in table] == [
+            (n, i) for n in spec["ns"] for i in range(spec["problems"])]
+        for r in table:
+            assert all(r[k] == str(spec[k]) for k in ("method", "score", "policy", "prover", "alpha"))
+            assert (r["split"], r["sample_seed"]) == (spec["split"], str(spec["seed"]))
+            right, solved, tokens = (float(r[k]) for k in ("right", "solved", "tokens"))
+            assert 0 <= right <= solved + 1e-6 <= 1 + 1e-6 and tokens >= 1 or spec["method"] == "majority"
+            assert (float(r["verifier_tokens"]) > 0) == bool(spec["score"])
+            assert bool(r["text"]) <= (spec["method"] in ("beam", "greedy"))
+        if spec["method"] in ("pass", "majority", "best_of_n"):
+            by = {(int(r["n"]), r["problem"]): (float(r["tokens"]), float(r["solved"])) for r in table}
+            assert all(t == pytest.approx(n * by[1, i][0]) for (n, i), (t, _) in by.items())
+            assert all(s >= by[n // 2, i][1] - 1e-6 for (n, i), (_, s) in by.items() if n > 1)
+            samples.add((spec["problems"], spec["seed"], tuple(t for t, _ in by.values())))
+    assert len(samples) == 2, "of train.py and of search.py: the same samples for all methods"
 
 
 def test_what_was_measured_is_not_measured_again(run):
-    out, _ = run
-    before = (measured(out) / "summary.json").read_text()
-    again = call("search.py", "--run", out, *SMALL)
-    assert again.returncode == 0 and again.stdout.count("measured before") == 3
-    assert json.loads((measured(out) / "summary.json").read_text())["verdicts"] == json.loads(before)["verdicts"]
+    out, summary = run[0], json.loads((run[0] / "search" / "summary.json").read_text())
+    before = {p: p.stat().st_mtime_ns for p in out.glob("search/*-*.csv")}
+    again = run_main(search, "--run", out, *SMALL)
+    after = json.loads((out / "search" / "summary.json").read_text())
+    assert again.count("done before") == 11 + 8 and before == {p: p.stat().st_mtime_ns for p in before}
+    assert all(after[k] == summary[k] for k in ("claims", "alpha", "minutes"))
 
 
-def test_all_makes_every_figure(run, tmp_path, monkeypatch):
-    """But for the verifiers that are trained on other data, which take minutes; and few provers at few states."""
-    out = tmp_path / "run"
-    shutil.copytree(run[0], out)
-    monkeypatch.delitem(cli.EXPERIMENTS, "data")
-    monkeypatch.setattr(experiments, "KS", (1, 2, 4))
-    monkeypatch.setattr(experiments.logged_values, "__defaults__", (10, 4))
-    monkeypatch.setattr(sys, "argv", ["search.py", "--run", str(out), *SMALL, "--problems", "5", "--all",
-                                      "--out", str(tmp_path / "out")])
-    cli.main()
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert {"best_k", "prover_rank_correlation", "gain_by_prover_points", "compute_efficiency"} <= set(summary)
-    assert {"fig5bc.png", "theorem.csv"} <= {p.name for p in (tmp_path / "out").iterdir()} and len(summary["verdicts"]) == 8
+def test_alpha_is_the_best_one_on_validation_problems(run):
+    """The paper's rule, ties to the smaller; no test problem has a part in it."""
+    tried = [(r["spec"]["alpha"], accuracy(run[0] / f"{name}.csv")[16]) for name, r in records(run[0]).items()
+             if r["spec"]["split"] == "validation"]
+    assert sorted(a for a, _ in tried) == search.ALPHAS
+    assert len({acc for _, acc in tried}) > 1 and json.loads(
+        (run[0] / "search" / "summary.json").read_text())["alpha"] == [max(tried, key=lambda x: (x[1], -x[0]))[0]]
 
 
 def test_alpha_zero_is_the_q_beam_to_the_token(run, tmp_path):
     """With any prover."""
-    out = tmp_path / "run"
-    shutil.copytree(run[0], out, ignore=shutil.ignore_patterns("search*"))
-    done = call("search.py", "--run", out, *SMALL, "--alpha", 0, "--prover", "strong", "--method", "q_beam", "pav_beam")
-    assert done.returncode == 0, done.stderr
-    curves = Curves.load(measured(out) / "main.safetensors")
-    for a, b in zip(curves.by["base:q_beam"], curves.by["base:pav_beam"]):
-        assert np.array_equal(a, b)
+    flags = ("--alpha", 0, "--prover", "strong", "--search", "beam:q_pi", "beam:effective", "--out", tmp_path)
+    run_main(search, "--run", run[0], *SMALL, *flags)
+    want = {"method": "beam", "alpha": 0.0, "split": "test", "problems": 20, "policy": "base"}
+    tables = {r["spec"]["score"]: [[row[k] for k in COLUMNS[5:]] for row in rows(run[0] / f"{name}.csv")]
+              for name, r in records(run[0]).items() if want.items() <= r["spec"].items()}
+    assert len(tables["q_pi"]) == 20 * 2 and tables["q_pi"] == tables["effective"]
+
+
+def test_equal_searches_are_one():
+    """What has no part in the result is in no name: a prover at alpha 0, or where the score uses none."""
+    def cell(text, **fields):
+        return Cell.parse(text, **fields)
+    assert cell("beam:q_pi", prover="bo4", alpha=0.2) == cell("beam:q_pi", prover="weak", alpha=3.0)
+    assert cell("beam:effective", prover="bo4") == cell("beam:effective", prover="strong", alpha=0)
+    assert cell("beam:effective", alpha=0.2) != cell("beam:effective", alpha=0.2, prover="weak")
+    assert cell("beam:advantage", alpha=1.0) == cell("beam:advantage")
+    assert cell("beam:advantage") != cell("beam:advantage", prover="weak")
+    assert cell("pass", alpha=1.0, prover="weak") == cell("pass")
+    for text in ("chess", "beam:chess", ":q_pi", ""):
+        with pytest.raises(Fail, match="--search") as e:
+            cell(text)
+        assert all(s in str(e.value) for s in SCORES)
+
+
+def test_all_makes_every_figure(run, tmp_path, monkeypatch):
+    """At toy size: few provers at few states, one data size, and verifiers of two training steps."""
+    out, logged = tmp_path / "run", experiments.logged_values
+    shutil.copytree(run[0], out)
+    monkeypatch.setattr(experiments, "KS", (1, 2, 4))
+    monkeypatch.setattr(experiments, "logged_values", partial(logged, states=10, actions=4))
+    monkeypatch.setattr(experiments, "train_verifier", lambda *a, **k: train_verifier(*a, **k | {"steps": 2}))
+    monkeypatch.setitem(search.EXPERIMENTS, "data", partial(experiments.data_sizes, shares=(0.05,), width=1))
+    flags = ("--problems", 4, "--n", 4, "--all", "--out", tmp_path / "out")
+    told = run_main(search, "--run", out, *SMALL, *flags)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert {"fig4.png", "fig5a.png", "fig5bc.png", "fig6a.png", "fig6b.csv", "fig10.csv", "theorem.csv"} <= {
+        p.name for p in (tmp_path / "out").iterdir()}
+    assert len(summary["claims"]) >= 10 and "stronger" in (tmp_path / "out" / "fig4.csv").read_text()
+    assert {"Fig. 5b", "Fig. 5c", "Theorem 3.1", "Fig. 11", "Fig. 6b", "Fig. 10"} <= {
+        c["where"] for c in summary["claims"]} and "untested" in told
 
 
 def test_show_prints_every_candidate_with_its_values(run):
-    done = call("search.py", "--run", run[0], "--show", 2)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Q^mu") == 2 and done.stdout.count("answer: ") == 2 and "  *" in done.stdout
+    told = run_main(search, "--run", run[0], "--show", 2)
+    assert told.count("Q^mu") == 2 and told.count("answer: ") == 2 and "  *" in told
 
 
-def test_bad_calls_are_one_line_errors(run, tmp_path, monkeypatch):
+# ---- what is wrong
+
+@pytest.mark.parametrize("args, words", [
+    (("--prover", "bo0"), "--prover bo0"), (("--prover", "nowhere"), "--prover nowhere"),
+    (("--alpha", -1), "--alpha"), (("--n", 0), "--n 0"), (("--search", "beam:chess"), "--search beam:chess"),
+    (("--widths", 2, 2), "--widths"), (("--out", "/dev/null/x"), "/dev/null/x"),
+    (("--policy", "best"), "--policy"),
+])
+def test_bad_flags_are_one_line_errors(run, args, words):
+    assert words in fails(search, "--run", run[0], *SMALL, *args)
+
+
+def test_bad_runs_are_one_line_errors(run, tmp_path):
     half, foreign, damaged = (tmp_path / name for name in ("half", "foreign", "damaged"))
-    half.mkdir()
+    (half / "stages").mkdir(parents=True)
     (half / "config.json").write_text((run[0] / "config.json").read_text())
-    (half / "stages.json").write_text(json.dumps({"policies": {}}))
-    foreign.mkdir()
+    (half / "stages" / "policies.json").write_text("{}")
+    shutil.copytree(half, foreign)
     (foreign / "config.json").write_text('{"model": "other"}')
-    (foreign / "stages.json").write_text('{"evaluation": {}}')
     shutil.copytree(run[0], damaged)
     (damaged / "q_pi" / "model.safetensors").write_bytes(b"no weights")
-    (measured(damaged) / "main.json").unlink()
-    for args, words in (((tmp_path / "nothing",), "python train.py"), ((half,), "has not finished"), ((foreign,), "config.json"),
-                        ((damaged, *SMALL), "q_pi"), ((run[0], "--prover", "bo0"), "--prover bo0"),
-                        ((run[0], "--alpha", -1), "--alpha"), ((run[0], "--n", 0), "--n 0"), ((run[0], run[0]), "--out"),
-                        ((run[0], run[0], "--out", tmp_path / "o"), "differ in their seed"),
-                        ((run[0], "--out", "/dev/null/x"), "cannot make")):
-        monkeypatch.setattr(sys, "argv", ["search.py", "--run", *map(str, args)])
-        with pytest.raises(Fail, match=words) as e:
-            cli.main()
-        assert "\n" not in str(e.value)
-
-
-def test_compute_efficiency_in_both_readings():
-    """The ORM is right .1 .2 .3 of the time at 10, 20, 40 tokens and does not get better by 80; the beam of width 1 .2 at 15, of
-    width 2 .3 at 30, which N = 4 needs 40 tokens for and N = 8 80."""
-    orm = np.array([1, 2, 4, 8]), np.array([[.1, .2, .3, .3]]), np.array([[10., 20, 40, 80]])
-    pav = np.array([1, 2]), np.array([[.2, .3]]), np.array([[15., 30]])
-    e = efficiency(orm, pav)
-    assert e["largest N"] == {"best_of": 8, "tokens": 2.67, "N": 1.33} and e["where it saturates"]["tokens"] == 1.33
-    assert efficiency(orm, (pav[0], pav[1] / 2, pav[2]))["largest N"]["tokens"] is None
-
-
-def test_rank_correlation_and_theorem_terms():
-    assert spearman([1, 2, 3, 4], [10, 20, 30, 99]) == pytest.approx(1) and spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
-    assert spearman([1, 1, 2, 3], [1, 2, 3, 4]) == pytest.approx(4.5 / (4.5 * 5) ** 0.5)       # ties share their rank
-    q, pi = torch.rand(50, 6), torch.full((50, 6), 1 / 6)
-    d, al, _ = theorem_terms(q, q, pi)
-    assert torch.isclose(d, al) and theorem_terms(q * 0 + 0.3, q, pi)[0] < 1e-12
+    for path in [*damaged.glob("stages/search/beam-q_pi*"), *damaged.glob("search/beam-q_pi*")]:
+        path.unlink()
+    other = Path(shutil.copytree(run[0], tmp_path / "other"))
+    for args, words in (((tmp_path / "nothing",), "python train.py"), ((half,), "has not finished"),
+                        ((foreign,), "config.json"), ((damaged, *SMALL), "q_pi"), ((run[0], other), "--out"),
+                        ((run[0], other, "--out", tmp_path / "o"), "differ in their seed"),
+                        ((run[0], run[0]), "--run")):
+        assert words in fails(search, "--run", *args), args

@@ -10,7 +10,8 @@ from minipav.search.score import SCORES
 
 PAPER = read_json(Path(__file__).parent / "paper.json")
 NAMES = {"weak": "weaker", "base": "base", "strong": "stronger"}
-METHODS = {"greedy": "greedy decoding", "pass": "pass@N (oracle)", "majority": "majority vote"}
+METHODS = {"greedy": "greedy decoding", "pass": "pass@N (oracle)", "majority": "majority vote",
+           "best_of_n": "best-of-N"}
 TRAININGS = {"sft": "SFT", "rft": "RFT", "outcome": "ORM-RL", "pav": "PAV-RL"}
 KEYS = {v: v.replace("-", "_") for v in TRAININGS.values()}                     # their names in paper.json
 BEAMS = {"beam, Q^pi": "PRM_Q", "beam, PAV": "PAV"}
@@ -21,7 +22,7 @@ def name_of(search):
     """What a search is called in tables and figures: "METHOD:SCORE" -> text."""
     method, _, score = search.partition(":")
     label = SCORES[score].label if score in SCORES else score
-    return METHODS.get(method, method.replace("_", "-")) + (f", {label}" if label else "")
+    return METHODS.get(method, method) + (f", {label}" if label else "")
 
 
 def draw(path, title, panels):

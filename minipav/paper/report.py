@@ -12,18 +12,21 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from minipav.files import read_json, write_csv, write_json, write_text, write_whole
+from minipav.files import make_folder, read_json, write_csv, write_json, write_text, write_whole
 from minipav.flags import flag, parse
 from minipav.paper.claims import DIDACTIC, SEARCH, THEORY, ahead, judge, sentence
 from minipav.paper.figures import draw, lines, name_of, search_figures
 from minipav.paper.statistics import Curves, interval, load, spread
+from minipav.run import check_files
 from minipav.utils import Fail, main_guard
 
 
 def stage(folder, name):
     """The record of a finished stage of the run in this folder."""
     path = Path(folder) / "stages" / f"{name}.json"
-    return read_json(path, seconds=(int, float), command=str, commit=str, hardware=str, spec=dict)
+    record = read_json(path, seconds=(int, float), command=str, commit=str, hardware=str, spec=dict)
+    check_files(folder, record)
+    return record
 
 
 def provenance(runs, names):
@@ -157,11 +160,16 @@ class Flags:
 
 def main():
     a = parse(Flags, __doc__)
+    if a.claims and not any((a.claims / x).is_file() for x in ("summary.json", "theory.json")):
+        raise Fail(f"--claims {a.claims}: neither summary.json nor theory.json is there")
     if a.claims:
         for name, claims in (("summary.json", DIDACTIC), ("theory.json", THEORY)):
             if (a.claims / name).exists():
                 print("\n".join(map(sentence, judged(claims, read_json(a.claims / name)))))
     elif a.runs and a.out:
+        if missing := [run for run in a.runs if not (run / "config.json").is_file()]:
+            raise Fail(f"--runs {missing[0]}: no run of train.py is there")
+        make_folder(a.out)
         report_training(a.runs, a.out)
     else:
         raise Fail("give --runs RUN RUN ... --out DIR, or --claims DIR")

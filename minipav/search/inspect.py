@@ -32,7 +32,8 @@ def describe(bench, a, seed, tables):
         text = explain(bench, problems[int(solved[0]["problem"])], solved[0]["text"], a.alpha, a.K, seed)
     write_text(run.out / "example.txt", text)
     print("\n" + text)
-    return {"planning_failure_share": round(failures.count("planning") / max(1, len(failures)), 4),
+    return {"files": [run.out / "example.txt"],
+            "planning_failure_share": round(failures.count("planning") / max(1, len(failures)), 4),
             "corrupted_step_auc": {v: tells_apart(bench.model(v), right, wrong) for v in ("orm", "q_pi")}}
 
 
@@ -57,10 +58,11 @@ def explain(bench, problem, response, alpha, K, seed, n_mc=256):
     adv_mu = advantage(q_mu)
     mc = monte_carlo(bench.model("base"), run, [problem], t, t.ends >= 0, n_mc, seed)
     se = standard_error(mc.q[0], mc.n[0].clamp(min=1))
+    sure = [f"{q:.3f} +- {e:.3f}" if n > 1 else f"{q:.3f} (known)" for q, e, n in zip(mc.q[0], se, mc.n[0])]
     head = f"{'':<36}{'Q^pi':>8}{f'({n_mc} rollouts)':>18}{f'Q^Bo{K}':>9}{'A^mu':>8}{'Q+aA':>8}"
     lines = [prompt.strip(), head]
     for h, step in enumerate(["(the bare prompt)", *run.task.steps(response)]):
-        line = f"{step:<36}{q[h]:>8.3f}{f'{mc.q[0, h]:.3f} +- {se[h]:.3f}':>18}{q_mu[h]:>9.3f}"
+        line = f"{step:<36}{q[h]:>8.3f}{sure[h]:>18}{q_mu[h]:>9.3f}"
         lines.append(line + (f"{adv_mu[h - 1]:>8.3f}{effective_reward(q[h], adv_mu[h - 1], alpha):>8.3f}" if h
                              else ""))
     return "\n".join(lines) + "\n"

@@ -38,8 +38,9 @@ class Cell:
     def parse(cls, text, **fields):
         """"beam:effective" -> that method and score; "beam" is that too, "best_of_n" is "best_of_n:orm".
         Raises Fail if there is no such method or score."""
-        method, _, score = text.partition(":")
-        if method not in METHODS or score and score not in SCORES:
+        method, colon, score = text.partition(":")
+        scored = method not in ("greedy", "pass", "majority")
+        if method not in METHODS or colon and (score not in SCORES or not scored):
             raise Fail(f"--search {text}: choose METHOD or METHOD:SCORE of {', '.join(METHODS)} and the "
                        f"scores {', '.join(SCORES)}")
         return cls(method, score or {"beam": "effective", "best_of_n": "orm"}.get(method, ""), **fields)
@@ -79,7 +80,8 @@ class Bench:
             problems = self.run.problems(cell.split, cell.problems)
             results = METHODS[cell.method](self.search(cell), problems, list(cell.ns), cell.seed)
             write_csv(path, COLUMNS, rows(cell, results))
-            return {"seconds_by_n": {n: round(r.seconds, 2) for n, r in zip(cell.ns, results)}}
+            seconds = {n: round(r.seconds, 2) for n, r in zip(cell.ns, results)}
+            return {"seconds_by_n": seconds, "files": [path]}
         self.run.stage(name, work, spec)
         return path
 

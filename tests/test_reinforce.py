@@ -1,0 +1,238 @@
+"""The RL loop: what has a part in the loss, micro-batches, resume, what stops it."""
+import argparse
+
+import pytest
+import torch
+from conftest import even, tiny
+from safetensors.torch import load_file
+
+import rl
+from minipav import advantage, reinforce, rewards
+from minipav.advantage import rollout_from, seed_rollouts
+from minipav.reinforce import COLUMNS, Reinforce, policy_loss, value_loss
+from minipav.rewards import REWARDS, close, step_of_token
+from minipav.run import Run
+from minipav.traces import Traces
+from minipav.utils import Fail
+
+TRIAL = dict(iterations=4, batch=8, group=2, eval_every=2, problems=5, eval_n=2, n=4, n_mc=2, prover="bo2")
+
+
+# ---- losses
+
+def test_only_the_response_and_its_end_token_are_in_the_loss(batch):
+    """Loss, KL and entropy against a sum over those tokens; the gradient of other logits is 0."""
+    t, model, ref = close(batch), tiny(), tiny(seed=1)
+    step, weight, seen = step_of_token(t.tokens, t.ends), torch.rand(3, 8), []
+    head = model.head.forward
+    model.head.forward = lambda hidden: seen.append(head(hidden)) or seen[-1]
+    loss, kl, entropy, n = policy_loss(model, ref, t.tokens, step, weight, 0.3)
+    seen[0].retain_grad()
+    loss.backward()
+    inside = step[:, 1:] >= 0
+    assert n == inside.sum() == len(seen[0]) and (seen[0].grad.abs().sum(1) > 1e-4).all()       # END too
+    model.head.forward = head
+    with torch.no_grad():
+        a, b = (m(t.tokens).log_softmax(-1)[:, :-1] for m in (model, ref))
+    chosen = a.gather(2, t.tokens[:, 1:, None])[..., 0]
+    want_kl, want_entropy = ((a.exp() * x).sum(-1)[inside].sum() for x in (a - b, -a))
+    assert torch.isclose(kl, want_kl, rtol=1e-4) and torch.isclose(entropy, want_entropy, rtol=1e-4)
+    assert torch.isclose(loss, -(weight[:, 1:] * chosen)[inside].sum() + 0.3 * want_kl, rtol=1e-4)
+    t.tokens[t.tokens == 0] = 13                                # other padding
+    assert torch.equal(policy_loss(model, ref, t.tokens, step, weight, 0.3)[0], loss)
+
+
+def test_the_value_network_does_not_see_the_token_it_is_a_baseline_for(batch):
+    t = close(batch)
+    step, value, target = step_of_token(t.tokens, t.ends), tiny(head="scalar"), torch.ones(3, 8)
+    _, v = value_loss(value, t.tokens, step, target)
+    other = t.tokens.clone()
+    other[:, 4] = 11
+    _, w = value_loss(value, other, step, target)
+    assert torch.allclose(v[:, :5], w[:, :5], atol=1e-6) and not torch.allclose(v[:, 5:], w[:, 5:], atol=1e-3)
+
+
+def test_the_value_loss_is_the_squared_error_at_the_tokens_of_the_response(batch):
+    """Of predictions made one position before each token; a head of shape (..., 1) must not be broadcast."""
+    t, value = close(batch), tiny(head="scalar")
+    step, target = step_of_token(t.tokens, t.ends), torch.rand(3, 8)
+    loss, v = value_loss(value, t.tokens, step, target)
+    want = value(t.tokens)[:, :-1, 0]
+    inside = step[:, 1:] >= 0
+    assert torch.allclose(v[:, 1:][inside], want[inside], atol=1e-5) and not v[:, 1:][~inside].any()
+    assert torch.isclose(loss, ((want - target[:, 1:]) ** 2)[inside].sum(), rtol=1e-4)
+
+
+# ---- the loop
+
+@pytest.fixture(scope="module")
+def smoke(smoke_run):
+    return Run.open(smoke_run[0], "cpu")
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def trained(run, folder, reward="pav", micro_batch=0, **kw):
+    loop = Reinforce(run, run.model("base"), folder, reward, rl.Trial(**{**TRIAL, **kw}), "test", micro_batch)
+    loop.train()
+    return loop
+
+
+@pytest.fixture
+def mixed(smoke, monkeypatch):
+    """The smoke run with an outcome by which its policy is right at times."""
+    monkeypatch.setattr(type(smoke.task), "outcome", even)
+    return smoke
+
+
+@pytest.mark.parametrize("reward", list(REWARDS))
+def test_every_reward_trains(mixed, tmp_path, reward):
+    loop = trained(mixed, tmp_path / reward, reward, iterations=2, baseline="none", kl=0.0)
+    assert [r["iteration"] for r in loop.rows] == [0, 2] and torch.isfinite(weights(loop.policy)).all()
+    assert not torch.equal(weights(loop.policy), weights(loop.ref)) and 0 < loop.rows[1]["train_reward"] < 1
+    header, *rows = (tmp_path / reward / "log.csv").read_text().splitlines()
+    assert loop.curve.shape == (2, 5) and header == ",".join(COLUMNS) and len(rows) == 2
+
+
+def test_alpha_0_is_outcome_reward_to_the_last_bit(mixed, tmp_path):
+    a, b, c = (trained(mixed, tmp_path / f"{r}{x}", r, alpha=x)
+               for r, x in (("outcome", 0.0), ("pav", 0.0), ("pav", 1.0)))
+    assert torch.equal(weights(a.policy), weights(b.policy))
+    assert not torch.equal(weights(a.policy), weights(c.policy))
+
+
+def test_trust_verifier_believes_it_to_the_end(smoke, tmp_path, monkeypatch):
+    """With a verifier that says 0.5 everywhere, no step has progress but for what is known: the last one, of
+    every trace."""
+    monkeypatch.setattr(rewards, "score", lambda model, tokens, ends: torch.full(ends.shape, 0.5))
+    seen, credit = [], Reinforce.credit
+    monkeypatch.setattr(Reinforce, "credit", lambda *args: seen.append(credit(*args)) or seen[-1])
+    for trust in (False, True):
+        trained(smoke, tmp_path / str(trust), iterations=1, trust_verifier=trust, prover="bo1", alpha=2.0)
+    (_, known), (_, believed) = seen
+    assert believed.unique().tolist() == [0] and known.sum(1).tolist() == [-1] * 8      # none is right
+
+
+@pytest.mark.parametrize("baseline", ["value", "group"])
+def test_micro_batches_change_nothing(smoke, tmp_path, monkeypatch, baseline):
+    """The gradients before they are clipped, of the policy and of the value network."""
+    grads = {}
+    monkeypatch.setattr(reinforce, "apply_step", lambda model, *_: grads.setdefault(size, []).append(
+        torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+    for size in (0, 1, 7, 64):
+        trained(smoke, tmp_path / str(size), batch=64, iterations=1, micro_batch=size, baseline=baseline)
+    for size in (1, 7, 64):
+        assert len(grads[size]) == (2 if baseline == "value" else 1)
+        for part, whole in zip(grads[size], grads[0]):
+            assert whole.norm() > 1e-3 and (part - whole).norm() < 1e-5 * whole.norm()
+
+
+@pytest.mark.parametrize("how", [dict(refresh=2), dict(reward="outcome", baseline="mean")])
+def test_resumed_equals_uninterrupted(smoke, tmp_path, monkeypatch, how):
+    """Killed at every iteration; with a verifier that is trained on, and with a running mean."""
+    whole = trained(smoke, tmp_path / "whole", **how)
+    iterate = Reinforce.iterate
+    for at in range(4):
+        def killed(self, i, at=at):
+            if i == at:
+                raise KeyboardInterrupt
+            return iterate(self, i)
+        monkeypatch.setattr(Reinforce, "iterate", killed)
+        with pytest.raises(KeyboardInterrupt):
+            trained(smoke, tmp_path / str(at), **how)
+        monkeypatch.setattr(Reinforce, "iterate", iterate)
+        again = trained(smoke, tmp_path / str(at), **how)
+        assert torch.equal(weights(again.policy), weights(whole.policy))
+        assert torch.equal(again.curve, whole.curve)
+        same = [k for k in whole.rows[0] if k not in ("seconds", "tokens_per_s")]
+        assert [[r[k] for k in same] for r in again.rows] == [[r[k] for k in same] for r in whole.rows]
+
+
+def test_refresh_learns_what_the_present_policy_is_worth(smoke, tmp_path, monkeypatch):
+    """Its hot samples are only prefixes: their labels are the outcomes of completions that are not hot."""
+    hot, asked, learned = [], [], []
+
+    def seeds(*args, **how):
+        out = seed_rollouts(*args, **how)
+        if how.get("temperature") == 2.0:
+            hot.append(out)
+        return out
+
+    def completions(mu, *args, **how):
+        asked.append((mu, how.get("temperature", 1.0), rollout_from(mu, *args, **how)))
+        return asked[-1][2]
+
+    def cat(parts, pad):
+        learned.append(parts)
+        return Traces.cat(parts, pad)
+    monkeypatch.setattr(reinforce, "seed_rollouts", seeds)
+    monkeypatch.setattr(reinforce, "rollout_from", completions)
+    monkeypatch.setattr(reinforce, "Traces", argparse.Namespace(cat=cat))
+    loop = trained(smoke, tmp_path / "run", refresh=1, iterations=1)
+    assert len(hot) == len(asked) == len(learned) == 1 and asked[0][:2] == (loop.policy, 1.0)
+    assert any(part is asked[0][2] for part in learned[0]) and not any(part is hot[0] for part in learned[0])
+
+
+@pytest.mark.parametrize("how", [{}, dict(reward="pav_rollout"), dict(reward="vine"), dict(refresh=1)])
+def test_the_log_counts_the_tokens_that_were_sampled(smoke, tmp_path, monkeypatch, how):
+    """Of the traces, of the completions that give Q^mu, and of those that the verifier is refreshed with; not
+    those of the evaluation."""
+    spent, sample, log = [], advantage.sample, Reinforce.log
+
+    def counting(*args, **kw):
+        s = sample(*args, **kw)
+        spent.append(int(s.lengths.sum()))
+        return s
+
+    def uncounted(self, problems):
+        before = len(spent)
+        row = log(self, problems)
+        del spent[before:]
+        return row
+    monkeypatch.setattr(advantage, "sample", counting)
+    monkeypatch.setattr(Reinforce, "log", uncounted)
+    loop = trained(smoke, tmp_path / "run", iterations=2, **how)
+    assert [r["tokens"] for r in loop.rows] == [0, sum(spent)]
+    assert len(spent) == 2 * (1 + ("reward" in how) + 2 * ("refresh" in how))
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient", "verifier", "refresh"])
+def test_a_number_that_is_not_finite_stops_the_run(smoke, tmp_path, monkeypatch, what):
+    calls = []
+
+    def breaks(*args):
+        calls.append(1)
+        out = original(*args)
+        if len(calls) != 4:
+            return out
+        if what == "loss":
+            return (out[0] * float("nan"), *out[1:])
+        if what == "gradient":
+            out[0].register_hook(lambda g: g * float("inf"))
+            return out
+        return out * float("nan")
+    at, name = {"verifier": (rewards, "score"), "refresh": (reinforce, "verifier_loss")}.get(
+        what, (reinforce, "policy_loss"))
+    how, original = dict(refresh=int(what == "refresh")), getattr(at, name)
+    monkeypatch.setattr(at, name, breaks)
+    with pytest.raises(Fail, match="iteration 3.*bad_batch.*iteration 2") as e:
+        trained(smoke, tmp_path / "run", **how)
+    assert "\n" not in str(e.value)
+    bad = load_file(tmp_path / "run" / "bad_batch.safetensors")
+    assert bad["tokens"].shape[0] == 8 and bad["q_mu"].shape == bad["ends"].shape
+    monkeypatch.setattr(at, name, original)
+    assert trained(smoke, tmp_path / "run", **how).state["iteration"] == 4      # the last checkpoint is good
+
+
+def test_a_checkpoint_of_another_training_is_refused(smoke, tmp_path):
+    """Damaged, of other modules, or not there at all: one line, and no half-loaded policy."""
+    loop = trained(smoke, tmp_path / "run", "outcome", iterations=2)
+    path = tmp_path / "run" / "checkpoint.safetensors"
+    with pytest.raises(Fail, match="checkpoint.safetensors") as e:
+        trained(smoke, tmp_path / "run", refresh=1)
+    assert "\n" not in str(e.value)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(Fail, match="checkpoint.safetensors"):
+        loop.load()

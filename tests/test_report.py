@@ -1,0 +1,300 @@
+"""Statistics and claims: curves with paired intervals, comparisons by hand, and what each verdict means."""
+import json
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from minipav.paper import claims, report, rl_report
+from minipav.paper.claims import DIDACTIC, RL, SEARCH, THEORY, Claim, judge, sample_efficiency, sentence
+from minipav.paper.statistics import (
+    Curve,
+    Curves,
+    at_tokens,
+    bootstrap,
+    first_reach,
+    interval,
+    load,
+    pass_at_n,
+    spearman,
+    spread,
+    tokens_to_reach,
+)
+from minipav.search.measure import COLUMNS
+from minipav.utils import Fail
+
+def x(mean, lo, hi):
+    return {"mean": mean, "lo": lo, "hi": hi}
+
+
+BY_HAND = {"best_of_n:orm": ([.3, .6], [100, 200]), "best_of_n:q_pi": ([.3, .6], [100, 200]),
+           "beam:q_pi": ([.5, .7], [50, 100]), "beam:effective": ([.6, .8], [50, 100]),
+           "pass": ([.5, .7], [100, 200])}
+
+
+def table(path, shift=0.0, problems=50, curves=BY_HAND, **fixed):
+    """A table of rows as a search writes them: these accuracies at these tokens for every problem."""
+    rows = []
+    for search, (acc, tokens) in curves.items():
+        method, _, score = search.partition(":")
+        row = {"method": method, "score": score, "policy": "base", "prover": "", "alpha": 0.0,
+               "split": "test", "sample_seed": 0, "verifier_tokens": 0, "text": "", **fixed}
+        rows += [{**row, "n": n, "problem": i, "right": a + shift, "solved": a + shift, "tokens": t}
+                 for n, a, t in zip((4, 8), acc, tokens) for i in range(problems)]
+    pd.DataFrame(rows)[list(COLUMNS)].to_csv(path, index=False)
+    return path
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    """Two made-up runs: ORM .3 and .6 at 100 and 200 tokens, PAV .6 and .8 at half of them, on average; one
+    run is .1 below and the other .1 above that."""
+    tmp = tmp_path_factory.mktemp("rows")
+    tables = {k: [("main", table(tmp / f"{k}.csv", shift))] for k, shift in enumerate((-.1, .1))}
+    return report.Searched(tables, [{}, {}])
+
+
+# ---- statistics
+
+def test_comparisons_at_equal_tokens(searched):
+    orm, pav = searched.main("best_of_n:orm"), searched.main("beam:effective")
+    assert orm.acc.shape == (1001, 2) and orm.n.tolist() == [4, 8] and np.allclose(orm.acc[0], [.3, .6])
+    assert orm.acc[1:, 1].std() > 0.03, "the runs are resampled too"
+    assert np.allclose(np.diff(orm.acc, axis=1), .3), "in pairs: the same runs for every point"
+    for base in ("best_of_n:orm", "best_of_n:q_pi"):
+        ahead = claims.ahead(searched, "beam:effective", base)
+        assert ahead == {"N = 4": x(50.0, 50.0, 50.0), "N = 8": x(20.0, 20.0, 20.0)}
+    assert claims.token_ratio(searched) == {"": x(4.0, 4.0, 4.0)}
+    level = np.full(1001, 50 * 2 ** 0.5)
+    assert np.allclose(at_tokens(pav, level)[0], 0.7) and np.isnan(at_tokens(pav, np.full(1001, 49.)))[0]
+    assert np.isclose(at_tokens(pav, np.full(1001, 1e6))[0], 0.8)
+    assert np.isnan(at_tokens(pav, np.full(1001, 106.), beyond=False)[0])
+    assert np.isnan(tokens_to_reach(orm, np.full(1001, 0.9))[0])
+    assert np.isclose((tokens_to_reach(orm, pav.acc[:, 0]) / pav.tokens[:, 0])[0], 4)  # .6: 200, not 50
+    assert np.isnan(tokens_to_reach(orm, pav.acc[:, 1])[0])     # .8 is out of the ORM's reach
+    found = claims.exploration(searched)
+    assert found["width 8"]["mean"] == pytest.approx(30) and found["width 4"] is None   # 50 tokens: no sample
+
+
+def test_token_ratio_where_the_orm_does_not_get_better():
+    """The ORM is right .1 .2 .3 of the time at 10, 20, 40 tokens and not more often at 80; the beam .2 at 15
+    and .3 at 30: at the largest N it needs 80 / 30 times fewer tokens, where the curve saturates 40 / 30."""
+    def two(rows):
+        return np.array([rows, rows])
+    orm = Curve(np.array([1, 2, 4, 8]), two([.1, .2, .3, .3]), two([10., 20, 40, 80]), None)
+    pav = Curve(np.array([1, 2]), two([.2, .3]), two([15., 30]), None)
+
+    class Made:
+        curves = {"best_of_n:orm": orm, "beam:effective": pav}
+
+        def main(self, search):
+            return self.curves.get(search)
+    s = Made()
+    assert 80 / tokens_to_reach(pav, orm.acc[:, -1])[0] == pytest.approx(2.67, abs=0.005)
+
+    assert claims.token_ratio(s)[""]["mean"] == pytest.approx(1.33, abs=0.005)
+    s.curves["beam:effective"] = pav._replace(acc=pav.acc / 2)
+    assert claims.token_ratio(s) == {"": x(0.0, 0.0, 0.0)}      # the beam never gets there
+    s.curves.pop("beam:effective")
+    assert not claims.token_ratio(s) and not claims.ahead(s, "beam:effective", "best_of_n:orm")
+
+
+def test_intervals():
+    """A resample in which a number is not defined counts as infinite, and an infinite bound is no bound."""
+    assert interval(np.array([1.0] + [0.5] * 90 + [np.nan] * 10)) == {"mean": 1.0, "lo": 0.5, "hi": None}
+    assert interval(np.array([np.nan, 1, 1, 1])) is None
+    assert spread([1, 2, 6]) == {"mean": 3.0, "lo": 1.0, "hi": 6.0}
+
+
+def test_the_bootstrap_covers_the_mean_of_problems_and_pairs_its_columns():
+    """The spread over resamples of one run is the standard error over its problems; equal columns stay so."""
+    y = np.random.default_rng(5).random(400)
+    boot = bootstrap([pd.DataFrame({"a": y, "b": y, "c": 1 - y})])
+    assert boot.shape == (1001, 3) and np.isclose(boot["a"][0], y.mean())
+    assert boot["a"][1:].std() == pytest.approx(y.std() / 20, rel=0.1)
+    assert np.allclose(boot["a"], boot["b"]) and np.allclose(boot["a"], 1 - boot["c"])
+
+
+def test_curves_are_of_the_searches_that_were_made(tmp_path):
+    """A prover or an alpha that a rule chose for each run does not split a curve; one asked for does."""
+    one = table(tmp_path / "a.csv", prover="bo4", alpha=0.2)
+    two = table(tmp_path / "b.csv", 0.1, prover="bo1", alpha=0.6)
+    main = Curves(load({0: [("main", one)], 1: [("main", two)]}))
+    assert set(main.by) == {("main", "base", *k.partition(":")[::2], "", "") for k in BY_HAND}
+    assert main.get("main", "beam:effective").acc[0] == pytest.approx([.65, .85])
+    exact = Curves(load({0: [("exact", one), ("exact", two)]}))
+    assert exact.get("exact", "beam:effective", prover="bo1", alpha=0.6).acc[0] == pytest.approx([.7, .9])
+    assert exact.get("exact", "beam:effective") is None
+
+
+@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b"a,b\n1,2\n", lambda b: b"\x00\xff",
+                                    lambda b: b[:700], lambda b: b.replace(b"0.3", b"?")])
+def test_damaged_rows_are_one_line_errors(tmp_path, damage):
+    """Empty, another table, no text, cut off within a line, a word for a number."""
+    rows = table(tmp_path / "rows.csv")
+    rows.write_bytes(damage(rows.read_bytes()))
+    with pytest.raises(Fail, match="rows.csv") as e:
+        report.Searched({0: [("main", rows)]}, [{}])
+    assert "\n" not in str(e.value)
+
+
+def test_pass_at_n_of_counts():
+    """1 - C(wrong, N) / C(n, N)."""
+    want = 1 - np.prod([(59 - i) / (64 - i) for i in range(8)])
+    assert pass_at_n(64, np.array([5., 0, 64]), 8) == pytest.approx([want, 0, 1])
+    assert pass_at_n(64, np.array([1., 0]), 64).tolist() == [1, 0]
+
+
+def test_rank_correlation():
+    assert spearman([1, 2, 3, 4], [10, 20, 30, 99]) == pytest.approx(1)
+    assert spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1) and spearman([1, 1, 1], [1, 2, 3]) == 0
+    assert spearman([1, 1, 2, 3], [1, 2, 3, 4]) == pytest.approx(4.5 / (4.5 * 5) ** 0.5)   # ties share a rank
+
+
+def test_sample_efficiency():
+    """ORM-RL is best (.3) at iteration 40; PAV-RL has .3 at 15, half way between .2 and .4: 2.67 times."""
+    n = np.array([0., 10, 20, 40])
+    orm, pav = (Curve(n, np.array([acc]), None, None) for acc in ([.1, .2, .2, .3], [.1, .2, .4, .4]))
+    assert first_reach(n, pav.acc, np.array([.3])) == pytest.approx(15)
+    assert np.isnan(first_reach(n, orm.acc, np.array([.5]))[0])
+    assert sample_efficiency(orm, pav) == pytest.approx(40 / 15) and sample_efficiency(pav, orm) == 0
+    assert np.isnan(sample_efficiency(orm._replace(acc=orm.acc[:, ::-1]), pav))         # best at the start
+
+
+# ---- verdicts
+
+def verdict(where, measured, of=RL, says=""):
+    """The verdict of the claim of this figure or section (with these words) if this was measured."""
+    [claim] = [c for c in of if c.where == where and says in c.says]
+    found = judge(replace(claim, measure=lambda _: measured), None)
+    return found and found["verdict"]
+
+
+def test_verdicts_of_rl():
+    """Each by its own range: above 0, at least 5 times, within 2 points of no difference, below 0."""
+    assert verdict("Fig. 7a", {"": x(9, 6, 12)}) == "reproduced"
+    assert verdict("Fig. 7a", {"": x(9, -1, 12)}) == "not reproduced"
+    assert verdict("Fig. 7b", {"": x(2.9, 2, 3.1)}) == "not reproduced"
+    assert verdict("Fig. 7b", {"": x(7, 5.5, None)}) == "reproduced"
+    assert verdict("Fig. 7b", {"": None}) is None
+    assert verdict("derived", {"": x(.2, -1, 1.5)}) == "reproduced"
+    assert verdict("section 3", {"": x(3.8, 1.5, 6)}) == "not reproduced"
+    assert verdict("section 3", {"": x(.1, -2.5, .2)}) == "not reproduced"
+    assert verdict("App. G", {"": x(-8, -11, -5)}) == "reproduced"
+    assert verdict("App. G", {"": x(-1, -3, 1)}) == "not reproduced"
+    three = {"PAV-RL over ORM-RL": x(5, 2, 8), "PAV-RL over SFT": x(4, 1, 7), "SFT over ORM-RL": x(1, -2, 4)}
+    assert verdict("Fig. 8a", three) == "partly"
+
+
+def test_verdicts_of_searches_the_example_and_the_theory():
+    points = {"N = 4": x(14, 12, 16), "N = 128": x(1, -1, 3)}
+    assert verdict("Fig. 4", points, SEARCH, "beats") == "partly"
+    assert verdict("Fig. 4", {"": x(1.5, 0, 2.2)}, SEARCH, "fewer tokens") == "not reproduced"
+    assert verdict("Fig. 4", {"": x(2.3, 1.8, 2.8)}, SEARCH, "fewer tokens") == "reproduced"
+    assert verdict("Fig. 11", {"2,000 rollouts": x(9, 5, 12)}, SEARCH).startswith("untested")
+    assert verdict("Fig. 5b", {"bo4 over bo1": x(2, 1, 3), "bo4 over bo32": None}, SEARCH) == "reproduced"
+    assert verdict("Fig. 3b", {"a": x(11, 8, 15), "b": x(11, 5, 15)}, DIDACTIC) == "partly"
+    assert verdict("Remark 3.1", {"": x(1.98, 1.98, 1.98)}, THEORY, "K^2") == "reproduced"
+
+
+def test_an_interval_that_touches_a_bound_or_has_none_shows_nothing():
+    claim = Claim("it is so", "Fig. 0", lambda m: m)
+    margin = replace(claim, lo=-2, hi=2)
+    assert judge(claim, {"": x(1, 0.0, 2)})["verdict"] == "not reproduced"
+    assert judge(claim, {"": x(1, None, 2)})["verdict"] == "not reproduced"
+    assert judge(margin, {"": x(1, -1, None)})["verdict"] == "not reproduced"
+    assert judge(claim, None) is judge(claim, {}) is judge(claim, {"a": None}) is None, "not measured"
+    told = sentence(judge(claim, {"N = 4": x(1.25, 0.5, None)}))
+    assert told == "it is so (Fig. 0)\n    reproduced: N = 4: +1.2 [+0.50, -] points"
+
+
+def test_what_the_search_claims_measure():
+    """Points of provers over their Q^pi beam, exact values, the rank of the provers, other data, errors by
+    step: small tables by hand."""
+    def curve(*acc):
+        return Curve(np.array([4, 8]), np.array([acc, acc]), None, None)
+    theorem = [{"base": "base", "prover": m, "distinguishability": d, "alignment": 0.1}
+               for m, d in (("bo1", 0.1), ("bo4", 0.3), ("bo32", 0.2))]
+    data = [{"rollouts": n, "way": w, "accuracy": a} for w, accs in (
+        ("first pits", (.5, .6)), ("n_mc = 4", (.4, .4)), ("n_mc = 16", (.3, .7)))
+        for n, a in zip((2000, 16000), accs)]
+
+    class Made:
+        curves, fact = object.__new__(Curves), report.Searched.fact
+        facts = [{"provers": {"theorem": theorem}, "data": {"rows": data},
+                  "steps": {"q_pi": [0.4, 0.3], "effective": [0.3, 0.35]}}]
+    Made.curves.by = {("provers", "base", "beam", "q_pi", "", ""): curve(.5, .7),
+                      ("provers", "strong", "beam", "q_pi", "", ""): curve(.6, .6),
+                      ("provers", "strong", "beam", "effective", "weak", ""): curve(.6, .7),
+                      ("exact", "base", "beam", "exact", "", "0.0"): curve(.5, .5),
+                      ("exact", "base", "beam", "exact", "bo4", "0.5"): curve(.4, .5)}
+    for mu, acc in (("bo1", (.5, .7)), ("bo4", (.6, .8)), ("bo32", (.6, .7))):
+        Made.curves.by["provers", "base", "beam", "effective", mu, ""] = curve(*acc)
+    s = Made()
+
+    def means(where):
+        [claim] = [c for c in SEARCH if c.where == where]
+        return {k: v["mean"] for k, v in (claim.measure(s) or {}).items() if v}
+    gains = {k: v[0] for k, v in claims.prover_gains(s).items()}
+    assert gains == pytest.approx({"bo1": 0, "bo4": 10, "bo32": 5})
+    assert means("Fig. 5b") == pytest.approx({"bo4 over bo1": 10, "bo4 over bo32": 5})
+    assert means("Fig. 5c") == pytest.approx({"": 5}) and means("not in the paper") == {"bo4 alpha 0.5": -5}
+    assert means("Theorem 3.1") == pytest.approx({"": 1})
+    assert means("Fig. 11") == pytest.approx({"2,000 rollouts": 10, "16,000 rollouts": 20})
+    assert sorted(map(abs, means("Fig. 6b").values())) == pytest.approx([10, 30])
+    assert means("Fig. 10") == pytest.approx({"step 1": 10, "step 2": -5})
+    Made.facts = [{}]
+    assert not any(means(f) for f in ("Theorem 3.1", "Fig. 11", "Fig. 6b", "Fig. 10"))
+
+
+# ---- trainings
+
+def trained(specs):
+    """A Trained of one run that knows these trainings by their flags alone."""
+    t = object.__new__(rl_report.Trained)
+    t.records = {n: [{"spec": f}] for n, f in specs.items()}
+    t.labels, t.trained = list(specs), [n for n in specs if n not in ("sft", "rft")]
+    return t
+
+
+def test_each_training_is_held_against_its_own_control():
+    """All flags alike but for the reward and what it alone uses; for a gradient that is 1 + alpha times as
+    large, a KL that counts so much less."""
+    outcome = dict(reward="outcome", kl=0.03, policy="base", lr=0.1)
+    pav = outcome | dict(reward="pav", alpha=1.0, prover="bo4", refresh=0)
+    t = trained({
+        "outcome": outcome, "pav": pav, "sft": dict(policy="base"), "outcome-kl0.015": outcome | {"kl": .015},
+        "pav_sum": pav | {"reward": "pav_sum"}, "pav-alpha3.0": pav | {"alpha": 3.0},
+        "outcome-policyweak": outcome | {"policy": "weak"}, "pav-policyweak": pav | {"policy": "weak"},
+        "pav-lr0.2": pav | {"lr": 0.2}, "pav_exact": outcome | dict(reward="pav_exact", alpha=1.0)})
+    assert [t.control(n) for n in ("pav", "pav-alpha3.0", "pav_exact")] == ["outcome"] * 3
+    assert t.control("pav_sum") == "outcome-kl0.015" and t.control("pav-policyweak") == "outcome-policyweak"
+    assert t.control("pav-lr0.2") is t.control("sft") is None, "nothing else is alike"
+    assert t.differs("pav-policyweak", "pav") == {"policy"} and t.differs("pav", "outcome") == set()
+
+
+def test_a_verifier_costs_its_data_and_outcome_reward_what_rft_needs(tmp_path):
+    """Tokens and seconds before the first iteration, from the records of train.py."""
+    tokens = {"seeds_base": 100, "seeds_weak": 30, "seeds_strong": 40,
+              "base_train": 1000, "base_validation": 50, "weak_train": 200, "weak_validation": 10,
+              "strong_train": 300, "strong_validation": 20}
+    for name, seconds in (("rollouts", 158.0), ("q_pi", 60.0), ("q_weak", 5.0), ("q_strong", 7.0)):
+        record = dict(seconds=seconds, command="", commit="", hardware="", spec={}, tokens=tokens)
+        (tmp_path / "stages").mkdir(exist_ok=True)
+        (tmp_path / "stages" / f"{name}.json").write_text(json.dumps(record))
+    outcome = dict(reward="outcome", policy="base", no_rft=False)
+    pav = outcome | dict(reward="pav", prover="bo4", refresh=0)
+
+    def before(f, **flags):
+        t = trained({"it": f | flags})
+        t.runs = [tmp_path]
+        return t.before("it").tolist()
+    share = 158.0 / 1580                                        # seconds a token of the labelled traces
+    assert before(outcome) == pytest.approx([100, 100 * share]) and before(outcome, no_rft=True) == [0, 0]
+    assert before(pav) == pytest.approx([1050 + 40, 60 + 1090 * share])     # branches start at strong seeds
+    assert before(pav, prover="strong") == pytest.approx([1050 + 320, 67 + 1370 * share])
+    assert before(pav, policy="strong") == before(pav, prover="strong")
+    assert before(pav, prover="weak") == pytest.approx([1050 + 210 + 40, 65 + 1300 * share])
+    rollouts = outcome | dict(reward="pav_rollout", prover="bo4", n_mc=4)
+    assert before(rollouts) == before(outcome), "it has no verifier"
