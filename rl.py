@@ -142,7 +142,7 @@ def train(run, reward, a, split, micro_batch):
         loop = Reinforce(run, initial[0], folder, reward, a, split, micro_batch)
         policy = loop.train()
         policy.save(folder)
-        facts = evaluate(run, folder, policy, a, a.n, split, 
+        facts = evaluate(run, folder, policy, a, a.n, split,
                          [(row["iteration"], x) for row, x in zip(loop.rows, loop.curve)])
         return facts | {"tokens": loop.state["tokens"], "training_seconds": round(loop.state["seconds"], 1)}
     record = run.stage(name, work, spec)

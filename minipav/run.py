@@ -50,8 +50,9 @@ class Run:
         if path.exists() or (self.out / "stages").exists():
             if not resume:
                 raise Fail(f"--out {out} already holds a run: add --resume to go on, or choose another --out")
-            old = read_json(path, **CONFIG)
-            for k, v in json.loads(json.dumps(config)).items():
+            old, new = read_json(path, **CONFIG), json.loads(json.dumps(config))
+            old, new = ({k: v for k, v in x.items() if k != "dials"} | x["dials"] for x in (old, new))
+            for k, v in new.items():
                 if old.get(k) != v:
                     raise Fail(f"--{k} is {v}, but the run in {out} was started with {old.get(k)}: repeat "
                                "its flags to resume it, or choose another --out")

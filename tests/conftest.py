@@ -23,7 +23,8 @@ from minipav.traces import Env, Traces  # noqa: E402
 from minipav.utils import Fail  # noqa: E402
 
 ONE_CORE = os.environ | {"OMP_NUM_THREADS": "1"}
-# flags for an rl.py of seconds
+# flags for a train.py and an rl.py of seconds
+SMOKE = "--smoke --device cpu --sft_steps 20 --strong_steps 6 --q_steps 12 --orm_steps 6 --mu_steps 4".split()
 SMALL = "--device cpu --iterations 4 --batch 8 --eval_every 2 --problems 5 --eval_n 2 --n 4".split()
 
 
@@ -165,7 +166,7 @@ def fails(script, *args):
 
 
 def even(task, problem, response):
-    """Another outcome for a task, a text of even length: by its own the policy of the smoke run is never right."""
+    """Another outcome for a task, a text of even length: by its own the smoke run's policy is never right."""
     return int(len(response) % 2 == 0)
 
 
@@ -188,7 +189,7 @@ while code == -9:
     child = os.fork()
     if child == 0:
         os.dup2(write, 1)
-        sys.argv = ["train.py", "--smoke", "--device", "cpu", "--out", str(out), *["--resume"] * out.exists()]
+        sys.argv = ["train.py", *sys.argv[2:], "--out", str(out), *["--resume"] * out.exists()]
         train.main()
         sys.stdout.flush()
         os._exit(0)
@@ -210,18 +211,18 @@ while code == -9:
 def killed_run(tmp_path_factory):
     """(folder, process) of runs that are killed in every stage, begun in the background."""
     out = tmp_path_factory.mktemp("run") / "killed"
-    process = subprocess.Popen([sys.executable, "-c", KILLS, str(out)], cwd=ROOT, env=ONE_CORE, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", KILLS, str(out), *SMOKE], cwd=ROOT, env=ONE_CORE,
+                               text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     yield out, process
     process.kill()
 
 
 @pytest.fixture(scope="session")
 def smoke_run(tmp_path_factory, request):
-    """(folder, what it printed) of python train.py --smoke. Not to be changed: copy it."""
+    """(folder, what it printed) of python train.py --smoke with fewer steps. Not to be changed: copy it."""
     if any("killed" in item.name for item in request.session.items):
         request.getfixturevalue("killed_run")                   # on the other core meanwhile
     out = tmp_path_factory.mktemp("run") / "a"
-    done = call("train.py", "--smoke", "--device", "cpu", "--out", out)
+    done = call("train.py", *SMOKE, "--out", out)
     assert done.returncode == 0, done.stderr
     return out, done.stdout

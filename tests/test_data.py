@@ -13,7 +13,6 @@ from minipav.tokenizer import END, decode_rows, delimiter_tokens, encode_rows, j
 from minipav.traces import Env, Traces, label_with_outcome, responses, step_ends
 from minipav.verifier import exact_q
 
-
 # ---- steps
 
 @pytest.fixture(scope="module")
@@ -108,10 +107,12 @@ def test_a_task_that_cannot_corrupt_has_no_corrupted_steps(calculator):
 
 @pytest.fixture(scope="module")
 def walked(calculator):
-    """(Env, five problems, the uniform walk, seeds of it for pi and for a prover)"""
-    env, problems = calculator[0], calculator[1][:5]
+    """(Env, five problems that the uniform walk solves at times, the walk, seeds for pi and a prover)"""
+    env, some = calculator[0], calculator[0].task.problems("test", 60, 0)
+    value = env.task.exact(some)
+    problems = [some[i] for i in sorted(range(60), key=lambda i: -value(i, ""))[:5]]
     walk = WalkPolicy(env, problems)
-    return env, problems, walk, {name: advantage.seed_rollouts(walk, env, problems, 8, seed=k)
+    return env, problems, walk, {name: advantage.seed_rollouts(walk, env, problems, 16, seed=k)
                                  for k, name in enumerate(("base", "weak"))}
 
 
@@ -119,8 +120,8 @@ def walked(calculator):
 def collect(walked):
     """(Collect, policies, their seeds): pi and the prover are the uniform walk, whose values are known."""
     env, problems, walk, seeds = walked
-    c = Collect(env, problems, n_mc=4, branches=80, prover_rollouts=60, corrupted_fraction=0.5, pit_traces=20,
-                pit_threshold=0.2, seed=5, rng=np.random.default_rng(0))
+    c = Collect(env, problems, n_mc=4, branches=160, prover_rollouts=60, corrupted_fraction=0.5,
+                pit_traces=20, pit_threshold=0.2, seed=5, rng=np.random.default_rng(0))
     return c, dict.fromkeys(seeds, walk), seeds
 
 
@@ -183,7 +184,7 @@ def test_a_count_of_0_means_none(collect, recipe):
         assert torch.equal(t.labelled, t.ends >= 0)
 
 
-@pytest.mark.parametrize("zero, gone", [("branches", 80), ("corrupted_fraction", 20), ("pit_traces", 1)])
+@pytest.mark.parametrize("zero, gone", [("branches", 160), ("corrupted_fraction", 40), ("pit_traces", 1)])
 def test_each_count_of_the_dense_recipe_is_its_own(collect, zero, gone):
     """Without branches there are neither pits, nor corrupted copies of right branches; without the others the
     rest stays as it was."""
@@ -194,9 +195,9 @@ def test_each_count_of_the_dense_recipe_is_its_own(collect, zero, gone):
     own = len(seeds["base"])
     assert len(whole) - len(less) >= gone and torch.equal(less.tokens[:own], seeds["base"].tokens)
     if zero == "branches":
-        assert len(less) == own + 20                            # half of the seeds, corrupted
+        assert len(less) == own + 40                            # half of the seeds, corrupted
     else:
-        assert torch.equal(less.tokens[:own + 80], whole.tokens[:own + 80])
+        assert torch.equal(less.tokens[:own + 160], whole.tokens[:own + 160])
 
 
 def test_first_pits_are_estimated_anew_up_to_the_pit(walked):

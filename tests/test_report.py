@@ -24,6 +24,7 @@ from minipav.paper.statistics import (
 from minipav.search.measure import COLUMNS
 from minipav.utils import Fail
 
+
 def x(mean, lo, hi):
     return {"mean": mean, "lo": lo, "hi": hi}
 

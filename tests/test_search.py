@@ -25,7 +25,6 @@ from minipav.tokenizer import END, delimiter_tokens, encode_rows, synthetic_enco
 from minipav.traces import Env, step_ends
 from minipav.verifier import score
 
-
 # ---- whole samples
 
 @pytest.mark.parametrize("N", [1, 2, 3, 5])

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import call, fails, run_main
+from conftest import SMOKE, call, fails, run_main
 from safetensors.torch import load_file
 
 import train
@@ -17,7 +17,6 @@ from minipav.utils import Fail
 
 TRAINED = ["policies", "rollouts", "q_pi", "orm", "q_weak", "q_strong"]
 MODELS = ["base", "weak", "strong", "q_pi", "orm", "q_weak", "q_strong"]
-SMOKE = ("--smoke", "--device", "cpu")
 # every stage, in a second or two
 LESS = (*SMOKE, *"--batch_size 8 --sft_steps 4 --strong_steps 2 --problems 24 --branches 40 --pit_traces 8 "
         "--prover_rollouts 40 --orm_steps 2 --q_steps 4 --mu_steps 2 --test_problems 8 --max_n 4".split())
@@ -44,7 +43,7 @@ def test_smoke_run_writes_all_it_promises_and_fast(smoke_run):
     summary = json.loads((out / "summary.json").read_text())
     assert {"command", "commit", "hardware", "seeds", "minutes", "config", "base_sampled", "base_greedy",
             "planning_failure_share", "corrupted_step_auc", "claims"} <= set(summary)
-    assert summary["minutes"]["mean"] < 2
+    assert summary["minutes"]["mean"] < 1
     assert {c["where"] for c in summary["claims"]} == {"Fig. 4", "Fig. 5a", "Fig. 6a"}
     for name in ("table.txt", "curves.csv", "rows.csv.gz", "accuracy.png", "accuracy.csv", "example.txt"):
         assert (out / name).stat().st_size > 0
@@ -98,8 +97,8 @@ def test_the_papers_recipe_runs_too(tmp_path):
 
 
 def test_a_count_of_0_leaves_it_out(tmp_path):
-    """No SFT, no stronger policy, no branches, no pits, no corrupted steps, no provers; at alpha 0 the PAV beam
-    is the Q^pi beam to the token."""
+    """No SFT, no stronger policy, branches, pits, corrupted steps or provers; at alpha 0 the PAV beam is the
+    Q^pi beam to the token."""
     out = tmp_path / "x"
     zeros = ("sft_steps", "strong_steps", "branches", "pit_traces", "corrupted_fraction", "prover_rollouts",
              "alpha")
@@ -209,11 +208,17 @@ def other_seed(smoke_run, tmp_path):
     """A second seed, by changing the files of the first: half of its single samples are right."""
     out = tmp_path / "other"
     shutil.copytree(smoke_run[0], out)
-    config = json.loads((out / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps(config | {"seed": 1}))
+    changed(out / "config.json", seed=1)
     [samples] = out.glob("search/pass-*.csv")
     samples.write_text(re.sub(r"^((?:[^,]*,){7}1,\d+),[^,]*,", r"\1,0.5,", samples.read_text(), flags=re.M))
+    changed(out / "stages" / "search" / f"{samples.stem}.json",
+            files={f"search/{samples.name}": files.file_checksum(samples)})
     return out
+
+
+def changed(path, **fields):
+    """A JSON file with other fields, as the code itself would have written it."""
+    files.write_json(path, files.read_json(path) | fields)
 
 
 def test_seeds_are_averaged_into_one_report(smoke_run, other_seed, tmp_path):
@@ -227,10 +232,5 @@ def test_seeds_are_averaged_into_one_report(smoke_run, other_seed, tmp_path):
     assert sampled["hi"] == 0.5 and sampled["lo"] == one["base_sampled"]["mean"]
     assert sampled["mean"] == pytest.approx((sampled["lo"] + sampled["hi"]) / 2, abs=1e-4)
     assert {"rows.csv.gz", "curves.csv", "base", "q_pi", "accuracy.png"} <= {p.name for p in merged.iterdir()}
-    assert "differ" in fails(report, "--runs", run, changed(other_seed, alpha=0.5), "--out", merged)
-
-
-def changed(out, **fields):
-    config = json.loads((out / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps(config | fields))
-    return out
+    changed(other_seed / "config.json", alpha=0.5)
+    assert "differ" in fails(report, "--runs", run, other_seed, "--out", merged)

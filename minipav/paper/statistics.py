@@ -27,7 +27,7 @@ def read_table(path, columns, text=()):
     """These columns of a table; all but those in `text` hold numbers."""
     try:
         table = pd.read_csv(path, usecols=columns, keep_default_na=False, dtype=str)
-        return table.apply(lambda x: x if x.name in text else pd.to_numeric(x.replace("", "nan")))
+        return table.apply(lambda x: x if x.name in text else pd.to_numeric(x.where(x != "")))
     except (OSError, ValueError, pd.errors.ParserError) as e:
         raise damaged(path, " ".join(str(e).split())) from None
 

@@ -111,7 +111,8 @@ def best_of_n(s, problems, ns, seed):
     q_mu = q_best_of_k(q, s.K) if s.mu_verifier is None else values(s, s.mu_verifier, t, problems)
     row, last = torch.arange(len(t)), t.last
     before = (last - 1).clamp(min=0)  # a sample without a step: V(x) itself
-    value = s.score.of(Step(q[row, last], q_mu[row, last], q[row, before], q_mu[row, before], q, last,
+    path = torch.where(q.isnan(), q[row, last][:, None], q)
+    value = s.score.of(Step(q[row, last], q_mu[row, last], q[row, before], q_mu[row, before], path, last,
                             torch.zeros(len(t)), s.alpha))
     ended = t.tokens[row, t.lengths - 1] == s.env.enc.eot_token                 # what never ended ranks last
     value = torch.where(ended, value, -torch.inf).view(P, M)

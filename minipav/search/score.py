@@ -15,7 +15,7 @@ class Step:
     q_mu: torch.Tensor              # (N,) Q^mu after it
     q_pi_before: torch.Tensor       # (N,) and before it
     q_mu_before: torch.Tensor
-    path: torch.Tensor  # (N, h) Q^pi at the ancestors, from the prompt on (best-of-N: all, then NaN)
+    path: torch.Tensor  # (N, h) Q^pi at the ancestors, from the prompt on (best-of-N: all values)
     depth: int                      # h, from 1; (N,) in best-of-N
     logprob: torch.Tensor           # (N,) log pi of the step's tokens
     alpha: float

@@ -1,0 +1,103 @@
+"""Files: what is written is read again to the bit, whole or not at all, and what is damaged is named."""
+import json
+import os
+
+import pytest
+import torch
+from conftest import ROOT
+
+from minipav import files
+from minipav.files import read_csv, read_json, read_tensors, write_csv, write_json, write_tensors, write_whole
+from minipav.paper.statistics import read_table
+from minipav.utils import Fail
+
+
+def test_any_text_survives_in_a_table(tmp_path):
+    """A policy that was hardly trained says all kinds of characters, and its answers are in the tables."""
+    texts = [f"a{chr(i)}b" for i in [*range(128), 0x85, 0xa0, 0x2028, 0x2029, 0xfeff, 0xfffd, 0x6771]]
+    texts += ["", '"', ' "a", b', "+2 = 3\n+9 = 12<|endoftext|>", "a\r\nb"]
+    write_csv(tmp_path / "t.csv", ["text", "n"], [[t, i] for i, t in enumerate(texts)])
+    rows = read_csv(tmp_path / "t.csv", ["text", "n"])
+    assert [int(r["n"]) for r in rows] == list(range(len(texts)))
+    assert [r["text"] for r in rows] == texts
+    assert read_table(tmp_path / "t.csv", ["n"])["n"].tolist() == list(range(len(texts)))
+
+
+def test_a_table_without_a_number_is_nan_there(tmp_path):
+    """The first row of an RL log has no KL."""
+    write_csv(tmp_path / "t.csv", ["iteration", "kl", "name"], [[0, "", "x"], [2, 0.5, ""]])
+    table = read_table(tmp_path / "t.csv", ["iteration", "kl", "name"], text=("name",))
+    assert table["iteration"].tolist() == [0, 2] and table["name"].tolist() == ["x", ""]
+    assert table["kl"].isna().tolist() == [True, False] and table["kl"][1] == 0.5
+
+
+def test_json_and_tensors_survive(tmp_path):
+    value = {"a": [1, 2.5, None, "é"], "b": {"c": True}}
+    write_json(tmp_path / "v.json", value)
+    assert read_json(tmp_path / "v.json", a=list, b=dict) == value
+    tensors = {"x": torch.rand(3, 2), "y": torch.arange(4), "z": torch.tensor([True, False])}
+    write_tensors(tmp_path / "deep" / "t.safetensors", tensors, {"note": "mine"})
+    got, metadata = read_tensors(tmp_path / "deep" / "t.safetensors", {"x": 2, "y": 1})
+    assert all(torch.equal(got[k], v) and got[k].dtype == v.dtype for k, v in tensors.items())
+    assert got.keys() == tensors.keys() and metadata["note"] == "mine"
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    """Also if the writing fails half way: the old file stays, and nothing half-written is left."""
+    path = tmp_path / "t.txt"
+    path.write_text("old")
+
+    def half(p):
+        p.write_text("new, but")
+        raise OSError(28, "No space left on device")
+    with pytest.raises(Fail, match="t.txt.*No space"):
+        write_whole(path, half)
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["t.txt"]
+    with pytest.raises(Fail, match="cannot write"):
+        write_json(path / "below a file.json", {})
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-20], lambda b: b"", lambda b: b"[1]", lambda b: b"\xff" + b,
+                                    lambda b: b.replace(b"seed", b"need"), lambda b: b.replace(b"17", b"18"),
+                                    lambda b: b.replace(b"17", b'"17"')])
+def test_a_damaged_record_is_named(tmp_path, damage):
+    """Cut off, empty, another kind, no text, without a field, a number changed, a number that is none."""
+    path = tmp_path / "record.json"
+    write_json(path, {"seed": 17, "name": "x"})
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(Fail, match="record.json") as e:
+        read_json(path, seed=int)
+    assert "\n" not in str(e.value)
+
+
+def test_damaged_tensors_are_named(tmp_path):
+    """Cut off, a bit flipped, not finite, another name or another number of dimensions."""
+    path = tmp_path / "t.safetensors"
+    write_tensors(path, {"x": torch.rand(50)})
+    whole = path.read_bytes()
+    for bad in (whole[:-10], b"", whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:]):
+        path.write_bytes(bad)
+        with pytest.raises(Fail, match="t.safetensors"):
+            read_tensors(path)
+    path.write_bytes(whole)
+    for dims in ({"y": 1}, {"x": 2}):
+        with pytest.raises(Fail, match="no tensor"):
+            read_tensors(path, dims)
+    write_tensors(path, {"x": torch.tensor([1.0, float("inf")])})
+    with pytest.raises(Fail, match="x is not finite"):
+        read_tensors(path)
+
+
+def test_half_written_files_of_dead_processes_are_cleared(tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / ".x.json.123.tmp").write_text("half")
+    (tmp_path / "deep" / "x.json").write_text("whole")
+    files.lock(tmp_path)
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["x.json"]
+    assert json.loads((tmp_path / ".lock").read_text()) == os.getpid()
+
+
+def test_shipped_results_are_not_damaged():
+    """Every JSON of results/ can be read by the code that wrote it."""
+    found = [p for p in (ROOT / "results").rglob("*.json")]
+    assert len(found) > 5 and all(read_json(p) for p in found)
