@@ -1,6 +1,7 @@
 """Files: written whole or not at all; read by readers that name what is damaged; one lock a folder."""
 import csv
 import fcntl
+import io
 import json
 import os
 import zlib
@@ -110,7 +111,7 @@ def read_json(path, **fields):
 def read_csv(path, columns):
     """The rows of a table as dicts of text; it must have these columns, and a value for each in every row."""
     try:
-        rows = list(csv.DictReader(read_text(path).splitlines(keepends=True)))
+        rows = list(csv.DictReader(io.StringIO(read_text(path))))
     except csv.Error as e:
         raise damaged(path, e) from None
     for i, row in enumerate(rows or [{}]):
