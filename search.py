@@ -17,7 +17,7 @@ from minipav.files import make_folder
 from minipav.flags import few, flag, parse
 from minipav.paper.experiments import EXPERIMENTS
 from minipav.paper.report import report_search
-from minipav.prover import Prover
+from minipav.prover import Prover, check_head
 from minipav.run import open_runs
 from minipav.search import METHODS
 from minipav.search.inspect import show
@@ -64,7 +64,7 @@ def main():
     a = parse(Flags, __doc__)
     tune_process()
     if a.prover:
-        Prover.parse(a.prover)
+        check_head(Prover.parse(a.prover).policy, "scalar")
     if len(a.run) > 1 and a.out is None and not a.show:
         raise Fail(f"--run {' '.join(map(str, a.run))}: several folders need an --out for their mean")
     few(problems=a.problems, n=a.n)

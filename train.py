@@ -116,10 +116,11 @@ def policies(run, a):
         else:
             train_policy(model, run, fraction, steps=steps, batch_size=a.batch_size, lr_muon=a.lr_muon,
                          lr_adamw=a.lr_adamw, seed=seed, log=log)
-        model.save(run.out / name)
-    model.save(run.out / "weak")
-    train("base", a.expert_fraction, a.sft_steps, seed, log)
-    train("strong", a.strong_expert_fraction, a.strong_steps, seed + 1, run.logger("strong", a.strong_steps))
+        return model.save(run.out / name)
+    files = model.save(run.out / "weak")
+    files += train("base", a.expert_fraction, a.sft_steps, seed, log)
+    show = run.logger("strong", a.strong_steps)
+    return {"files": files + train("strong", a.strong_expert_fraction, a.strong_steps, seed + 1, show)}
 
 
 # ---- 2 rollouts
@@ -167,13 +168,13 @@ def verifier(run, a, name, data, init, steps, select=lambda traces: traces):
         run.model(init), train, held_out, steps=steps, batch_size=a.batch_size, lr_muon=a.lr_muon_verifier,
         lr_adamw=a.lr_adamw_verifier, seed=run.seed(name), log=run.logger(name, steps), balance=a.balance,
         target=a.target)
-    model.save(run.out / name)
+    files = model.save(run.out / name)
     print(f"  Brier {r.brier:.4f}  AUC {r.auc:.3f}  cross-entropy {r.loss:.4f}\n"
           "    step    labels  predicted  observed     Brier")
     for h, n, predicted, observed, brier in r.steps:
         print(f"    {h:>4}{n:>10}{predicted:>11.4f}{observed:>10.4f}{brier:>10.4f}")
     write_csv(run.out / name / "held_out.csv", ["step", "labels", "predicted", "observed", "brier"], r.steps)
-    return {"brier": round(r.brier, 5), "auc": round(r.auc, 5), "loss": round(r.loss, 5)}
+    return {"brier": round(r.brier, 5), "auc": round(r.auc, 5), "loss": round(r.loss, 5), "files": files}
 
 
 # ---- 4 evaluation

@@ -91,7 +91,7 @@ def read_text(path):
         raise damaged(path, e) from None
 
 
-def read_json(path, **fields):
+def read_json(path, signed=True, **fields):
     """The JSON object in `path`; fields: the keys that it must have, and the type (or types) of each."""
     try:
         value = json.loads(read_text(path))
@@ -99,9 +99,8 @@ def read_json(path, **fields):
         raise damaged(path, e) from None
     if not isinstance(value, dict):
         raise damaged(path, f"a {type(value).__name__} where an object is expected")
-    crc = value.pop("crc", None)
-    if crc is not None and crc != checksum(value):
-        raise damaged(path, "its checksum is another")
+    if signed and value.pop("crc", None) != checksum(value):
+        raise damaged(path, "its checksum is missing or another")
     for name, kind in fields.items():
         if name not in value or not isinstance(value[name], kind):
             raise damaged(path, f"{name} is {repr(value.get(name, 'missing'))[:40]}")
@@ -133,9 +132,8 @@ def read_tensors(path, dims=None):
             raise damaged(path, f"no tensor {name} of {dim} dimensions in it")
     if wrong := [k for k, t in tensors.items() if not torch.isfinite(t).all()]:
         raise damaged(path, f"{wrong[0]} is not finite")
-    crc = metadata.pop("crc", None)
-    if crc is not None and crc != tensor_checksum(tensors, metadata):
-        raise damaged(path, "its checksum is another")
+    if metadata.pop("crc", None) != tensor_checksum(tensors, metadata):
+        raise damaged(path, "its checksum is missing or another")
     return tensors, metadata
 
 

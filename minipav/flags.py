@@ -54,7 +54,7 @@ def add(parser, cls):
             continue
         default = f.default_factory() if several else f.default
         shown = " ".join(map(str, default)) if several else default
-        kind = named(m["kind"]) if m["kind"] in (str, Path) else m["kind"]
+        kind = named(m["kind"]) if issubclass(m["kind"], str | Path) else m["kind"]
         group.add_argument(f"--{f.name}", type=kind, default=default, choices=m["choices"],
                            nargs="+" if several else None,
                            metavar=None if m["choices"] else m["kind"].__name__.removeprefix("Posix").upper(),

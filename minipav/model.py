@@ -208,12 +208,14 @@ class GPT(nn.Module):
         return model
 
     def save(self, folder):
-        """Write model.safetensors and config.json into `folder`, each whole or not at all."""
+        """Write config.json and model.safetensors into `folder`, each whole or not at all. -> the paths"""
         state = self.state_dict()
         if self.config.tied and self.config.head == "lm":
             del state["head.weight"]
-        write_json(Path(folder) / "config.json", dataclasses.asdict(self.config))
-        write_tensors(Path(folder) / "model.safetensors", state)
+        files = [Path(folder) / "config.json", Path(folder) / "model.safetensors"]
+        write_json(files[0], dataclasses.asdict(self.config))
+        write_tensors(files[1], state)
+        return files
 
     @classmethod
     def load(cls, folder, device="cpu"):

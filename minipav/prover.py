@@ -3,12 +3,19 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from minipav.files import read_json
 from minipav.utils import Fail
 
 
 def verifier_of(policy):
     """The name of the verifier of a policy's Q; a folder is its own."""
     return {"base": "q_pi", "weak": "q_weak", "strong": "q_strong"}.get(policy, policy)
+
+
+def check_head(policy, head):
+    """Raises Fail if a prover that is a folder has not this head: "lm" to sample, "scalar" for values."""
+    if verifier_of(policy) == policy and read_json(Path(policy) / "config.json", head=str)["head"] != head:
+        raise Fail(f"--prover {policy}: is no {'verifier' if head == 'scalar' else 'policy'}")
 
 
 class Prover(NamedTuple):
@@ -23,7 +30,7 @@ class Prover(NamedTuple):
             return cls(base, int(m[1]))
         if text in ("base", "weak", "strong"):
             return cls(text)
-        if (Path(text) / "model.safetensors").exists():
+        if (Path(text) / "model.safetensors").is_file():
             return cls(str(Path(text).resolve()))
         raise Fail(f"--prover {text}: unknown; choose boK with K from 1 to 999999 (bo4), weak, strong, or "
                    "the folder of a saved model")

@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import pad as pad_right
 
 from minipav.advantage import advantage, effective_reward, q_best_of_k, rollout_from
+from minipav.prover import check_head
 from minipav.search.best_of_n import pass_at_n
 from minipav.utils import Fail
 from minipav.verifier import exact_q, score
@@ -122,6 +123,8 @@ def check_prover(reward, mu, a):
     values, other = REWARDS[reward].values, mu.policy != a.policy
     if other and (values == "exact" or values == "verifier" and a.refresh):
         raise Fail(f"--prover {a.prover}: only boK has exact values, or a verifier to --refresh; use boK")
+    if values in ("verifier", "rollouts"):
+        check_head(mu.policy, "scalar" if values == "verifier" else "lm")
     if values == "rollouts" and a.n_mc < mu.K:
         raise Fail(f"--n_mc {a.n_mc}: best-of-{mu.K} needs at least {mu.K} completions a prefix")
 

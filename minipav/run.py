@@ -151,16 +151,16 @@ class Run:
         return GPT.load(self.out / name, self.config["device"])
 
     def save_traces(self, name, traces):
-        write_tensors(self.out / f"{name}.safetensors", vars(traces))
+        write_tensors(self.out / f"{name}.safetensors", vars(traces), {"name": name})
 
     def traces(self, name):
         path = self.out / f"{name}.safetensors"
-        tensors, _ = read_tensors(path, {f.name: 1 for f in dataclasses.fields(Traces)} | dict.fromkeys(
+        tensors, meta = read_tensors(path, {f.name: 1 for f in dataclasses.fields(Traces)} | dict.fromkeys(
             ("tokens", "ends", "q", "n", "labelled", "exact"), 2))
         t = Traces(**tensors)
         same = len({len(x) for x in tensors.values()}) == 1 and t.ends.shape == t.q.shape == t.labelled.shape
-        if not same or len(t) and (t.lengths.max() > t.tokens.shape[1] or t.tokens.max() >= self.enc.n_vocab):
-            raise damaged(path, "its tensors do not fit together")
+        if meta.get("name") != name or not same or len(t) and t.tokens.max() >= self.enc.n_vocab:
+            raise damaged(path, "it holds other traces, or they do not fit together")
         return t
 
 

@@ -24,7 +24,8 @@ from minipav.utils import Fail  # noqa: E402
 
 ONE_CORE = os.environ | {"OMP_NUM_THREADS": "1"}
 # flags for a train.py and an rl.py of seconds
-SMOKE = "--smoke --device cpu --sft_steps 20 --strong_steps 6 --q_steps 12 --orm_steps 6 --mu_steps 4".split()
+SMOKE = ("--smoke --device cpu --H 5 --min_steps 3 --batch_size 32 --sft_steps 20 --strong_steps 6 "
+         "--q_steps 12 --orm_steps 6 --mu_steps 4").split()
 SMALL = "--device cpu --iterations 4 --batch 8 --eval_every 2 --problems 5 --eval_n 2 --n 4".split()
 
 

@@ -629,7 +629,8 @@ def names(message, path, folder, what):
     """Whether an error names the file; or, of what is not there, the stage; of config.json, a flag of it."""
     near = str(Path(path.parent.name) / path.name)
     flag = path == folder / "config.json" and f"the run in {folder} was started with" in message
-    gone = what == "missing" and str(folder) in message and (path.stem in message or "no run of" in message)
+    gone = what in ("missing", "a folder") and str(folder) in message and (
+        path.stem in message or "no run of" in message)
     return str(path) in message or path.parent != folder and near in message or flag or gone
 
 

@@ -87,6 +87,6 @@ def test_half_written_files_of_dead_processes_are_cleared(tmp_path):
 
 
 def test_shipped_results_are_not_damaged():
-    """Every JSON of results/ can be read by the code that wrote it."""
+    """Every JSON of results/ is whole; most are of the code before checksums."""
     found = [p for p in (ROOT / "results").rglob("*.json")]
-    assert len(found) > 5 and all(read_json(p) for p in found)
+    assert len(found) > 5 and all(read_json(p, signed=False) for p in found)

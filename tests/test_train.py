@@ -18,8 +18,9 @@ from minipav.utils import Fail
 TRAINED = ["policies", "rollouts", "q_pi", "orm", "q_weak", "q_strong"]
 MODELS = ["base", "weak", "strong", "q_pi", "orm", "q_weak", "q_strong"]
 # every stage, in a second or two
-LESS = (*SMOKE, *"--batch_size 8 --sft_steps 4 --strong_steps 2 --problems 24 --branches 40 --pit_traces 8 "
-        "--prover_rollouts 40 --orm_steps 2 --q_steps 4 --mu_steps 2 --test_problems 8 --max_n 4".split())
+LESS = ("--smoke --device cpu --batch_size 8 --sft_steps 4 --strong_steps 2 --problems 24 --branches 40 "
+        "--pit_traces 8 --prover_rollouts 40 --orm_steps 2 --q_steps 4 --mu_steps 2 --test_problems 8 "
+        "--max_n 4").split()
 
 
 def stages(out):

@@ -49,14 +49,16 @@ def sentence(judged):
     """A judged claim as text: "claim (where)", its verdict, every quantity as "+1.2 [-0.3, +2.7]"."""
     def number(x):
         return "-" if x is None else f"{x:+.1f}" if abs(x) >= 1 else f"{x:+.2f}"
-    values = [(f"{name}: " if name else "") + f"{number(x['mean'])} [{number(x['lo'])}, {number(x['hi'])}]"
-              for name, x in judged["measured"].items()]
+    def interval_of(x):                                         # a number may be exact, or a lower bound
+        if x["lo"] == x["mean"] and x["hi"] in (None, x["mean"]):
+            return ("over " if x["hi"] is None else "") + number(x["mean"])
+        return f"{number(x['mean'])} [{number(x['lo'])}, {number(x['hi'])}]"
+    values = [name + ": " * bool(name) + interval_of(x) for name, x in judged["measured"].items()]
     return (f"{judged['claim']} ({judged['where']})\n"
             f"    {judged['verdict']}: {'; '.join(values)} {judged['unit']}")
 
 
 # ---- search: measured is a report.Searched
-
 def ahead(s, a, b):
     """{N: points of search a ahead of b at the tokens of N samples}."""
     orm, a, b = s.main("best_of_n:orm"), s.main(a), s.main(b)

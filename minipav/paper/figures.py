@@ -8,7 +8,7 @@ from minipav.files import read_json, write_csv, write_whole
 from minipav.paper.statistics import at_tokens, spread
 from minipav.search.score import SCORES
 
-PAPER = read_json(Path(__file__).parent / "paper.json")
+PAPER = read_json(Path(__file__).parent / "paper.json", signed=False)
 NAMES = {"weak": "weaker", "base": "base", "strong": "stronger"}
 METHODS = {"greedy": "greedy decoding", "pass": "pass@N (oracle)", "majority": "majority vote",
            "best_of_n": "best-of-N"}

@@ -103,6 +103,8 @@ def report_training(runs, out):
     if any({**c, "seed": "each"} != same for c in configs):
         raise Fail("these runs differ in more than their seed: their numbers cannot be averaged")
     examples = [stage(run, "example") for run in runs]
+    names = [[*x["stages"], "example", *(t.removesuffix(".csv") for t in x["tables"])] for x in examples]
+    facts = provenance(runs, names)
     tables = {n: [("train", run / t) for t in x["tables"]] for n, run, x in zip(seeds, runs, examples)}
     s = Searched(tables, [{} for _ in runs], "train")
     # the PAV beam's prover goes without saying
@@ -113,9 +115,8 @@ def report_training(runs, out):
     draw(out / "accuracy", f"{same['task']}, seed {', '.join(map(str, seeds))}", [
         ("", "policy tokens generated a problem", "accuracy",
          lines({name_of(m): s.main(m) for m in searches}))])
-    names = [[*x["stages"], "example", *(t.removesuffix(".csv") for t in x["tables"])] for x in examples]
     one = s.rows[s.rows.n == 1].groupby(["method", "run"])["right"].mean()
-    facts = provenance(runs, names) | {
+    facts |= {
         "seeds": seeds, "config": same, "base_sampled": spread(one["pass"]),
         "base_greedy": spread(one["greedy"]),
         "planning_failure_share": spread(x["planning_failure_share"] for x in examples),
