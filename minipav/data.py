@@ -98,7 +98,7 @@ def dense(c, policies, seeds):
         if len(fell):
             probed = monte_carlo(pi, c.env, c.problems, fell, fell.ends >= 0, c.n_mc, c.seed + 2)
             pits = first_pits(pi, c.env, c.problems, probed, 4 * c.n_mc, c.pit_threshold, c.seed + 3)
-            pits.cost[:1] += probed.cost.sum()                                  # of all that were probed
+            (pits if len(pits) else branches).cost[0] += probed.cost.sum()      # of all that were probed
             data["base"].append(pits)
     visited = Traces.cat([own, branches], pad)
     for name in [k for k in seeds if k != "base"]:

@@ -86,7 +86,7 @@ def damaged(path, why):
 
 def read_text(path):
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_bytes().decode()
     except (OSError, UnicodeDecodeError) as e:
         raise damaged(path, e) from None
 
@@ -110,7 +110,7 @@ def read_json(path, signed=True, **fields):
 def read_csv(path, columns):
     """The rows of a table as dicts of text; it must have these columns, and a value for each in every row."""
     try:
-        rows = list(csv.DictReader(io.StringIO(read_text(path))))
+        rows = list(csv.DictReader(io.StringIO(read_text(path), newline="")))
     except csv.Error as e:
         raise damaged(path, e) from None
     for i, row in enumerate(rows or [{}]):

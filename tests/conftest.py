@@ -22,6 +22,7 @@ from minipav.tokenizer import END, synthetic_encoding  # noqa: E402
 from minipav.traces import Env, Traces  # noqa: E402
 from minipav.utils import Fail  # noqa: E402
 
+torch.set_num_threads(1)                # the models are tiny, and another process has the other core
 ONE_CORE = os.environ | {"OMP_NUM_THREADS": "1"}
 # flags for a train.py and an rl.py of seconds
 SMOKE = ("--smoke --device cpu --H 5 --min_steps 3 --batch_size 32 --sft_steps 20 --strong_steps 6 "

@@ -33,8 +33,6 @@ from minipav.paper import report
 from minipav.run import Run
 from minipav.utils import Fail, NotFinite
 
-pytestmark = pytest.mark.slow       # pytest -m slow: minutes
-
 ROOT = Path(__file__).parent.parent
 NAN, INF = float("nan"), float("inf")
 

@@ -7,7 +7,7 @@ import tiktoken
 import torch
 from conftest import WalkPolicy
 
-from minipav import advantage
+from minipav import advantage, data
 from minipav.data import RECIPES, Collect, corrupted_steps, first_pits
 from minipav.tokenizer import END, decode_rows, delimiter_tokens, encode_rows, join, pad_token
 from minipav.traces import Env, Traces, label_with_outcome, responses, step_ends
@@ -143,33 +143,37 @@ def test_labels_of_a_recipe_are_unbiased(collect, recipe):
     """Of seeds, branches, completions of a prover, corrupted copies, and re-estimates up to first pits (the
     probe that found a pit says 0 of it, and must not be its label)."""
     c, policies, seeds = collect
-    data = RECIPES[recipe](c, policies, seeds)
-    assert data.keys() == policies.keys()
-    for name, t in data.items():
+    made = RECIPES[recipe](c, policies, seeds)
+    assert made.keys() == policies.keys()
+    for name, t in made.items():
         z, places = deviations(c, t)
         assert places >= c.env.task.H - 1 and z.abs().max() < 4, (name, z)
         assert len(t) > len(seeds[name]) and (t.ends.gather(1, t.last[:, None])[:, 0] + 1 <= t.lengths).all()
     if recipe == "paper":                                       # place by place: n_mc completions, or 4 n_mc
-        t = data["base"]
+        t = made["base"]
         q, places = exact_q(c.env, c.problems, t), t.labelled & ~t.exact
         assert set(t.n[places].tolist()) == {4, 16} and (t.n[places] == 4).sum() > 50
         assert ((t.q - q)[places].abs() <= 4 * advantage.standard_error(q, t.n)[places]).all()
 
 
+@pytest.mark.parametrize("pits", [True, False])
 @pytest.mark.parametrize("recipe", list(RECIPES))
-def test_a_recipe_counts_the_tokens_it_samples(collect, recipe, monkeypatch):
-    """The costs of a training are compared by these numbers: of every rollout, those for probing included."""
+def test_a_recipe_counts_the_tokens_it_samples(collect, recipe, pits, monkeypatch):
+    """The costs of a training are compared by these numbers: of every rollout, those for probing included,
+    also if no pit is found."""
     c, policies, seeds = collect
     spent, sample = [], advantage.sample
+    if not pits:
+        monkeypatch.setattr(data, "first_pit", lambda q, *_: torch.full((len(q),), -1))
 
     def counting(*args, **kw):
         s = sample(*args, **kw)
         spent.append(int(s.lengths.sum()))
         return s
     monkeypatch.setattr(advantage, "sample", counting)
-    data = RECIPES[recipe](c, policies, seeds)
-    assert len(spent) >= 3 and sum(int(t.cost.sum()) for t in data.values()) == sum(spent) + sum(
-        int(t.cost.sum()) for t in seeds.values())
+    made = RECIPES[recipe](c, policies, seeds)
+    counted, before = (sum(int(t.cost.sum()) for t in x.values()) for x in (made, seeds))
+    assert len(spent) >= 2 and counted - before == sum(spent)
 
 
 @pytest.mark.parametrize("recipe", list(RECIPES))
@@ -177,8 +181,8 @@ def test_a_count_of_0_means_none(collect, recipe):
     """Then the seeds are all there is: as they are (dense), or with completions of all prefixes (paper)."""
     c, policies, seeds = collect
     c = replace(c, branches=0, prover_rollouts=0, corrupted_fraction=0.0, pit_traces=0)
-    data = RECIPES[recipe](c, policies, seeds)
-    for name, t in data.items():
+    made = RECIPES[recipe](c, policies, seeds)
+    for name, t in made.items():
         assert len(t) == len(seeds[name]) and torch.equal(t.tokens, seeds[name].tokens)
         assert (t.n[t.labelled & ~t.exact] == (1 if recipe == "dense" else c.n_mc)).all()
         assert torch.equal(t.labelled, t.ends >= 0)

@@ -7,9 +7,20 @@ import torch
 from conftest import ROOT
 
 from minipav import files
-from minipav.files import read_json, read_tensors, write_csv, write_json, write_tensors, write_whole
+from minipav.files import read_csv, read_json, read_tensors, write_csv, write_json, write_tensors, write_whole
 from minipav.paper.statistics import read_table
 from minipav.utils import Fail
+
+
+def test_any_text_survives_in_a_table(tmp_path):
+    """A policy that was hardly trained says all kinds of characters, and its answers are in the tables."""
+    texts = [f"a{chr(i)}b" for i in [*range(128), 0x85, 0xa0, 0x2028, 0x2029, 0xfeff, 0xfffd, 0x6771]]
+    texts += ["", '"', ' "a", b', "+2 = 3\n+9 = 12<|endoftext|>", "a\r\nb"]
+    write_csv(tmp_path / "t.csv", ["text", "n"], [[t, i] for i, t in enumerate(texts)])
+    rows = read_csv(tmp_path / "t.csv", ["text", "n"])
+    assert [int(r["n"]) for r in rows] == list(range(len(texts)))
+    assert [r["text"] for r in rows] == texts
+    assert read_table(tmp_path / "t.csv", ["n"])["n"].tolist() == list(range(len(texts)))
 
 
 def test_a_table_without_a_number_is_nan_there(tmp_path):

@@ -1,11 +1,11 @@
 """Statistics and claims: curves with paired intervals, comparisons by hand, and what each verdict means."""
-import json
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from minipav.files import write_json
 from minipav.paper import claims, report, rl_report
 from minipav.paper.claims import DIDACTIC, RL, SEARCH, THEORY, Claim, judge, sample_efficiency, sentence
 from minipav.paper.statistics import (
@@ -282,8 +282,7 @@ def test_a_verifier_costs_its_data_and_outcome_reward_what_rft_needs(tmp_path):
               "strong_train": 300, "strong_validation": 20}
     for name, seconds in (("rollouts", 158.0), ("q_pi", 60.0), ("q_weak", 5.0), ("q_strong", 7.0)):
         record = dict(seconds=seconds, command="", commit="", hardware="", spec={}, tokens=tokens)
-        (tmp_path / "stages").mkdir(exist_ok=True)
-        (tmp_path / "stages" / f"{name}.json").write_text(json.dumps(record))
+        write_json(tmp_path / "stages" / f"{name}.json", record)
     outcome = dict(reward="outcome", policy="base", no_rft=False)
     pav = outcome | dict(reward="pav", prover="bo4", refresh=0)
 

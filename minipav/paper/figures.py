@@ -3,6 +3,7 @@ lo, hi. Where the paper has a curve, it stands in a panel of its own (paper.json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from minipav.files import read_json, write_csv, write_whole
 from minipav.paper.statistics import at_tokens, spread
@@ -60,7 +61,7 @@ def draw(path, title, panels):
 
 def line(x, y):
     """(x, mean, lo, hi) of y (R + 1, k)."""
-    return x, y[0], *np.nanpercentile(y[1:], [2.5, 97.5], axis=0)
+    return x, y[0], *pd.DataFrame(y[1:]).quantile([0.025, 0.975]).to_numpy()
 
 
 def lines(curves, what="acc"):

@@ -1,8 +1,7 @@
 """From the rows of one run, or of several seeds, to tables, figures, claims and a summary.
 
-    python -m minipav.paper.report --runs runs/a runs/b runs/c --out results/train    # three seeds of a
-    training python -m minipav.paper.report --claims runs/didactic               # of the didactic example and
-    the theory
+    python -m minipav.paper.report --runs runs/a runs/b runs/c --out results/train   # three seeds
+    python -m minipav.paper.report --claims runs/didactic                   # the didactic example, the theory
 
 Intervals are 95% bootstrap intervals over problems, the same resampled problems for every method (paired);
 with several runs the runs are resampled too, so that the spread over seeds is in them.
