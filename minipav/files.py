@@ -60,7 +60,8 @@ def write_tensors(path, tensors, metadata=None):
     """Tensors and metadata (text by name), with a checksum of them."""
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     metadata = dict(metadata or {})
-    write_whole(path, lambda p: save_file(tensors, p, metadata | {"crc": tensor_checksum(tensors, metadata)}))
+    meta = json.dumps(metadata | {"crc": tensor_checksum(tensors, metadata)}, sort_keys=True)
+    write_whole(path, lambda p: save_file(tensors, p, {"minipav": meta}))       # several keys: in no order
 
 
 def tensor_checksum(tensors, metadata):
@@ -124,8 +125,9 @@ def read_tensors(path, dims=None):
     dimensions. Every number must be finite."""
     try:
         with safe_open(path, "pt") as f:
-            tensors, metadata = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
-    except (OSError, SafetensorError) as e:
+            tensors = {k: f.get_tensor(k) for k in f.keys()}
+            metadata = dict(json.loads(f.metadata()["minipav"]))
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as e:
         raise damaged(path, e) from None
     for name, dim in (dims or {}).items():
         if name not in tensors or tensors[name].dim() != dim:
