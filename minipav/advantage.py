@@ -46,10 +46,8 @@ def first_pit(q, reward, threshold):
 # ---- Monte-Carlo estimates
 
 def _sample(policy, env, rows, lengths, n, seed, **sampling):
-    task, enc = env.task, env.enc
-    return sample(policy, rows, lengths, n, max_new_tokens=task.max_new_tokens, stop=[enc.eot_token],
-                  seed=seed,
-                  pad=pad_token(enc), **env.sampling | sampling)
+    return sample(policy, rows, lengths, n, max_new_tokens=env.task.max_new_tokens, stop=[env.enc.eot_token],
+                  seed=seed, pad=pad_token(env.enc), **env.sampling | sampling)
 
 
 def seed_rollouts(policy, env, problems, n_cov, seed, **sampling):
@@ -69,9 +67,9 @@ def rollout_from(mu, env, problems, traces, rows, ends, n_mc, seed, **sampling):
     if len(rows) == 0:
         return t
     prefix_lengths = t.ends.gather(1, ends[:, None])[:, 0] + 1
-    prefix = t.tokens[:, :int(prefix_lengths.max())]
-    s = _sample(mu, env, prefix, prefix_lengths, n_mc, seed, **sampling)
+    s = _sample(mu, env, traces.tokens, prefix_lengths, n_mc, seed, which=rows, **sampling)
     again = torch.arange(len(rows)).repeat_interleave(n_mc)
+    prefix = t.tokens[:, :int(prefix_lengths.max())]
     tokens, lengths = join(prefix[again], prefix_lengths[again], s.tokens, s.lengths, pad_token(env.enc))
     return label_with_outcome(env, problems, t.problem[again], tokens, lengths, t.ends[again, 0] + 1, since)
 

@@ -4,7 +4,7 @@ Decoder-only: RMSNorm, rotary positions, grouped-query attention with optional q
 untied head. One forward serves training (no cache) and cached decoding. Shapes are written beside the code
 with
 
-    B rows, T positions, S cache slots, C = n_embd, H = n_head, G = n_kv_head, D = C / H, V = vocab_size
+    B rows, T positions, S slots of a prefix, C = n_embd, H = n_head, G = n_kv_head, D = C / H, V = vocab_size
 """
 import dataclasses
 from dataclasses import dataclass
@@ -47,39 +47,109 @@ class GPTConfig:
 
 
 class KVCache:
-    """Static key and value buffers (B, S, G, D), one pair a layer; slot = absolute position of the token."""
+    """Keys and values (rows, G, slots, D) of every layer, in two parts: `prefix`, P rows that were read once,
+    and `new`, what R rows have added since, each behind the first lengths[r] slots of the prefix group[r]. So
+    the samples of a prompt, the completions of a trace, the candidates behind a beam's prefix share what they
+    have in common: it is kept once and read once."""
 
-    def __init__(self, config, rows, slots, device, dtype=torch.float32):
-        shape = (rows, slots, config.n_kv_head, config.n_embd // config.n_head)
-        self.k, self.v = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-                          for _ in range(2))
+    def __init__(self, prefix, group, lengths, room=1):
+        """prefix: (keys, values) of each layer; group (R,) ascending; room: slots for new tokens."""
+        self.prefix, self.lengths, self.count, k = prefix, lengths, 0, prefix[0][0]
+        shape = (len(group), k.shape[1], room, k.shape[3])
+        self.new = [(k.new_empty(shape), k.new_empty(shape)) for _ in prefix]
+        self._lay_out(group)
 
-    def write(self, layer, k, v, pos):
-        """Put k, v (B, T, G, D) at the slots pos (B, T)."""
-        rows = torch.arange(len(pos), device=pos.device)[:, None]
-        self.k[layer][rows, pos] = k
-        self.v[layer][rows, pos] = v
+    @staticmethod
+    def buffers(config, rows, slots, device, dtype):
+        shape = (rows, config.n_kv_head, slots, config.n_embd // config.n_head)
+        return [tuple(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+                for _ in range(config.n_layer)]
 
-    def __getitem__(self, rows):
-        """A slice of rows is a view: what is written to it is written here. An index tensor makes a copy."""
-        new = object.__new__(KVCache)
-        new.k, new.v = [t[rows] for t in self.k], [t[rows] for t in self.v]
-        return new
+    def _lay_out(self, group):
+        """The rows behind one prefix stand side by side: row r at place[r] of P x M."""
+        k, R = self.prefix[0][0], len(group)
+        rank = torch.arange(R, device=group.device) - torch.searchsorted(group, group)
+        self.group, self.M = group, int(rank.max()) + 1
+        self.place = None if R == len(k) * self.M else group * self.M + rank    # None: they fill it
+        hidden = torch.arange(k.shape[2], device=group.device) >= self.lengths[:, None]         # (R, S)
+        self.mask = k.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))[:, None, None]
+
+    def append(self, layer, k, v):
+        """The keys and values (R, T, G, D) of the next T tokens of every row."""
+        for buffer, x in zip(self.new[layer], (k, v)):
+            buffer[:, :, self.count:self.count + k.shape[1]] = x.transpose(1, 2)
+
+    def attend(self, layer, q):
+        """What the queries q (R, T, H, D) of the tokens appended last read. -> (R, T, H * D)"""
+        (R, T, H, D), (k, v), (new_k, new_v) = q.shape, self.prefix[layer], self.new[layer]
+        G, S, end = k.shape[1], k.shape[2], self.count + T
+        # the H / G query heads of a group stand as (H / G) * T queries of one head
+        q = (q * D ** -0.5).view(R, T, G, H // G, D).permute(0, 2, 3, 1, 4).reshape(R, G, -1, D)
+        old = self._apart(self._together(q) @ k.transpose(2, 3), H // G * T) + self.mask        # (R, G, ., S)
+        new = q @ new_k[:, :, :end].transpose(2, 3)                                             # (R, G, ., end)
+        if T > 1:
+            later = torch.ones(T, end, dtype=torch.bool, device=q.device).triu(self.count + 1)
+            new = new.masked_fill(later.repeat(H // G, 1), float("-inf"))
+        w = torch.cat((old, new), -1).softmax(-1)
+        y = self._apart(self._together(w[..., :S]) @ v, H // G * T) + w[..., S:] @ new_v[:, :, :end]
+        return y.view(R, G, H // G, T, D).permute(0, 3, 1, 2, 4).reshape(R, T, H * D)
+
+    def _together(self, x):
+        """(R, G, N, E) -> (P, G, M * N, E)"""
+        P, (_, G, N, E) = len(self.prefix[0][0]), x.shape
+        if self.place is not None:
+            x = x.new_zeros(P * self.M, G, N, E).index_copy_(0, self.place, x)
+        return x.view(P, self.M, G, N, E).transpose(1, 2).reshape(P, G, -1, E)
+
+    def _apart(self, x, N):
+        """(P, G, M * N, E) -> (R, G, N, E)"""
+        P, G, _, E = x.shape
+        x = x.view(P, G, self.M, N, E).transpose(1, 2).reshape(-1, G, N, E)
+        return x if self.place is None else x[self.place]
+
+    def keep(self, rows):
+        """Only these rows (R',) stay, in this order, which is the old one."""
+        group = self.group[rows]
+        used, self.lengths = torch.unique_consecutive(group), self.lengths[rows]
+        if len(used) < 0.8 * len(self.prefix[0][0]):
+            self.prefix = [(k[used], v[used]) for k, v in self.prefix]
+            group = torch.searchsorted(used, group)
+        self.new = [(k[rows], v[rows]) for k, v in self.new]
+        self._lay_out(group)
+
+    def branch(self, parent, room):
+        """A cache of rows behind the rows `parent` (ascending), which have added nothing."""
+        return KVCache(self.prefix, self.group[parent], self.lengths[parent], room)
+
+    def fold(self, rows, count):
+        """A cache in which each of these rows is a prefix of its own, with its first count (R',) new tokens."""
+        at, t = self.lengths[rows], torch.arange(int(count.max()), device=count.device)
+        row, col = (t < count[:, None]).nonzero(as_tuple=True)
+        slots = int((at + count).max())
+        prefix = []
+        for old, new in zip(self.prefix, self.new):
+            pair = []
+            for o, x in zip(old, new):
+                o = o[self.group[rows], :, :slots]
+                o = F.pad(o, (0, 0, 0, slots - o.shape[2]))
+                o[row, :, at[row] + col] = x[rows[row], :, col]
+                pair.append(o)
+            prefix.append(tuple(pair))
+        return KVCache(prefix, torch.arange(len(rows), device=rows.device), at + count)
 
 
 def rope_tables(config):
-    """cos and sin, each (block_size, D / 2), of the rotary angles pos * theta^(-2i/D)."""
+    """cos and sin, each (block_size, D), of the rotary angles pos * theta^(-2i/D), halves paired as in Llama;
+    the sine of the first half is negative."""
     D = config.n_embd // config.n_head
     freq = config.rope_theta ** (-torch.arange(0, D, 2).float() / D)
     angle = torch.arange(config.block_size).float()[:, None] * freq
-    return angle.cos(), angle.sin()
+    return angle.cos().repeat(1, 2), torch.cat((-angle.sin(), angle.sin()), 1)
 
 
 def rotate(x, cos, sin):
-    """Rotary embedding, halves paired as in Llama: x (B, T, H, D), cos and sin (B or 1, T, D / 2)."""
-    a, b = x.chunk(2, dim=-1)
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    """Rotary embedding: x (B, T, H, D), cos and sin (B or 1, T, 1, D)."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class Attention(nn.Module):
@@ -92,25 +162,18 @@ class Attention(nn.Module):
         self.wv = nn.Linear(C, self.G * D, bias=config.qkv_bias)
         self.wo = nn.Linear(self.H * D, C, bias=False)
 
-    def forward(self, x, rope, layer, cache, pos, mask):
+    def forward(self, x, rope, layer, cache, kept):
         B, T, _ = x.shape
         q = rotate(self.wq(x).view(B, T, self.H, self.D), *rope)                # (B, T, H, D)
         k = rotate(self.wk(x).view(B, T, self.G, self.D), *rope)                # (B, T, G, D)
         v = self.wv(x).view(B, T, self.G, self.D)
         if cache is not None:
-            cache.write(layer, k, v, pos)
-        if mask is None:                                                        # training and prefill: causal
-            y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-                                               is_causal=True, enable_gqa=self.G < self.H)      # (B, H, T, D)
-        else:                                                                   # decoding: read the cache
-            S, R = mask.shape[-1], self.H // self.G
-            # (B, G, S, D)
-            k, v = cache.k[layer][:, :S].transpose(1, 2), cache.v[layer][:, :S].transpose(1, 2)
-            # The R query heads of a group stand as R * T queries of one head: the cache is read once, not
-            # repeated.
-            q = q.view(B, T, self.G, R, self.D).permute(0, 2, 3, 1, 4).reshape(B, self.G, R * T, self.D)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(1, 1, R, 1))
-            y = y.view(B, self.H, T, self.D)
+            cache.append(layer, k, v)
+            return self.wo(cache.attend(layer, q))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))                        # (B, heads, T, D)
+        if kept is not None:
+            kept[layer][0][:, :, :T], kept[layer][1][:, :, :T] = k, v
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.G < self.H)
         return self.wo(y.transpose(1, 2).reshape(B, T, self.H * self.D))
 
 
@@ -169,35 +232,34 @@ class GPT(nn.Module):
     def device(self):
         return self.embed.weight.device
 
-    def trunk(self, idx, cache=None, pos=None, kv_len=None):
+    @property
+    def dtype(self):
+        return self.embed.weight.dtype
+
+    def trunk(self, idx, cache=None, kept=None):
         """Hidden states (B, T, C) of the tokens idx (B, T).
 
-        cache None: training. cache with pos None: prefill, the tokens are positions 0..T-1 of every row (rows
-        shorter than T are right-padded; what the padding writes is overwritten before it can be read). cache
-        with pos (B, T): the tokens stand at those positions and see the slots 0..pos of their own row; kv_len
-        is the number of slots that are read, at least max(pos) + 1 (default: all of them).
+        Without a cache they are the first of each row, right-padded; kept: (keys, values) of each layer, (B,
+        G, at least T, D), to be filled in. With a cache they come behind what its rows hold, and are added.
         """
-        mask = None
-        if pos is None:
-            T = idx.shape[1]
-            if T > self.config.block_size:
-                raise ValueError(f"{T} tokens in a row, but block_size is {self.config.block_size}")
-            rope = self.cos[None, :T], self.sin[None, :T]
-            pos = torch.arange(T, device=idx.device).expand(len(idx), T)
+        T = idx.shape[1]
+        if cache is not None:
+            pos = cache.lengths[:, None] + cache.count + torch.arange(T, device=idx.device)     # (B, T)
+            rope = self.cos[pos][:, :, None], self.sin[pos][:, :, None]         # (B, T, 1, D)
+        elif T > self.config.block_size:
+            raise ValueError(f"{T} tokens in a row, but block_size is {self.config.block_size}")
         else:
-            rope = self.cos[pos], self.sin[pos]                                 # (B, T, D / 2)
-            # (B, T, S)
-            seen = torch.arange(kv_len or cache.k[0].shape[1], device=idx.device) <= pos[:, :, None]
-            mask = torch.zeros(seen.shape, device=idx.device, dtype=self.embed.weight.dtype)
-            mask = mask.masked_fill(~seen, float("-inf"))[:, None]              # (B, 1, T, S)
+            rope = self.cos[None, :T, None], self.sin[None, :T, None]
         x = self.embed(idx)                                                     # (B, T, C)
         for layer, block in enumerate(self.blocks):
-            x = block(x, rope, layer, cache, pos, mask)
+            x = block(x, rope, layer, cache, kept)
+        if cache is not None:
+            cache.count += T
         return self.norm(x)
 
-    def forward(self, idx, cache=None, pos=None):
+    def forward(self, idx, cache=None, kept=None):
         """Logits (B, T, V), or (B, T, n_out) with the scalar head."""
-        return self.head(self.trunk(idx, cache, pos))
+        return self.head(self.trunk(idx, cache, kept))
 
     def as_verifier(self, target="bce", n_out=1):
         """A new model with this trunk's weights and a fresh scalar head (section 4.2)."""

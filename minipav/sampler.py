@@ -1,14 +1,13 @@
 """KV-cached, batched sampling: many prompts of different lengths, n samples of each, in one batch.
 
-What makes it fast, in the order of the code: requests are sorted by prompt length and cut into chunks that
-fit `max_tokens_in_flight`; each distinct prompt of a chunk is prefilled once and its cache copied to its
-samples; the KV buffers are static; every row stops by itself at any of several stop tokens; stopped rows are
-compacted away.
+What makes it fast, in the order of the code: requests are sorted by length and cut into chunks that fit
+`max_tokens_in_flight`; each distinct row of prompts is read once, and all samples behind it, or behind a part
+of it, share its keys and values (KVCache); every row stops by itself at any of several stop tokens; stopped
+rows are compacted away.
 
-What makes it exact: the randomness of the sample j of prompt b at its t-th token is one uniform number u[b,
-j, t], drawn from the call's own generator before anything else. So a sample does not depend on the batch it
-is computed in, on the chunks or on compaction; the same seed gives the same samples on every device up to
-rounding in the logits.
+What makes it exact: the randomness of a sample's t-th token is one uniform number, a hash of the call's seed,
+the sample's number and t. So a sample does not depend on the batch it is computed in, on the chunks or on
+compaction; the same seed gives the same samples on every device up to rounding in the logits.
 """
 from dataclasses import dataclass
 
@@ -25,109 +24,139 @@ class Samples:
     """Rows are prompt-major: row b * n + j is sample j of prompt b."""
     tokens: torch.Tensor            # (B * n, T) new tokens, the stop token included, right-padded
     lengths: torch.Tensor           # (B * n,) number of new tokens
-    logprobs: torch.Tensor  # (B * n, T) log-probability of each under the model (temperature 1, no filter)
     finish_reason: torch.Tensor     # (B * n,) the stop token that ended the row, or LENGTH
+    logprobs: torch.Tensor = None   # (B * n, T) log-probability of each under the model (no filter), if asked
+
+
+def uniform(seed, row, t):
+    """A number in [0, 1) for the t-th token of each sample row (R,): the 23 highest bits of a hash (the
+    finaliser of splitmix64, twice)."""
+    def signed(x):
+        x %= 1 << 64
+        return x - (1 << 64) if x >> 63 else x
+    x = row * signed(0x9E3779B97F4A7C15) + signed(seed * 0xD1B54A32D192ED03 + t * 0x8CB92BA72F3D8DD7)
+    for _ in range(2):
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * signed(factor)
+        x = x ^ (x >> 31 & (1 << 33) - 1)
+    return (x >> 41 & (1 << 23) - 1).float() * 2.0 ** -23
 
 
 def _inverse_cdf(p, u):
-    """Index (R,) of the outcome in which u (R,) of the total of p (R, k) falls."""
-    cdf = p.cumsum(-1)
-    return torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0]
-
-
-def _nucleus(p, order, u, top_p, total):
-    """A token by u from p (R, k), the likeliest in falling order, cut at top_p of `total` probability."""
-    if top_p is not None:
-        p = p.masked_fill(p.cumsum(-1) - p >= top_p * total, 0.0)  # the likelier ones reach top_p already
-    index = torch.minimum(_inverse_cdf(p, u), (p > 0).sum(-1) - 1)
-    return order.gather(1, index[:, None])[:, 0]
+    """The outcome in which u (R,) of the total of p (R, V) falls, and how far into it, in [0, 1]."""
+    cdf, u = p.cumsum(-1), u[:, None]
+    token = torch.searchsorted(cdf, u * cdf[:, -1:], right=True).clamp(max=p.shape[1] - 1)
+    size, end = p.gather(1, token), cdf.gather(1, token)
+    return token[:, 0], (1 - (end - u * cdf[:, -1:]) / size).clamp(0, 1 - 2 ** -23)[:, 0]
 
 
 def choose(logits, u, temperature=1.0, top_k=None, top_p=None):
     """Token (R,) by inverse CDF at the uniform numbers u (R,) from logits (R, V). Temperature 0: argmax.
 
     top_k keeps the k likeliest tokens, then top_p the smallest set of likeliest tokens whose probability
-    reaches it.
+    reaches it. No sort: a token is drawn from the whole distribution; if those that are likelier reach top_p
+    already, it is drawn again from the nucleus, by what is left of u: its place within the token's interval.
     """
     if temperature == 0:
         return logits.argmax(-1)
-    probs = (logits.float() / temperature).softmax(-1)                          # (R, V)
-    if top_k is None and top_p is None:
-        return _inverse_cdf(probs, u).clamp(max=probs.shape[1] - 1)
-    p, order = probs.topk(min(top_k or 32, probs.shape[1]), dim=-1)  # a nucleus is seldom wider than 32
-    token = _nucleus(p, order, u, top_p, 1.0 if top_k is None else p.sum(-1, keepdim=True))
-    wide = (p.sum(-1) < top_p).nonzero()[:, 0] if top_k is None else []
-    if len(wide):
-        token[wide] = _nucleus(*probs[wide].sort(dim=-1, descending=True, stable=True), u[wide], top_p, 1.0)
+    p = (logits.float() if temperature == 1 else logits.float() / temperature).softmax(-1)      # (R, V)
+    if top_k is not None and top_k < p.shape[1]:
+        p = p.masked_fill(p < p.topk(top_k).values[:, -1:], 0.0)
+    token, rest = _inverse_cdf(p, u)
+    if top_p is None or top_p >= 1:
+        return token
+    need = top_p * (1.0 if top_k is None else p.sum(-1))
+    outside = torch.where(p > p.gather(1, token[:, None]), p, 0.0).sum(-1) >= need
+    if p.is_cuda:                   # asking which would wait for the GPU: for all of them
+        return torch.where(outside, _nucleus(p, rest, top_p), token)
+    rows = outside.nonzero()[:, 0]
+    token[rows] = _nucleus(p[rows], rest[rows], top_p)
     return token
 
 
-@torch.no_grad()
-def sample(model, prompts, prompt_lengths, n=1, *, max_new_tokens, stop, seed=0, temperature=1.0, top_k=None,
-           top_p=None, max_tokens_in_flight=1 << 18, pad=0, compact=True, progress=None):
-    """n samples of each prompt. -> Samples on the CPU
+def _nucleus(p, u, top_p):
+    ranked = p.sort(descending=True).values
+    inside = (ranked.cumsum(-1) - ranked < top_p * p.sum(-1, keepdim=True)).sum(-1, keepdim=True)
+    return _inverse_cdf(p.masked_fill(p < ranked.gather(1, inside - 1), 0.0), u)[0]
 
-    prompts (B, P) right-padded tokens, prompt_lengths (B,); stop: token ids that end a row and are kept in
-    it; max_tokens_in_flight bounds rows x slots of the KV buffers (not the outputs, which grow with n);
-    progress(rows_done) is called after each chunk.
-    Raises ValueError if a prompt is empty or a row would not fit the model's block_size.
+
+@torch.no_grad()
+def sample(model, prompts, lengths, n=1, *, which=None, max_new_tokens, stop, seed=0, logprobs=False,
+           max_tokens_in_flight=1 << 18, pad=0, compact=True, progress=None, **choice):
+    """n samples behind each of B prefixes. -> Samples on the CPU
+
+    Prefix b is the first lengths[b] tokens of the row which[b] (default: b) of prompts (P, T); stop: token
+    ids that end a row and are kept in it; choice: temperature, top_k, top_p; max_tokens_in_flight bounds rows
+    x slots of the KV buffers (not the outputs, which grow with n); progress(rows_done) is called after each
+    chunk. Raises ValueError if a prefix is empty or a row would not fit the model's block_size.
     """
-    B, device, longest = len(prompts), model.device, int(prompt_lengths.max()) + max_new_tokens
-    if int(prompt_lengths.min()) < 1 or longest - 1 > model.config.block_size:
+    longest, which = int(lengths.max()) + max_new_tokens, torch.arange(len(lengths)) if which is None else which
+    if int(lengths.min()) < 1 or longest - 1 > model.config.block_size:
         raise ValueError(f"prompts must hold 1 token or more, and {longest - 1} positions fit into "
                          f"block_size {model.config.block_size}")
-    # One uniform number for each token that may come (temperature 0 uses none).
-    u = torch.rand(B * n, max_new_tokens if temperature else 1, generator=torch.Generator().manual_seed(seed))
-    out = Samples(torch.full((B * n, max_new_tokens), pad), torch.zeros(B * n, dtype=torch.long),
-                  torch.zeros(B * n, max_new_tokens), torch.full((B * n,), LENGTH))
-    done, order = 0, prompt_lengths.repeat_interleave(n).argsort(stable=True)   # short prompts first
-    for rows in order.split(max(1, max_tokens_in_flight // longest)):
-        which, copies = torch.unique_consecutive(rows // n, return_inverse=True)
-        lengths = prompt_lengths[which].to(device)
-        chunk = prompts[which, :int(lengths.max())].to(device)
-        slots = chunk.shape[1] + max_new_tokens - 1
-        cache = KVCache(model.config, len(chunk), slots, device, model.embed.weight.dtype)
-        hidden, copies = prefill(model, cache, chunk, lengths), copies.to(device)
-        result = decode(model, cache[copies], hidden[copies], lengths[copies], u[rows].to(device),
-                        max_new_tokens, torch.tensor(stop, device=device), pad, compact,
-                        temperature=temperature, top_k=top_k, top_p=top_p)
-        for name, value in zip(("tokens", "lengths", "logprobs", "finish_reason"), result):
+    R = len(lengths) * n
+    out = Samples(torch.full((R, max_new_tokens), pad), torch.zeros(R, dtype=torch.long),
+                  torch.full((R,), LENGTH), torch.zeros(R, max_new_tokens) if logprobs else None)
+    read = torch.zeros(len(prompts), dtype=torch.long).scatter_reduce(0, which, lengths, "amax")  # of each row
+    order = (read[which] * len(prompts) + which).argsort(stable=True)           # short ones first
+    order = (order[:, None] * n + torch.arange(n)).flatten()
+    slots, at = read[which[order // n]] + max_new_tokens, 0
+    stops = torch.zeros(model.config.vocab_size, dtype=torch.bool)
+    stops[list(stop)] = True
+    while at < R:
+        need = slots[at:at + max(1, max_tokens_in_flight // int(slots[at]))]
+        rows = order[at:at + max(1, int((need * torch.arange(1, len(need) + 1) <= max_tokens_in_flight).sum()))]
+        cache, hidden = prefill(model, prompts, which[rows // n], lengths[rows // n], max_new_tokens)
+        device = hidden.device
+        result = decode(model, cache, hidden, rows.to(device), seed, max_new_tokens, stops.to(device), pad, compact,
+                        logprobs, **choice)
+        for name, value in zip(("tokens", "lengths", "finish_reason", "logprobs")[:3 + logprobs], result):
             getattr(out, name)[rows] = value.cpu()
-        done += len(rows)
+        at += len(rows)
         if progress:
-            progress(done)
+            progress(at)
     return out
 
 
 @torch.no_grad()
-def prefill(model, cache, prompts, lengths):
-    """Write prompts (P, T), right-padded, into the cache. -> hidden state (P, C) of each one's last token."""
-    last = []
-    for i in range(0, len(prompts), step := max(1, tokens_per_forward(prompts.device) // prompts.shape[1])):
-        hidden = model.trunk(prompts[i:i + step], cache[i:i + step])            # (prompts, T, C)
-        last.append(hidden[torch.arange(len(hidden), device=prompts.device), lengths[i:i + step] - 1])
-    return torch.cat(last)
+def prefill(model, prompts, which, lengths, room):
+    """Read prompts. -> the cache of rows (R,) behind the first lengths[r] tokens of the row which[r] (equal
+    ones side by side) of prompts (P, T), and the hidden state (R, C) of the last of those tokens"""
+    device = model.device
+    distinct, group = torch.unique_consecutive(which, return_inverse=True)
+    T = int(lengths.max())
+    tokens, at = prompts[distinct, :T].to(device), lengths.to(device) - 1
+    kept = KVCache.buffers(model.config, len(tokens), T, device, model.dtype)
+    hidden, step = [], max(1, tokens_per_forward(device) // T)
+    first = torch.searchsorted(group, torch.arange(0, len(tokens) + step, step)).tolist()
+    for i, a, b in zip(range(0, len(tokens), step), first, first[1:]):
+        x = model.trunk(tokens[i:i + step], kept=[(k[i:i + step], v[i:i + step]) for k, v in kept])
+        hidden.append(x[(group[a:b] - i).to(device), at[a:b]])                  # (rows, C)
+    return KVCache(kept, group.to(device), at + 1, room), torch.cat(hidden)
 
 
 @torch.no_grad()
-def decode(model, cache, hidden, pos, u, max_new, stop, pad=0, compact=False, **sampling):
-    """Sample up to max_new tokens behind rows whose last token has the hidden state `hidden` (R, C) and whose
-    next one stands at `pos` (R,); u (R, max_new). -> tokens (R, max_new), lengths (R,), log-probabilities (R,
-    max_new), finish reasons (R,). Without compaction the cache then holds every new token but the last one of
-    each row."""
-    R, device, longest = len(pos), pos.device, int(pos.max())
-    tokens, logprobs = torch.full((R, max_new), pad, device=device), torch.zeros(R, max_new, device=device)
-    count, reason = torch.zeros(R, dtype=torch.long, device=device), torch.full((R,), LENGTH, device=device)
+def decode(model, cache, hidden, ids, seed, max_new, stops, pad=0, compact=False, logprobs=False, **choice):
+    """Sample up to max_new tokens behind the rows of the cache, whose last token has the hidden state
+    `hidden` (R, C). ids (R,): of the samples, for their randomness; stops (V,): which tokens end a row. ->
+    tokens (R, max_new), lengths (R,), finish reasons (R,), log-probabilities (R, max_new) or None. Without
+    compaction the cache then holds every new token but the last one of each row."""
+    R, device = len(hidden), hidden.device
+    tokens, reason = torch.full((R, max_new), pad, device=device), torch.full((R,), LENGTH, device=device)
+    count, logp = torch.zeros(R, dtype=torch.long, device=device), None
+    if logprobs:
+        logp = torch.zeros(R, max_new, device=device)
     row, alive = torch.arange(R, device=device), torch.ones(R, dtype=torch.bool, device=device)
     every = 1 if device.type == "cpu" else 4  # asking who is alive waits for the GPU
-
     for t in range(max_new):
         logits = model.head(hidden)                                             # (rows, V)
-        token = choose(logits, u[row, min(t, u.shape[1] - 1)], **sampling)      # (rows,)
-        chosen = logits.float().log_softmax(-1).gather(1, token[:, None])[:, 0]
-        tokens[row, t], logprobs[row, t] = torch.where(alive, token, pad), torch.where(alive, chosen, 0.0)
+        token = choose(logits, uniform(seed, ids, t), **choice)                 # (rows,)
+        tokens[row, t] = torch.where(alive, token, pad)
+        if logprobs:
+            chosen = logits.float().log_softmax(-1).gather(1, token[:, None])[:, 0]
+            logp[row, t] = torch.where(alive, chosen, 0.0)
         count[row] += alive
-        stopped = alive & torch.isin(token, stop)
+        stopped = alive & stops[token]
         reason[row] = torch.where(stopped, token, reason[row])
         alive = alive & ~stopped
         if t + 1 == max_new:
@@ -138,7 +167,7 @@ def decode(model, cache, hidden, pos, u, max_new, stop, pad=0, compact=False, **
                 break
             if compact and living < 0.8 * len(row):                             # dead rows leave the batch
                 keep = alive.nonzero()[:, 0]
-                cache, token, pos, row, alive = cache[keep], token[keep], pos[keep], row[keep], alive[keep]
-        hidden = model.trunk(token[:, None], cache, pos[:, None], kv_len=longest + t + 1)[:, 0]
-        pos = pos + 1
-    return tokens, count, logprobs, reason
+                cache.keep(keep)
+                token, ids, row, alive = token[keep], ids[keep], row[keep], alive[keep]
+        hidden = model.trunk(token[:, None], cache)[:, 0]
+    return tokens, count, reason, logp

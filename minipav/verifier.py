@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from minipav.model import KVCache
 from minipav.sampler import prefill
 from minipav.traces import responses
 from minipav.utils import Fail, apply_step, make_optimizers, schedule, tokens_per_forward
@@ -66,26 +65,25 @@ class Values:
     self.q (N,) is the value at the last token of each row, equal to `score` of the whole rows up to rounding.
     """
 
-    def __init__(self, model, tokens, lengths, slots):
-        self.model, self.lengths, self.value = model, lengths, target_of(model).value
-        self.cache = KVCache(model.config, len(tokens), slots, tokens.device, model.embed.weight.dtype)
-        self.q = self.value(model.head(prefill(model, self.cache, tokens, lengths)))
+    def __init__(self, model, tokens, lengths):
+        self.model, self.value, self.count = model, target_of(model).value, torch.zeros_like(lengths)
+        self.cache, hidden = prefill(model, tokens, torch.arange(len(tokens)), lengths, 1)
+        self.q = self.value(model.head(hidden))
 
     @torch.no_grad()
     def children(self, parent, new, new_lengths):
-        """Values of the rows `parent` (N,) with new (N, T), right-padded, behind them."""
-        child, new = self[parent], new[:, :int(new_lengths.max())]  # no time for columns of padding
-        pos = child.lengths[:, None] + torch.arange(new.shape[1], device=new.device)
-        hidden = self.model.trunk(new, child.cache, pos, kv_len=int(pos.max()) + 1)
+        """Values of the rows `parent` (N,), ascending, with new (N, T), right-padded, behind them."""
+        child, new = copy.copy(self), new[:, :int(new_lengths.max())]           # no time for padding
+        child.cache, child.count = self.cache.branch(parent, new.shape[1]), new_lengths
+        hidden = self.model.trunk(new, child.cache)
         child.q = self.value(self.model.head(hidden[torch.arange(len(new), device=new.device),
                                                     new_lengths - 1]))
-        child.lengths = child.lengths + new_lengths
         return child
 
     def __getitem__(self, rows):
         """The values of the rows with these indices (a copy)."""
         some = copy.copy(self)
-        some.cache, some.q, some.lengths = self.cache[rows], self.q[rows], self.lengths[rows]
+        some.cache, some.q, some.count = self.cache.fold(rows, self.count[rows]), self.q[rows], None
         return some
 
 

@@ -52,15 +52,21 @@ class WalkPolicy(torch.nn.Module):
         super().__init__()
         self.task, self.enc, self.device = env.task, env.enc, torch.device("cpu")
         self.config = GPTConfig(vocab_size=self.enc.n_vocab, n_layer=1, n_head=1, n_kv_head=1, n_embd=2)
-        self.embed = torch.nn.Embedding(1, 1)
+        self.dtype = torch.float32
         self.by_prompt, self.known = {self.task.prompt(p): (p, transitions([p])[0]) for p in problems}, {}
 
-    def trunk(self, idx, cache=None, pos=None, kv_len=None):
-        pos = torch.arange(idx.shape[1]).expand(len(idx), -1) if pos is None else pos
-        as_key = idx[..., None, None].float().expand(-1, -1, 1, 2)
-        cache.write(0, as_key, as_key, pos)
-        seen = cache.k[0][:, :, 0, 0].long()
-        prefixes = [[tuple(seen[b, :p + 1].tolist()) for p in row] for b, row in enumerate(pos.tolist())]
+    def trunk(self, idx, cache=None, kept=None):
+        as_key = idx[..., None, None].float().expand(-1, -1, 1, 2)              # (B, T, 1, 2)
+        if cache is None:
+            kept[0][0][:, 0, :idx.shape[1], 0] = idx
+            rows = idx.tolist()
+            prefixes = [[tuple(row[:t + 1]) for t in range(len(row))] for row in rows]
+        else:
+            cache.append(0, as_key, as_key)
+            cache.count += idx.shape[1]
+            old, new = cache.prefix[0][0][cache.group, 0, :, 0].long(), cache.new[0][0][:, 0, :cache.count, 0].long()
+            rows = [a[:n] + b for a, n, b in zip(old.tolist(), cache.lengths.tolist(), new.tolist())]
+            prefixes = [[tuple(row[:len(row) - t]) for t in reversed(range(idx.shape[1]))] for row in rows]
         for prefix in {p for row in prefixes for p in row} - self.known.keys():
             self.known[prefix] = self.next(list(prefix))
         return torch.stack([torch.stack([self.known[p] for p in row]) for row in prefixes])

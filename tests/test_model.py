@@ -5,57 +5,71 @@ import pytest
 import torch
 from conftest import tiny
 
-from minipav.model import GPT, GPTConfig, KVCache
+from minipav import sampler
+from minipav.model import GPT, GPTConfig
+from minipav.sampler import prefill
 from minipav.utils import Fail
+
+
+def read(model, idx, lengths, which=None, room=8):
+    """The cache behind the first lengths[r] tokens of idx[which[r]], and the logits of the last of them."""
+    which = torch.arange(len(idx)) if which is None else which
+    cache, hidden = prefill(model, idx, which, lengths, room)
+    return cache, model.head(hidden)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 4])
 @pytest.mark.parametrize("prompt", [1, 3, 7])
+@torch.no_grad()
 def test_cached_decoding_equals_the_full_forward(batch, prompt):
     """A cache slot or rotary position that is off by one shows at the second decode step, not the first."""
     model, steps = tiny(qkv_bias=True), 5
     idx = torch.randint(29, (batch, prompt + steps))
     full = model(idx)
-    cache = KVCache(model.config, batch, prompt + steps, "cpu")
-    assert torch.allclose(model(idx[:, :prompt], cache), full[:, :prompt], atol=1e-4)
+    cache, last = read(model, idx, torch.full((batch,), prompt))
+    assert torch.allclose(last, full[:, prompt - 1], atol=1e-4)
     for t in range(prompt, prompt + steps):
-        step = model(idx[:, t:t + 1], cache, torch.full((batch, 1), t))
-        assert torch.allclose(step[:, 0], full[:, t], atol=1e-4)
+        assert torch.allclose(model(idx[:, t:t + 1], cache)[:, 0], full[:, t], atol=1e-4)
 
 
-def test_ragged_batch_equals_single_rows():
-    """Right-padding is overwritten before it can be read, for every row at its own length."""
-    model, lengths = tiny(), torch.tensor([1, 6, 3, 4])
-    idx = torch.randint(29, (4, 12))
-    cache = KVCache(model.config, 4, 12, "cpu")
-    model(idx[:, :6].masked_fill(torch.arange(6) >= lengths[:, None], 7), cache)
-    for t in range(4):
-        pos = lengths[:, None] + t
-        step = model(idx.gather(1, pos), cache, pos)
-        for b in range(4):
-            alone = model(idx[b:b + 1, :int(pos[b]) + 1])
-            assert torch.allclose(step[b, 0], alone[0, -1], atol=1e-4)
+@torch.no_grad()
+def test_ragged_rows_behind_shared_prefixes_equal_single_rows(monkeypatch):
+    """Several rows behind different lengths of the same prompt, in groups of 1 to 3, read in batches of two
+    prompts; then some are dropped, and of one prompt all."""
+    monkeypatch.setattr(sampler, "tokens_per_forward", lambda device: 12)
+    model, idx, new = tiny(), torch.randint(29, (4, 6)), torch.randint(29, (7, 6))
+    which, lengths = torch.tensor([0, 0, 0, 1, 3, 3, 2]), torch.tensor([1, 6, 4, 2, 5, 5, 6])
+    cache, last = read(model, idx, lengths, which)
+    rows = [torch.cat([idx[w, :n], x]) for w, n, x in zip(which, lengths, new)]
+    alive = torch.arange(7)
+    for t in range(7):
+        for r, got in zip(alive.tolist(), last):
+            assert torch.allclose(got, model(rows[r][None, :lengths[r] + t])[0, -1], atol=1e-4)
+        if t in (2, 4):
+            keep = torch.tensor([0, 2, 4, 5, 6] if t == 2 else [1, 3])
+            cache.keep(keep)
+            alive = alive[keep]
+            assert len(cache.prefix[0][0]) == (3 if t == 2 else 2)
+        if t < 6:
+            last = model(new[alive, t:t + 1], cache)[:, 0]
 
 
-def test_a_reused_cache_remembers_nothing():
-    """A second prompt in the same buffers sees nothing of the first one."""
-    model, cache = tiny(), KVCache(tiny().config, 2, 10, "cpu")
-    for idx in (torch.randint(29, (2, 10)), torch.randint(29, (2, 6))):
-        model(idx[:, :4], cache)
-        out = [model(idx[:, t:t + 1], cache, torch.full((2, 1), t))[:, 0] for t in range(4, idx.shape[1])]
-        assert torch.allclose(torch.stack(out, 1), model(idx)[:, 4:], atol=1e-4)
-
-
-def test_several_tokens_at_once_and_selected_rows():
-    """Appending a chunk at ragged positions, after rows were copied and dropped, equals the full forward."""
-    model, idx = tiny(), torch.randint(29, (3, 11))
-    cache = KVCache(model.config, 3, 11, "cpu")
-    model(idx[:2, :5], cache[:2])                                               # a slice is a view
-    model(idx[2:, :5], cache[2:])
-    keep = torch.tensor([2, 0, 0])
-    cache, idx = cache[keep], idx[keep]
-    out = model(idx[:, 5:9], cache, torch.arange(5, 9).expand(3, 4))
-    assert torch.allclose(out, model(idx)[:, 5:9], atol=1e-4)
+@torch.no_grad()
+def test_branches_and_what_is_folded_in_equal_the_full_forward():
+    """A beam's use: several tokens at once, right-padded, behind copied rows; some rows are kept, each with
+    its own length, in another order; twice."""
+    model, rows = tiny(), list(torch.randint(29, (3, 5)))
+    cache, _ = read(model, torch.stack(rows), torch.tensor([5, 5, 5]), room=1)
+    for parent, keep in (([0, 0, 2], [2, 0, 1]), ([0, 1, 1, 2], [3, 1])):
+        parent, keep = torch.tensor(parent), torch.tensor(keep)
+        new, count = torch.randint(29, (len(parent), 4)), torch.tensor([4, 1, 3, 2])[:len(parent)]
+        child = cache.branch(parent, 4)
+        out = model(new[:, :3], child), model(new[:, 3:], child)                # in two pieces
+        for r, p in enumerate(parent.tolist()):
+            full = model(torch.cat([rows[p], new[r]])[None])[0, len(rows[p]):]
+            assert torch.allclose(torch.cat(out, 1)[r], full, atol=1e-4)
+        cache = child.fold(keep, count[keep])
+        rows = [torch.cat([rows[parent[r]], new[r, :count[r]]]) for r in keep.tolist()]
 
 
 @pytest.mark.parametrize("kv", [1, 2, 4])

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import tiny
 
-from minipav.sampler import LENGTH, choose, sample
+from minipav.sampler import LENGTH, choose, sample, uniform
 
 STOP = 3
 
@@ -18,7 +18,8 @@ def prompts(model, seed=0):
 
 
 def run(model, n=8, seed=1, max_new_tokens=12, stop=(STOP,), **kw):
-    return sample(model, *prompts(model), n, max_new_tokens=max_new_tokens, stop=list(stop), seed=seed, **kw)
+    return sample(model, *prompts(model), n, max_new_tokens=max_new_tokens, stop=list(stop), seed=seed,
+                  logprobs=True, **kw)
 
 
 def same(a, b):
@@ -114,28 +115,38 @@ def test_top_k_and_top_p_keep_exactly_the_right_tokens():
     assert torch.allclose(share(temperature=0.5), cold / cold.sum(), atol=1e-3)
 
 
-def test_a_nucleus_may_be_wider_than_the_tokens_that_are_looked_at_first():
-    """Flat and peaked rows of 200 tokens in one batch, against the definition: sort, cut, draw."""
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 0.99])
+def test_the_nucleus_is_that_of_the_definition(top_p):
+    """Flat and peaked rows of 200 tokens at a fine grid of uniform numbers: each token has its exact share."""
     torch.manual_seed(0)
-    logits, u = torch.randn(60, 200) * torch.linspace(0.1, 6, 60)[:, None], torch.rand(60)
-    for top_p in (0.3, 0.9, 0.99):
-        got, sizes = choose(logits, u, top_p=top_p), []
-        for i in range(60):
-            p, order = logits[i].softmax(-1).sort(descending=True)
-            p = p[:int((p.cumsum(0) < top_p).sum()) + 1]
-            sizes.append(len(p))
-            assert got[i] == order[int((p.cumsum(0) / p.sum() <= u[i]).sum())]
-        assert min(sizes) < 32
-    assert max(sizes) > 32
+    n, sizes = 20_000, []
+    for scale in torch.linspace(0.1, 6, 12):
+        logits = torch.randn(200) * scale
+        p, order = logits.softmax(-1).sort(descending=True)
+        p = p[:int((p.cumsum(0) < top_p).sum()) + 1]
+        want = torch.zeros(200).index_copy(0, order[:len(p)], p / p.sum())
+        got = torch.bincount(choose(logits.expand(n, 200), (torch.arange(n) + 0.5) / n, top_p=top_p), minlength=200)
+        assert ((got > 0) <= (want > 0)).all() and (got / n - want).abs().max() < 2e-3
+        sizes.append(len(p))
+    assert min(sizes) < 10 and max(sizes) > 30
+
+
+def test_uniform_numbers_are_uniform_and_belong_to_seed_row_and_token():
+    row = torch.arange(1 << 16)
+    u = torch.stack([uniform(seed, row, t) for seed in (0, 1, 2**32 - 1) for t in (0, 1, 500)])
+    assert u.min() >= 0 and u.max() < 1 and torch.equal(u[4, 7:9], uniform(1, torch.tensor([7, 8]), 1))
+    for x in u:
+        counts = torch.bincount((x * 64).long(), minlength=64)
+        assert ((counts - 1024) ** 2 / 1024).sum() < 63 + 4 * 126 ** 0.5        # chi2: mean + 4 standard dev.
+    both = torch.cat([u, u.roll(1, 1)])                         # and their neighbours' in the batch
+    assert (torch.corrcoef(both) - torch.eye(18)).abs().max() < 0.02            # 5 standard deviations
 
 
 def test_a_token_of_probability_zero_is_never_chosen():
     """An inverse CDF that looks up u * total <= cdf picks index 0 at u = 0; a clamp picks the last at 1."""
     logits = torch.tensor([[float("-inf"), 0.0, float("-inf"), 1.0, float("-inf")]]).expand(3, 5)
-    for kw in (dict(), dict(top_k=4), dict(top_p=1.0)):
-        first_is_likeliest = bool(kw)                           # the filters walk the CDF from the top
-        expected = [3, 3, 1] if first_is_likeliest else [1, 3, 3]
-        assert choose(logits, torch.tensor([0.0, 0.5, 1 - 2 ** -24]), **kw).tolist() == expected
+    for kw in (dict(), dict(top_k=4), dict(top_p=1.0), dict(top_p=0.9999)):
+        assert choose(logits, torch.tensor([0.0, 0.5, 1 - 2 ** -23]), **kw).tolist() == [1, 3, 3]
 
 
 def test_rows_that_do_not_fit_are_refused():

@@ -9,6 +9,7 @@ from conftest import Says, WalkPolicy, tiny
 
 from minipav.advantage import q_best_of_k, seed_rollouts
 from minipav.model import GPT, GPTConfig
+from minipav.sampler import uniform
 from minipav.search.beam import distinct, search_all, search_batch, top
 from minipav.search.best_of_n import (
     at_n,
@@ -173,12 +174,11 @@ def test_width_one_and_one_sample_is_plain_sampling(small):
     """Then nothing is chosen: the trace is the policy's own, of the same uniform numbers."""
     policy, task, enc, problems = small.policy, small.env.task, small.env.enc, small.problems
     r = beam(small, 1, alpha=0.5, C=1, seed=7)
-    u = torch.rand(task.max_steps, len(problems), 1, task.max_step_tokens,
-                   generator=torch.Generator().manual_seed(7))
     for i, response in enumerate(r.text):
         text = ""
-        for step in u[:, i, 0]:                                 # each token by inverse CDF
-            for x in step:
+        for level in range(task.max_steps):                     # each token by inverse CDF
+            for t in range(task.max_step_tokens):
+                x = float(uniform(7, torch.tensor([i * task.max_steps + level]), t))
                 p = policy.next(enc.encode(task.prompt(problems[i]) + text, allowed_special="all")).exp()
                 text += enc.decode([int((p.cumsum(0) <= x * p.sum()).sum())])
                 if text.endswith(("\n", END)):
@@ -273,10 +273,9 @@ def test_the_beam_scores_by_the_effective_reward(small, own_q_mu):
     task, enc, problems = small.env.task, small.env.enc, small.problems
     pi, mu = (tiny(seed, std=0.2, vocab_size=enc.n_vocab, block_size=48, head="scalar") for seed in (1, 2))
     prompts, lengths = encode_rows(enc, [task.prompt(p) for p in problems])
-    u = torch.rand(2, 5, 15, task.max_step_tokens, generator=torch.Generator().manual_seed(0))
     s = replace(small, verifier=pi, mu_verifier=mu if own_q_mu else None, alpha=0.7, K=4)
     with torch.no_grad():
-        f, *_ = search_batch(s, problems, prompts, lengths, u, prompts.shape[1] + 10, 5)
+        f, *_ = search_batch(s, problems, prompts, lengths, prompts.shape[1] + 10, 5, 0)
     ends = step_ends(f.tokens, lengths[f.owner], f.lengths, delimiter_tokens(enc, "\n"))
     last = (ends >= 0).sum(1, keepdim=True) - 1
     q_pi, q_mu = score(pi, f.tokens, ends), score(mu if own_q_mu else pi, f.tokens, ends)

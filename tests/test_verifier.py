@@ -112,9 +112,9 @@ def test_values_of_growing_rows_equal_full_scoring():
     """The cached values that the beam uses, over three ragged steps; rows are copied and dropped."""
     model, g = tiny(head="scalar"), torch.Generator().manual_seed(0)
     rows, lengths = torch.randint(29, (3, 5), generator=g), torch.tensor([2, 5, 3])
-    values = Values(model, rows, lengths, 32)
+    values = Values(model, rows, lengths)
     for _ in range(3):
-        parent = torch.randint(len(lengths), (4,), generator=g)
+        parent = torch.randint(len(lengths), (4,), generator=g).sort().values
         new, count = torch.randint(29, (4, 4), generator=g), torch.randint(1, 5, (4,), generator=g)
         values = values.children(parent, new, count)
         rows, lengths = join(rows[parent], lengths[parent], new, count, 0)

@@ -6,7 +6,6 @@ import torch
 from torch.nn.functional import pad as pad_right
 
 from minipav.advantage import q_best_of_k
-from minipav.model import KVCache
 from minipav.sampler import decode, prefill
 from minipav.search.score import Result, Step
 from minipav.tokenizer import delimiter_tokens, encode_rows, pad_token
@@ -75,16 +74,13 @@ def search_all(s, problems, width, seed):
     if width < 1 or s.C < 1 or s.alpha < 0:
         raise ValueError(f"a beam needs width >= 1, C >= 1 and alpha >= 0, not {width}, {s.C}, {s.alpha}")
     prompts, lengths = encode_rows(enc, [task.prompt(p) for p in problems])
-    u = torch.rand(task.max_steps, P, width * s.C, task.max_step_tokens,
-                   # one uniform number for each token
-                   generator=torch.Generator().manual_seed(seed)).to(device)
     slots = prompts.shape[1] + task.max_steps * task.max_step_tokens
     batch = max(1, s.env.sampling.get("max_tokens_in_flight", 1 << 18) // (slots * width * s.C))
     r = Result(torch.zeros(P), torch.zeros(P), torch.zeros(P), torch.zeros(P), [""] * P)
     for i in range(0, P, batch):
         at = slice(i, i + batch)
         finished, r.tokens[at], r.verifier_tokens[at] = search_batch(
-            s, problems[at], prompts[at].to(device), lengths[at].to(device), u[:, at], slots, width, i)
+            s, problems[at], prompts[at].to(device), lengths[at].to(device), slots, width, seed, i)
         if len(finished.owner) == 0:
             continue
         best = set(top(finished.q_pi[:, -1], finished.owner, 1).tolist())
@@ -97,25 +93,25 @@ def search_all(s, problems, width, seed):
     return replace(r, seconds=time.time() - start)
 
 
-def search_batch(s, problems, prompts, lengths, u, slots, width, offset=0):
+def search_batch(s, problems, prompts, lengths, slots, width, seed, offset=0):
     """-> the finished traces of the last beams (a Beam), policy tokens (P,), verifier tokens (P,)"""
-    P, H, device, eot = len(prompts), len(u), prompts.device, s.env.enc.eot_token
-    cache = KVCache(s.policy.config, P, slots, device, s.policy.embed.weight.dtype)
-    hidden = prefill(s.policy, cache, prompts, lengths)                         # (P, C)
-    pi = Values(s.verifier, prompts, lengths, slots) if s.verifier else ExactValues(s.env, problems, device)
-    judges = Judges(pi, s.mu_verifier and Values(s.mu_verifier, prompts, lengths, slots), s.K)
+    P, H, device, eot = len(prompts), s.env.task.max_steps, prompts.device, s.env.enc.eot_token
+    cache, hidden = prefill(s.policy, prompts, torch.arange(P), lengths, 1)     # (P, C)
+    pi = Values(s.verifier, prompts, lengths) if s.verifier else ExactValues(s.env, problems, device)
+    judges = Judges(pi, s.mu_verifier and Values(s.mu_verifier, prompts, lengths), s.K)
     tokens = pad_right(prompts, (0, slots - prompts.shape[1]), value=pad_token(s.env.enc))
     live = Beam(torch.arange(P, device=device), tokens, lengths, pi.q[:, None].expand(P, H + 1), pi.q)
     finished, spent = live[:0], torch.zeros(P, dtype=torch.long, device=device)
     readers = (s.verifier is not None) + (s.mu_verifier is not None)
     read = readers * lengths
     for level in range(H):
-        steps, grown = expand(s, live, cache, hidden, u[level], width if level == 0 else 1)
+        problem_level = (live.owner + offset) * H + level
+        steps, grown = expand(s, live, cache, hidden, problem_level, width, width if level == 0 else 1, seed)
         spent.index_add_(0, live.owner[steps[0]], steps[2])
-        kept = distinct(*steps[:2], steps[-1])
+        kept = distinct(*steps[:2], steps[3])
         if len(kept) == 0:  # no step of any problem came to its end
             break
-        parent, new, count, logprob, stop = (x[kept] for x in steps)
+        parent, new, count, stop, logprob = (x[kept] for x in steps)
         read = read.index_add(0, live.owner[parent], readers * count)
         before, judges = judges, judges.children(parent, new, count)
         step = Step(judges.pi.q, judges.q_mu, before.pi.q[parent], before.q_mu[parent],
@@ -126,25 +122,27 @@ def search_batch(s, problems, prompts, lengths, u, slots, width, offset=0):
             chosen = torch.isin(torch.arange(len(parent), device=device) + len(finished.owner), best)
             s.log.append({"beam": replace(child, owner=child.owner + offset), "step": step, "kept": chosen})
         rows, finished = best[on] - len(finished.owner), (finished + child)[best[~on]]
-        live, cache, judges = child[rows], grown[kept[rows]], judges[rows]
         if len(rows) == 0:
             break
-        last = live.lengths[:, None] - 1  # the delimiter has not been read yet
-        hidden = s.policy.trunk(live.tokens.gather(1, last), cache, last, kv_len=int(last.max()) + 1)[:, 0]
+        live, cache, judges = child[rows], grown.fold(kept[rows], count[rows] - 1), judges[rows]
+        hidden = s.policy.trunk(live.tokens.gather(1, live.lengths[:, None] - 1), cache)[:, 0]  # the delimiter
+        cache = cache.fold(torch.arange(len(rows), device=device), torch.ones_like(rows))
     return Beam(*(getattr(finished, f.name).cpu() for f in fields(Beam))), spent.cpu(), read.cpu()
 
 
-def expand(s, live, cache, hidden, u, times):
-    """times * C next steps of every live prefix. u (P, width * C, max_step_tokens): a prefix draws by its
-    rank in the beam of its problem. -> (parent, tokens, lengths, log-probabilities, stop token) of each, the
-    cache behind"""
-    task, enc, device, n = s.env.task, s.env.enc, u.device, times * s.C
+def expand(s, live, cache, hidden, place, width, times, seed):
+    """times * C next steps of every live prefix. place (N,): a number for each prefix's problem and level,
+    from which and from its rank in the beam comes the randomness. -> (parent, tokens, lengths, stop token,
+    log-probabilities) of each, the cache behind"""
+    task, enc, device, n = s.env.task, s.env.enc, hidden.device, times * s.C
     rows = torch.arange(len(live.owner), device=device)
     parent, rank = rows.repeat_interleave(n), rows - torch.searchsorted(live.owner, live.owner)
-    uniform = u[live.owner[parent], (s.C * rank[:, None] + torch.arange(n, device=device)).flatten()]
-    stop, grown = torch.tensor(delimiter_tokens(enc, task.delimiter), device=device), cache[parent]
-    new = decode(s.policy, grown, hidden[parent], live.lengths[parent], uniform, task.max_step_tokens, stop,
-                 pad_token(enc), top_p=s.env.sampling.get("top_p"))
+    ids = ((place * width + rank)[:, None] * s.C + torch.arange(n, device=device)).flatten()
+    stops = torch.zeros(enc.n_vocab, dtype=torch.bool)
+    stops[delimiter_tokens(enc, task.delimiter)] = True
+    grown = cache.branch(parent, task.max_step_tokens)
+    new = decode(s.policy, grown, hidden[parent], ids, seed, task.max_step_tokens, stops.to(device),
+                 pad_token(enc), logprobs=True, top_p=s.env.sampling.get("top_p"))
     return (parent, *new), grown
 
 
