@@ -4,7 +4,7 @@ Decoder-only: RMSNorm, rotary positions, grouped-query attention with optional q
 untied head. One forward serves training (no cache) and cached decoding. Shapes are written beside the code
 with
 
-    B rows, T positions, S slots of a prefix, C = n_embd, H = n_head, G = n_kv_head, D = C / H, V = vocab_size
+    B rows, T positions, C = n_embd, H = n_head, G = n_kv_head, D = C / H, V = vocab_size
 """
 import dataclasses
 from dataclasses import dataclass
@@ -46,98 +46,6 @@ class GPTConfig:
                        f"n_head={self.n_head}, and n_head a multiple of n_kv_head={self.n_kv_head}")
 
 
-class KVCache:
-    """Keys and values (rows, G, slots, D) of every layer, in two parts: `prefix`, P rows that were read once,
-    and `new`, what R rows have added since, each behind the first lengths[r] slots of the prefix group[r]. So
-    the samples of a prompt, the completions of a trace, the candidates behind a beam's prefix share what they
-    have in common: it is kept once and read once."""
-
-    def __init__(self, prefix, group, lengths, room=1):
-        """prefix: (keys, values) of each layer; group (R,) ascending; room: slots for new tokens."""
-        self.prefix, self.lengths, self.count, k = prefix, lengths, 0, prefix[0][0]
-        shape = (len(group), k.shape[1], room, k.shape[3])
-        self.new = [(k.new_empty(shape), k.new_empty(shape)) for _ in prefix]
-        self._lay_out(group)
-
-    @staticmethod
-    def buffers(config, rows, slots, device, dtype):
-        shape = (rows, config.n_kv_head, slots, config.n_embd // config.n_head)
-        return [tuple(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-                for _ in range(config.n_layer)]
-
-    def _lay_out(self, group):
-        """The rows behind one prefix stand side by side: row r at place[r] of P x M."""
-        k, R = self.prefix[0][0], len(group)
-        rank = torch.arange(R, device=group.device) - torch.searchsorted(group, group)
-        self.group, self.M = group, int(rank.max()) + 1
-        self.place = None if R == len(k) * self.M else group * self.M + rank    # None: they fill it
-        hidden = torch.arange(k.shape[2], device=group.device) >= self.lengths[:, None]         # (R, S)
-        self.mask = k.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))[:, None, None]
-
-    def append(self, layer, k, v):
-        """The keys and values (R, T, G, D) of the next T tokens of every row."""
-        for buffer, x in zip(self.new[layer], (k, v)):
-            buffer[:, :, self.count:self.count + k.shape[1]] = x.transpose(1, 2)
-
-    def attend(self, layer, q):
-        """What the queries q (R, T, H, D) of the tokens appended last read. -> (R, T, H * D)"""
-        (R, T, H, D), (k, v), (new_k, new_v) = q.shape, self.prefix[layer], self.new[layer]
-        G, S, end = k.shape[1], k.shape[2], self.count + T
-        # the H / G query heads of a group stand as (H / G) * T queries of one head
-        q = (q * D ** -0.5).view(R, T, G, H // G, D).permute(0, 2, 3, 1, 4).reshape(R, G, -1, D)
-        old = self._apart(self._together(q) @ k.transpose(2, 3), H // G * T) + self.mask        # (R, G, ., S)
-        new = q @ new_k[:, :, :end].transpose(2, 3)                                             # (R, G, ., end)
-        if T > 1:
-            later = torch.ones(T, end, dtype=torch.bool, device=q.device).triu(self.count + 1)
-            new = new.masked_fill(later.repeat(H // G, 1), float("-inf"))
-        w = torch.cat((old, new), -1).softmax(-1)
-        y = self._apart(self._together(w[..., :S]) @ v, H // G * T) + w[..., S:] @ new_v[:, :, :end]
-        return y.view(R, G, H // G, T, D).permute(0, 3, 1, 2, 4).reshape(R, T, H * D)
-
-    def _together(self, x):
-        """(R, G, N, E) -> (P, G, M * N, E)"""
-        P, (_, G, N, E) = len(self.prefix[0][0]), x.shape
-        if self.place is not None:
-            x = x.new_zeros(P * self.M, G, N, E).index_copy_(0, self.place, x)
-        return x.view(P, self.M, G, N, E).transpose(1, 2).reshape(P, G, -1, E)
-
-    def _apart(self, x, N):
-        """(P, G, M * N, E) -> (R, G, N, E)"""
-        P, G, _, E = x.shape
-        x = x.view(P, G, self.M, N, E).transpose(1, 2).reshape(-1, G, N, E)
-        return x if self.place is None else x[self.place]
-
-    def keep(self, rows):
-        """Only these rows (R',) stay, in this order, which is the old one."""
-        group = self.group[rows]
-        used, self.lengths = torch.unique_consecutive(group), self.lengths[rows]
-        if len(used) < 0.8 * len(self.prefix[0][0]):
-            self.prefix = [(k[used], v[used]) for k, v in self.prefix]
-            group = torch.searchsorted(used, group)
-        self.new = [(k[rows], v[rows]) for k, v in self.new]
-        self._lay_out(group)
-
-    def branch(self, parent, room):
-        """A cache of rows behind the rows `parent` (ascending), which have added nothing."""
-        return KVCache(self.prefix, self.group[parent], self.lengths[parent], room)
-
-    def fold(self, rows, count):
-        """A cache in which each of these rows is a prefix of its own, with its first count (R',) new tokens."""
-        at, t = self.lengths[rows], torch.arange(int(count.max()), device=count.device)
-        row, col = (t < count[:, None]).nonzero(as_tuple=True)
-        slots = int((at + count).max())
-        prefix = []
-        for old, new in zip(self.prefix, self.new):
-            pair = []
-            for o, x in zip(old, new):
-                o = o[self.group[rows], :, :slots]
-                o = F.pad(o, (0, 0, 0, slots - o.shape[2]))
-                o[row, :, at[row] + col] = x[rows[row], :, col]
-                pair.append(o)
-            prefix.append(tuple(pair))
-        return KVCache(prefix, torch.arange(len(rows), device=rows.device), at + count)
-
-
 def rope_tables(config):
     """cos and sin, each (block_size, D), of the rotary angles pos * theta^(-2i/D), halves paired as in Llama;
     the sine of the first half is negative."""
@@ -162,19 +70,21 @@ class Attention(nn.Module):
         self.wv = nn.Linear(C, self.G * D, bias=config.qkv_bias)
         self.wo = nn.Linear(self.H * D, C, bias=False)
 
-    def forward(self, x, rope, layer, cache, kept):
+    def forward(self, x, rope, layer, cache, kept, at):
         B, T, _ = x.shape
         q = rotate(self.wq(x).view(B, T, self.H, self.D), *rope)                # (B, T, H, D)
         k = rotate(self.wk(x).view(B, T, self.G, self.D), *rope)                # (B, T, G, D)
         v = self.wv(x).view(B, T, self.G, self.D)
         if cache is not None:
             cache.append(layer, k, v)
-            return self.wo(cache.attend(layer, q))
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))                        # (B, heads, T, D)
-        if kept is not None:
-            kept[layer][0][:, :, :T], kept[layer][1][:, :, :T] = k, v
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.G < self.H)
-        return self.wo(y.transpose(1, 2).reshape(B, T, self.H * self.D))
+            y = cache.attend(layer, q)
+        else:
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))                    # (B, heads, T, D)
+            if kept is not None:
+                kept[layer][0][:, :, :T], kept[layer][1][:, :, :T] = k, v
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.G < self.H)
+            y = y.transpose(1, 2).reshape(B, T, self.H * self.D)
+        return self.wo(y if at is None else y[at])
 
 
 class SwiGLU(nn.Module):
@@ -196,8 +106,9 @@ class Block(nn.Module):
         self.norm2 = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x, *args):
-        x = x + self.attn(self.norm1(x), *args)
+    def forward(self, x, rope, layer, cache, kept, at):
+        y = self.attn(self.norm1(x), rope, layer, cache, kept, at)
+        x = y + (x if at is None else x[at])
         return x + self.mlp(self.norm2(x))
 
 
@@ -236,8 +147,9 @@ class GPT(nn.Module):
     def dtype(self):
         return self.embed.weight.dtype
 
-    def trunk(self, idx, cache=None, kept=None):
-        """Hidden states (B, T, C) of the tokens idx (B, T).
+    def trunk(self, idx, cache=None, kept=None, at=None):
+        """Hidden states (B, T, C) of the tokens idx (B, T); at: those at (rows (K,), columns (K,)) alone, (K,
+        C), which saves most of the last block.
 
         Without a cache they are the first of each row, right-padded; kept: (keys, values) of each layer, (B,
         G, at least T, D), to be filled in. With a cache they come behind what its rows hold, and are added.
@@ -252,7 +164,7 @@ class GPT(nn.Module):
             rope = self.cos[None, :T, None], self.sin[None, :T, None]
         x = self.embed(idx)                                                     # (B, T, C)
         for layer, block in enumerate(self.blocks):
-            x = block(x, rope, layer, cache, kept)
+            x = block(x, rope, layer, cache, kept, at if layer + 1 == len(self.blocks) else None)
         if cache is not None:
             cache.count += T
         return self.norm(x)

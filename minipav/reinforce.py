@@ -41,10 +41,10 @@ def policy_loss(policy, ref, tokens, step, weight, kl_coef):
     The KL of each token is exact, over the whole vocabulary, at the states that were visited. Padding and
     prompt have no part in the loss; the end token has.
     """
-    rows, cols = (step[:, 1:] >= 0).nonzero(as_tuple=True)  # predicted one position before it
-    logp = policy.head(policy.trunk(tokens[:, :-1])[rows, cols]).log_softmax(-1)  # (tokens of responses, V)
+    rows, cols = at = (step[:, 1:] >= 0).nonzero(as_tuple=True)  # predicted one position before it
+    logp = policy.head(policy.trunk(tokens[:, :-1], at=at)).log_softmax(-1)     # (tokens of responses, V)
     with torch.no_grad():
-        ref_logp = ref.head(ref.trunk(tokens[:, :-1])[rows, cols]).log_softmax(-1)
+        ref_logp = ref.head(ref.trunk(tokens[:, :-1], at=at)).log_softmax(-1)
     chosen = logp.gather(1, tokens[rows, cols + 1][:, None])[:, 0]
     p = logp.exp()
     kl, entropy = (p * (logp - ref_logp)).sum(), -(p * logp).sum().detach()
@@ -54,8 +54,8 @@ def policy_loss(policy, ref, tokens, step, weight, kl_coef):
 def value_loss(value, tokens, step, target):
     """Squared error of the value network, which sees all before a token, against the token's return, summed:
     (loss, its predictions (N, T), 0 outside of the response)."""
-    rows, cols = (step[:, 1:] >= 0).nonzero(as_tuple=True)
-    v = value.head(value.trunk(tokens[:, :-1])[rows, cols])[:, 0]
+    rows, cols = at = (step[:, 1:] >= 0).nonzero(as_tuple=True)
+    v = value.head(value.trunk(tokens[:, :-1], at=at))[:, 0]
     out = torch.zeros(tokens.shape, device=tokens.device)
     out[rows, cols + 1] = v.detach()
     return ((v - target[rows, cols + 1]) ** 2).sum(), out

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from minipav.model import KVCache
+from minipav.cache import KVCache
 from minipav.utils import tokens_per_forward
 
 LENGTH = -1                         # Samples.finish_reason of a row that met no stop token
@@ -90,14 +90,15 @@ def sample(model, prompts, lengths, n=1, *, which=None, max_new_tokens, stop, se
     x slots of the KV buffers (not the outputs, which grow with n); progress(rows_done) is called after each
     chunk. Raises ValueError if a prefix is empty or a row would not fit the model's block_size.
     """
-    longest, which = int(lengths.max()) + max_new_tokens, torch.arange(len(lengths)) if which is None else which
+    longest = int(lengths.max()) + max_new_tokens
+    which = torch.arange(len(lengths)) if which is None else which
     if int(lengths.min()) < 1 or longest - 1 > model.config.block_size:
         raise ValueError(f"prompts must hold 1 token or more, and {longest - 1} positions fit into "
                          f"block_size {model.config.block_size}")
     R = len(lengths) * n
     out = Samples(torch.full((R, max_new_tokens), pad), torch.zeros(R, dtype=torch.long),
                   torch.full((R,), LENGTH), torch.zeros(R, max_new_tokens) if logprobs else None)
-    read = torch.zeros(len(prompts), dtype=torch.long).scatter_reduce(0, which, lengths, "amax")  # of each row
+    read = torch.zeros(len(prompts), dtype=torch.long).scatter_reduce(0, which, lengths, "amax")
     order = (read[which] * len(prompts) + which).argsort(stable=True)           # short ones first
     order = (order[:, None] * n + torch.arange(n)).flatten()
     slots, at = read[which[order // n]] + max_new_tokens, 0
@@ -105,11 +106,11 @@ def sample(model, prompts, lengths, n=1, *, which=None, max_new_tokens, stop, se
     stops[list(stop)] = True
     while at < R:
         need = slots[at:at + max(1, max_tokens_in_flight // int(slots[at]))]
-        rows = order[at:at + max(1, int((need * torch.arange(1, len(need) + 1) <= max_tokens_in_flight).sum()))]
+        fit = int((need * torch.arange(1, len(need) + 1) <= max_tokens_in_flight).sum())
+        rows = order[at:at + max(1, fit)]
         cache, hidden = prefill(model, prompts, which[rows // n], lengths[rows // n], max_new_tokens)
-        device = hidden.device
-        result = decode(model, cache, hidden, rows.to(device), seed, max_new_tokens, stops.to(device), pad, compact,
-                        logprobs, **choice)
+        result = decode(model, cache, hidden, rows.to(hidden.device), seed, max_new_tokens,
+                        stops.to(hidden.device), pad, compact, logprobs, **choice)
         for name, value in zip(("tokens", "lengths", "finish_reason", "logprobs")[:3 + logprobs], result):
             getattr(out, name)[rows] = value.cpu()
         at += len(rows)
@@ -130,8 +131,8 @@ def prefill(model, prompts, which, lengths, room):
     hidden, step = [], max(1, tokens_per_forward(device) // T)
     first = torch.searchsorted(group, torch.arange(0, len(tokens) + step, step)).tolist()
     for i, a, b in zip(range(0, len(tokens), step), first, first[1:]):
-        x = model.trunk(tokens[i:i + step], kept=[(k[i:i + step], v[i:i + step]) for k, v in kept])
-        hidden.append(x[(group[a:b] - i).to(device), at[a:b]])                  # (rows, C)
+        here = [(k[i:i + step], v[i:i + step]) for k, v in kept]
+        hidden.append(model.trunk(tokens[i:i + step], kept=here, at=((group[a:b] - i).to(device), at[a:b])))
     return KVCache(kept, group.to(device), at + 1, room), torch.cat(hidden)
 
 

@@ -15,10 +15,9 @@ from minipav.utils import Fail, apply_step, derive_seed, make_optimizers, schedu
 
 def sft_loss(model, tokens, lengths, prompt_lengths):
     """Mean cross-entropy of the response tokens, END included; prompt and padding give none."""
-    hidden = model.trunk(tokens[:, :-1])                                        # (B, T - 1, C)
     t = torch.arange(1, tokens.shape[1], device=tokens.device)
-    inside = (t >= prompt_lengths[:, None]) & (t < lengths[:, None])            # (B, T - 1)
-    return F.cross_entropy(model.head(hidden[inside]), tokens[:, 1:][inside])
+    at = ((t >= prompt_lengths[:, None]) & (t < lengths[:, None])).nonzero(as_tuple=True)
+    return F.cross_entropy(model.head(model.trunk(tokens[:, :-1], at=at)), tokens[at[0], at[1] + 1])
 
 
 def _train(model, batches, steps, lr_muon, lr_adamw, log=lambda *x: None):

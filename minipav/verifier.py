@@ -53,8 +53,9 @@ def score(model, tokens, ends, batch_tokens=None):
         T = int(last[order[at]])
         rows = order[at:at + max(1, batch_tokens // T)]
         end_rows, index = (ends[rows] >= 0).nonzero(as_tuple=True)
-        hidden = model.trunk(tokens[rows, :T].to(model.device))                 # (rows, T, C)
-        out[rows[end_rows], index] = value(model.head(hidden[end_rows, ends[rows][end_rows, index]])).cpu()
+        where = end_rows.to(model.device), ends[rows][end_rows, index].to(model.device)
+        hidden = model.trunk(tokens[rows, :T].to(model.device), at=where)       # (ends, C)
+        out[rows[end_rows], index] = value(model.head(hidden)).cpu()
         at += len(rows)
     return out
 
@@ -75,9 +76,8 @@ class Values:
         """Values of the rows `parent` (N,), ascending, with new (N, T), right-padded, behind them."""
         child, new = copy.copy(self), new[:, :int(new_lengths.max())]           # no time for padding
         child.cache, child.count = self.cache.branch(parent, new.shape[1]), new_lengths
-        hidden = self.model.trunk(new, child.cache)
-        child.q = self.value(self.model.head(hidden[torch.arange(len(new), device=new.device),
-                                                    new_lengths - 1]))
+        at = torch.arange(len(new), device=new.device), new_lengths - 1
+        child.q = self.value(self.model.head(self.model.trunk(new, child.cache, at=at)))
         return child
 
     def __getitem__(self, rows):
@@ -150,9 +150,9 @@ def label_weights(traces, balance=False):
 def verifier_loss(model, tokens, ends, q, n, weight):
     """Weighted mean of the target's loss at the step ends of positive weight. tokens (B, T), else (B, S +
     1)."""
-    hidden = model.trunk(tokens)                                                # (B, T, C)
     at = (weight > 0).nonzero(as_tuple=True)
-    loss = target_of(model).loss(model.head(hidden[at[0], ends[at]]), q[at], n[at])
+    out = model.head(model.trunk(tokens, at=(at[0], ends[at])))                 # (labels, n_out)
+    loss = target_of(model).loss(out, q[at], n[at])
     return (weight[at] * loss).sum() / weight[at].sum()
 
 

@@ -55,7 +55,7 @@ class WalkPolicy(torch.nn.Module):
         self.dtype = torch.float32
         self.by_prompt, self.known = {self.task.prompt(p): (p, transitions([p])[0]) for p in problems}, {}
 
-    def trunk(self, idx, cache=None, kept=None):
+    def trunk(self, idx, cache=None, kept=None, at=None):
         as_key = idx[..., None, None].float().expand(-1, -1, 1, 2)              # (B, T, 1, 2)
         if cache is None:
             kept[0][0][:, 0, :idx.shape[1], 0] = idx
@@ -64,12 +64,14 @@ class WalkPolicy(torch.nn.Module):
         else:
             cache.append(0, as_key, as_key)
             cache.count += idx.shape[1]
-            old, new = cache.prefix[0][0][cache.group, 0, :, 0].long(), cache.new[0][0][:, 0, :cache.count, 0].long()
-            rows = [a[:n] + b for a, n, b in zip(old.tolist(), cache.lengths.tolist(), new.tolist())]
+            old, new = cache.prefix[0][0][cache.group, 0, :, 0], cache.new[0][0][:, 0, :cache.count, 0]
+            rows = zip(old.long().tolist(), cache.lengths.tolist(), new.long().tolist())
+            rows = [a[:n] + b for a, n, b in rows]
             prefixes = [[tuple(row[:len(row) - t]) for t in reversed(range(idx.shape[1]))] for row in rows]
         for prefix in {p for row in prefixes for p in row} - self.known.keys():
             self.known[prefix] = self.next(list(prefix))
-        return torch.stack([torch.stack([self.known[p] for p in row]) for row in prefixes])
+        out = torch.stack([torch.stack([self.known[p] for p in row]) for row in prefixes])
+        return out if at is None else out[at]
 
     def head(self, hidden):
         return hidden

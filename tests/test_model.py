@@ -32,6 +32,16 @@ def test_cached_decoding_equals_the_full_forward(batch, prompt):
         assert torch.allclose(model(idx[:, t:t + 1], cache)[:, 0], full[:, t], atol=1e-4)
 
 
+def test_hidden_states_at_some_positions_equal_those_of_all():
+    model, idx, at = tiny(), torch.randint(29, (3, 7)), (torch.tensor([0, 2, 2]), torch.tensor([6, 0, 3]))
+    grads = []
+    for hidden in (model.trunk(idx)[at], model.trunk(idx, at=at)):
+        model.zero_grad()
+        (hidden * torch.arange(32)).sum().backward()
+        grads.append([hidden.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in zip(*grads))
+
+
 @torch.no_grad()
 def test_ragged_rows_behind_shared_prefixes_equal_single_rows(monkeypatch):
     """Several rows behind different lengths of the same prompt, in groups of 1 to 3, read in batches of two

@@ -105,8 +105,8 @@ def search_batch(s, problems, prompts, lengths, slots, width, seed, offset=0):
     readers = (s.verifier is not None) + (s.mu_verifier is not None)
     read = readers * lengths
     for level in range(H):
-        problem_level = (live.owner + offset) * H + level
-        steps, grown = expand(s, live, cache, hidden, problem_level, width, width if level == 0 else 1, seed)
+        place, times = (live.owner + offset) * H + level, width if level == 0 else 1
+        steps, grown = expand(s, live, cache, hidden, place, width, times, seed)
         spent.index_add_(0, live.owner[steps[0]], steps[2])
         kept = distinct(*steps[:2], steps[3])
         if len(kept) == 0:  # no step of any problem came to its end
@@ -125,7 +125,8 @@ def search_batch(s, problems, prompts, lengths, slots, width, seed, offset=0):
         if len(rows) == 0:
             break
         live, cache, judges = child[rows], grown.fold(kept[rows], count[rows] - 1), judges[rows]
-        hidden = s.policy.trunk(live.tokens.gather(1, live.lengths[:, None] - 1), cache)[:, 0]  # the delimiter
+        delimiter = live.tokens.gather(1, live.lengths[:, None] - 1)            # which it has not read yet
+        hidden = s.policy.trunk(delimiter, cache)[:, 0]
         cache = cache.fold(torch.arange(len(rows), device=device), torch.ones_like(rows))
     return Beam(*(getattr(finished, f.name).cpu() for f in fields(Beam))), spent.cpu(), read.cpu()
 

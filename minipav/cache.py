@@ -1,0 +1,98 @@
+"""The KV cache: rows that share a prefix keep and read it once. Shapes as in model.py, and
+
+    P prefixes, S slots of each, R rows behind them, M rows behind one prefix at most
+"""
+import torch
+import torch.nn.functional as F
+
+
+class KVCache:
+    """Keys and values (rows, G, slots, D) of every layer, in two parts: `prefix`, P rows that were read once,
+    and `new`, what R rows have added since, each behind the first lengths[r] slots of the prefix group[r]. So
+    the samples of a prompt, the completions of a trace, the candidates behind a beam's prefix share what they
+    have in common: it is kept once and read once."""
+
+    def __init__(self, prefix, group, lengths, room=1):
+        """prefix: (keys, values) of each layer; group (R,) ascending; room: slots for new tokens."""
+        self.prefix, self.lengths, self.count, k = prefix, lengths, 0, prefix[0][0]
+        shape = (len(group), k.shape[1], room, k.shape[3])
+        self.new = [(k.new_empty(shape), k.new_empty(shape)) for _ in prefix]
+        self._lay_out(group)
+
+    @staticmethod
+    def buffers(config, rows, slots, device, dtype):
+        shape = (rows, config.n_kv_head, slots, config.n_embd // config.n_head)
+        return [tuple(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+                for _ in range(config.n_layer)]
+
+    def _lay_out(self, group):
+        """The rows behind one prefix stand side by side: row r at place[r] of P x M."""
+        k, R = self.prefix[0][0], len(group)
+        rank = torch.arange(R, device=group.device) - torch.searchsorted(group, group)
+        self.group, self.M = group, int(rank.max()) + 1
+        self.place = None if R == len(k) * self.M else group * self.M + rank    # None: they fill it
+        hidden = torch.arange(k.shape[2], device=group.device) >= self.lengths[:, None]         # (R, S)
+        self.mask = k.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))[:, None, None]
+
+    def append(self, layer, k, v):
+        """The keys and values (R, T, G, D) of the next T tokens of every row."""
+        for buffer, x in zip(self.new[layer], (k, v)):
+            buffer[:, :, self.count:self.count + k.shape[1]] = x.transpose(1, 2)
+
+    def attend(self, layer, q):
+        """What the queries q (R, T, H, D) of the tokens appended last read. -> (R, T, H * D)"""
+        (R, T, H, D), (k, v), (new_k, new_v) = q.shape, self.prefix[layer], self.new[layer]
+        G, S, end = k.shape[1], k.shape[2], self.count + T
+        # the H / G query heads of a group stand as (H / G) * T queries of one head
+        q = (q * D ** -0.5).view(R, T, G, H // G, D).permute(0, 2, 3, 1, 4).reshape(R, G, -1, D)
+        old = self._apart(self._together(q) @ k.transpose(2, 3), H // G * T) + self.mask        # (R, G, N, S)
+        new = q @ new_k[:, :, :end].transpose(2, 3)                             # (R, G, N, end)
+        if T > 1:
+            later = torch.ones(T, end, dtype=torch.bool, device=q.device).triu(self.count + 1)
+            new = new.masked_fill(later.repeat(H // G, 1), float("-inf"))
+        w = torch.cat((old, new), -1).softmax(-1)
+        y = self._apart(self._together(w[..., :S]) @ v, H // G * T) + w[..., S:] @ new_v[:, :, :end]
+        return y.view(R, G, H // G, T, D).permute(0, 3, 1, 2, 4).reshape(R, T, H * D)
+
+    def _together(self, x):
+        """(R, G, N, E) -> (P, G, M * N, E)"""
+        P, (_, G, N, E) = len(self.prefix[0][0]), x.shape
+        if self.place is not None:
+            x = x.new_zeros(P * self.M, G, N, E).index_copy_(0, self.place, x)
+        return x.view(P, self.M, G, N, E).transpose(1, 2).reshape(P, G, -1, E)
+
+    def _apart(self, x, N):
+        """(P, G, M * N, E) -> (R, G, N, E)"""
+        P, G, _, E = x.shape
+        x = x.view(P, G, self.M, N, E).transpose(1, 2).reshape(-1, G, N, E)
+        return x if self.place is None else x[self.place]
+
+    def keep(self, rows):
+        """Only these rows (R',) stay, in this order, which is the old one."""
+        group = self.group[rows]
+        used, self.lengths = torch.unique_consecutive(group), self.lengths[rows]
+        if len(used) < 0.8 * len(self.prefix[0][0]):
+            self.prefix = [(k[used], v[used]) for k, v in self.prefix]
+            group = torch.searchsorted(used, group)
+        self.new = [(k[rows], v[rows]) for k, v in self.new]
+        self._lay_out(group)
+
+    def branch(self, parent, room):
+        """A cache of rows behind the rows `parent` (ascending), which have added nothing."""
+        return KVCache(self.prefix, self.group[parent], self.lengths[parent], room)
+
+    def fold(self, rows, count):
+        """A cache in which each of these rows is a prefix of its own, with its first count (R',) new tokens."""
+        at, t = self.lengths[rows], torch.arange(int(count.max()), device=count.device)
+        row, col = (t < count[:, None]).nonzero(as_tuple=True)
+        slots = int((at + count).max())
+        prefix = []
+        for old, new in zip(self.prefix, self.new):
+            pair = []
+            for o, x in zip(old, new):
+                o = o[self.group[rows], :, :slots]
+                o = F.pad(o, (0, 0, 0, slots - o.shape[2]))
+                o[row, :, at[row] + col] = x[rows[row], :, col]
+                pair.append(o)
+            prefix.append(tuple(pair))
+        return KVCache(prefix, torch.arange(len(rows), device=rows.device), at + count)
