@@ -40,6 +40,8 @@ class Flags:
     tune: str = flag(None, "try this flag over a grid, on validation problems", choices=list(GRID), kind=str)
     micro_batch: int = flag(0, "traces in one backward pass; 0: all. Changes no result", high=1 << 16)
     device: str = flag("auto", "where it runs", choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str = flag("auto", "of matrix products; auto: bf16 where the device is made for it",
+                      choices=("auto", "fp32", "bf16"))
 
 
 @dataclass
@@ -177,7 +179,7 @@ def main():
     few(batch=trial.batch, n_mc=trial.n_mc)
     if a.out:
         make_folder(a.out)
-    runs, split = open_runs(a.run, pick_device(a.device)), "validation" if a.tune else "test"
+    runs, split = open_runs(a.run, pick_device(a.device), a.dtype), "validation" if a.tune else "test"
     wanted = [(r, plain(r, t)) for r,
               t in trials(a, trial) if REWARDS[r].values != "exact" or runs[0].task.exact]
     if not wanted:

@@ -47,6 +47,8 @@ class Flags:
     validation: int = flag(60, "validation problems on which alpha is chosen", low=1, high=10**6)
     seeds: list = flag([0], "of the sampling; curves are means over them", high=2**32 - 1)
     device: str = flag("auto", "where it runs", choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str = flag("auto", "of matrix products; auto: bf16 where the device is made for it",
+                      choices=("auto", "fp32", "bf16"))
 
 
 def choose_alpha(bench, a):
@@ -76,7 +78,7 @@ def main():
     wanted = [Cell.parse(x, policy=a.policy, problems=a.problems) for x in a.search]
     wanted = [replace(c, ns=budgets[getattr(METHODS[c.method], "budgets", "n")],
                       seed=s) for c in wanted for s in a.seeds]
-    runs, measured, alphas = open_runs(a.run, pick_device(a.device)), [], []
+    runs, measured, alphas = open_runs(a.run, pick_device(a.device), a.dtype), [], []
     for run in runs:
         bench, mu, tables, facts = Bench(run), a.prover or f"bo{run.config['K']}", [], {}
         if a.show:

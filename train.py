@@ -24,6 +24,7 @@ from minipav.files import write_csv
 from minipav.flags import few, flag, parse
 from minipav.model import GPT, GPTConfig
 from minipav.paper.report import report_training
+from minipav.precision import pick_dtype
 from minipav.run import Run
 from minipav.search.inspect import describe
 from minipav.search.measure import Bench, Cell
@@ -47,6 +48,8 @@ class Flags:
     task: str = flag("calculator", "what is solved", choices=list(TASKS))
     size: str = flag("mini", "size of policies and verifiers", choices=list(SIZES))
     device: str = flag("auto", "where it runs", choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str = flag("auto", "of matrix products; auto: bf16 where the device is made for it",
+                      choices=("auto", "fp32", "bf16"))
     seed: int = flag(0, "of everything; the same seed gives the same run on a machine", high=2**32 - 1)
     out: Path = flag(None, "run folder; default: runs/TASK-seedSEED", kind=Path)
     resume: bool = flag(False, "go on with the run in --out")
@@ -81,6 +84,9 @@ class Flags:
     mu_steps: int = flag(50, "optimizer steps of each Q^mu, which starts from Q^pi", low=1)
     lr_muon_verifier: float = flag(0.01, "as --lr_muon, for verifiers", high=10)
     lr_adamw_verifier: float = flag(1e-3, "as --lr_adamw, for verifiers", low=1e-12, high=10)
+    # memory
+    micro_batch: int = flag(0, "rows of one backward pass; 0: all", high=1 << 16)
+    checkpointing: bool = flag(False, "compute each block again for its backward pass")
     balance: bool = flag(False, "weigh labels Q < .5 and Q >= .5 the same, as in the paper")
     # evaluation
     test_problems: int = flag(500, "held-out problems", low=1, high=10**6)
@@ -102,6 +108,7 @@ def policies(run, a):
     room = 32 + 2 * run.task.max_new_tokens  # a prompt, a long prefix, a whole completion behind it
     config = GPTConfig(vocab_size=run.enc.n_vocab, block_size=max(128, room), **SIZES[a.size])
     model = GPT(config).to(a.device)
+    model.bf16, model.checkpointing = a.dtype == "bf16", a.checkpointing
     print(f"  {sum(p.numel() for p in model.parameters()):,} parameters on {a.device}")
     show, weak_at = run.logger("base", a.sft_steps), max(1, int(a.weak_at * a.sft_steps))
 
@@ -115,7 +122,7 @@ def policies(run, a):
             print(f"  {name}: no SFT ({'0 steps' if steps == 0 else 'the task has no demonstrations'})")
         else:
             train_policy(model, run, fraction, steps=steps, batch_size=a.batch_size, lr_muon=a.lr_muon,
-                         lr_adamw=a.lr_adamw, seed=seed, log=log)
+                         lr_adamw=a.lr_adamw, seed=seed, log=log, micro_batch=a.micro_batch)
         return model.save(run.out / name)
     files = model.save(run.out / "weak")
     files += train("base", a.expert_fraction, a.sft_steps, seed, log)
@@ -167,7 +174,7 @@ def verifier(run, a, name, data, init, steps, select=lambda traces: traces):
     model, r = train_verifier(
         run.model(init), train, held_out, steps=steps, batch_size=a.batch_size, lr_muon=a.lr_muon_verifier,
         lr_adamw=a.lr_adamw_verifier, seed=run.seed(name), log=run.logger(name, steps), balance=a.balance,
-        target=a.target)
+        target=a.target, micro_batch=a.micro_batch)
     files = model.save(run.out / name)
     print(f"  Brier {r.brier:.4f}  AUC {r.auc:.3f}  cross-entropy {r.loss:.4f}\n"
           "    step    labels  predicted  observed     Brier")
@@ -201,6 +208,7 @@ def main():
     few(test_problems=a.test_problems, max_n=a.max_n)
     few(test_problems=a.test_problems, widths=max(a.widths))
     a.device, a.widths = pick_device(a.device), sorted(a.widths)
+    a.dtype = pick_dtype(a.dtype, a.device)
     if a.max_tokens_in_flight is None:  # fp32 keys and values: 0.4 GB on a CPU, 4 GB on a GPU
         c = GPTConfig(vocab_size=1, **SIZES[a.size])
         slot = 8 * c.n_layer * c.n_kv_head * c.n_embd // c.n_head

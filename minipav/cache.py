@@ -44,13 +44,13 @@ class KVCache:
         (R, T, H, D), (k, v), (new_k, new_v) = q.shape, self.prefix[layer], self.new[layer]
         G, S, end = k.shape[1], k.shape[2], self.count + T
         # the H / G query heads of a group stand as (H / G) * T queries of one head
-        q = (q * D ** -0.5).view(R, T, G, H // G, D).permute(0, 2, 3, 1, 4).reshape(R, G, -1, D)
+        q = (q.to(k.dtype) * D ** -0.5).view(R, T, G, H // G, D).permute(0, 2, 3, 1, 4).reshape(R, G, -1, D)
         old = self._apart(self._together(q) @ k.transpose(2, 3), H // G * T) + self.mask        # (R, G, N, S)
         new = q @ new_k[:, :, :end].transpose(2, 3)                             # (R, G, N, end)
         if T > 1:
             later = torch.ones(T, end, dtype=torch.bool, device=q.device).triu(self.count + 1)
             new = new.masked_fill(later.repeat(H // G, 1), float("-inf"))
-        w = torch.cat((old, new), -1).softmax(-1)
+        w = torch.cat((old, new), -1).softmax(-1, dtype=torch.float32).to(v.dtype)
         y = self._apart(self._together(w[..., :S]) @ v, H // G * T) + w[..., S:] @ new_v[:, :, :end]
         return y.view(R, G, H // G, T, D).permute(0, 3, 1, 2, 4).reshape(R, T, H * D)
 
@@ -82,7 +82,7 @@ class KVCache:
         return KVCache(self.prefix, self.group[parent], self.lengths[parent], room)
 
     def fold(self, rows, count):
-        """A cache in which each of these rows is a prefix of its own, with its first count (R',) new tokens."""
+        """A cache where each of these rows, with its first count (R',) new tokens, is a prefix of its own."""
         at, t = self.lengths[rows], torch.arange(int(count.max()), device=count.device)
         row, col = (t < count[:, None]).nonzero(as_tuple=True)
         slots = int((at + count).max())

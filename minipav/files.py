@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from minipav import parallel
 from minipav.utils import Fail
 
 LOCKS = {}  # folders that this process holds, with their open lock files
@@ -21,6 +22,8 @@ def write_whole(path, write):
     """Call write(temporary path), flush it to the disk, then rename it to `path`: readers see the old file or
     the whole new one. Raises Fail if it cannot be written."""
     path = Path(path)
+    if parallel.rank():             # of several processes the first one writes
+        return
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -154,7 +157,7 @@ def lock(folder):
     Fail if it cannot be made, or, with its process number, if another process holds it."""
     make_folder(folder)
     folder = Path(folder).resolve()
-    if folder in LOCKS:
+    if folder in LOCKS or parallel.rank():
         return
     try:
         f = open(folder / ".lock", "a+")

@@ -13,8 +13,10 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from minipav.files import damaged, read_json, read_tensors, write_json, write_tensors
+from minipav.precision import mixed
 from minipav.utils import Fail
 
 
@@ -82,7 +84,9 @@ class Attention(nn.Module):
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))                    # (B, heads, T, D)
             if kept is not None:
                 kept[layer][0][:, :, :T], kept[layer][1][:, :, :T] = k, v
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.G < self.H)
+            with torch.autocast("cpu", enabled=False):      # in fp32 there: its backward is slow in bf16
+                y = F.scaled_dot_product_attention(q, k, v.to(q.dtype), is_causal=True,
+                                                   enable_gqa=self.G < self.H)
             y = y.transpose(1, 2).reshape(B, T, self.H * self.D)
         return self.wo(y if at is None else y[at])
 
@@ -116,6 +120,8 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.bf16 = False               # whether matrix products are in bf16 (precision.py)
+        self.checkpointing = False      # whether a block is computed again for the backward pass
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
@@ -145,8 +151,10 @@ class GPT(nn.Module):
 
     @property
     def dtype(self):
-        return self.embed.weight.dtype
+        """Of keys and values."""
+        return torch.bfloat16 if self.bf16 else self.embed.weight.dtype
 
+    @mixed
     def trunk(self, idx, cache=None, kept=None, at=None):
         """Hidden states (B, T, C) of the tokens idx (B, T); at: those at (rows (K,), columns (K,)) alone, (K,
         C), which saves most of the last block.
@@ -164,7 +172,8 @@ class GPT(nn.Module):
             rope = self.cos[None, :T, None], self.sin[None, :T, None]
         x = self.embed(idx)                                                     # (B, T, C)
         for layer, block in enumerate(self.blocks):
-            x = block(x, rope, layer, cache, kept, at if layer + 1 == len(self.blocks) else None)
+            args = x, rope, layer, cache, kept, at if layer + 1 == len(self.blocks) else None
+            x = checkpoint(block, *args, use_reentrant=False) if self.checkpointing else block(*args)
         if cache is not None:
             cache.count += T
         return self.norm(x)
@@ -177,6 +186,7 @@ class GPT(nn.Module):
         """A new model with this trunk's weights and a fresh scalar head (section 4.2)."""
         config = dataclasses.replace(self.config, head="scalar", target=target, n_out=n_out)
         model = GPT(config).to(self.device)
+        model.bf16, model.checkpointing = self.bf16, self.checkpointing
         model.load_state_dict({k: v for k, v in self.state_dict().items() if not k.startswith("head.")},
                               strict=False)
         return model

@@ -7,7 +7,6 @@
     log       accuracy on held-out problems, every eval_every iterations
 """
 import copy
-import functools
 import math
 import sys
 import time
@@ -15,16 +14,16 @@ import time
 import numpy as np
 import torch
 
-from minipav import rewards
+from minipav import checkpoint, parallel, rewards
 from minipav.advantage import rollout_from, seed_rollouts
-from minipav.checkpoint import load, save
 from minipav.data import corrupted_steps, random_ends
 from minipav.files import write_csv, write_tensors
+from minipav.precision import in_chunks, mixed
 from minipav.prover import Prover, verifier_of
 from minipav.search.best_of_n import pass_at_n
 from minipav.tokenizer import pad_token
 from minipav.traces import Traces, responses
-from minipav.utils import Fail, NotFinite, apply_step, make_optimizers, progress
+from minipav.utils import Fail, NotFinite, apply_step, backward, make_optimizers, micro_batches, progress
 from minipav.verifier import label_weights, verifier_loss
 
 # a row of log.csv: so far; of held-out problems (accuracy, greedy, pass_n); then means since the row before:
@@ -35,6 +34,7 @@ COLUMNS = ("iteration", "tokens", "seconds", "accuracy", "greedy", "pass_n", "le
 
 # ---- losses
 
+@mixed
 def policy_loss(policy, ref, tokens, step, weight, kl_coef):
     """REINFORCE with KL to the initial policy, summed over rows: (loss, KL, entropy, tokens).
 
@@ -42,13 +42,18 @@ def policy_loss(policy, ref, tokens, step, weight, kl_coef):
     prompt have no part in the loss; the end token has.
     """
     rows, cols = at = (step[:, 1:] >= 0).nonzero(as_tuple=True)  # predicted one position before it
-    logp = policy.head(policy.trunk(tokens[:, :-1], at=at)).log_softmax(-1)     # (tokens of responses, V)
     with torch.no_grad():
-        ref_logp = ref.head(ref.trunk(tokens[:, :-1], at=at)).log_softmax(-1)
-    chosen = logp.gather(1, tokens[rows, cols + 1][:, None])[:, 0]
-    p = logp.exp()
-    kl, entropy = (p * (logp - ref_logp)).sum(), -(p * logp).sum().detach()
-    return -(weight[rows, cols + 1] * chosen).sum() + kl_coef * kl, kl.detach(), entropy, len(rows)
+        ref_hidden = ref.trunk(tokens[:, :-1], at=at)
+
+    def sums(hidden, ref_hidden, token, w):
+        logp = policy.head(hidden).float().log_softmax(-1)                      # (tokens of responses, V)
+        with torch.no_grad():
+            ref_logp = ref.head(ref_hidden).float().log_softmax(-1)
+        p, chosen = logp.exp(), logp.gather(1, token[:, None])[:, 0]
+        kl, entropy = (p * (logp - ref_logp)).sum(), -(p * logp).sum()
+        return kl_coef * kl - (w * chosen).sum(), kl.detach(), entropy.detach()
+    hidden, at = policy.trunk(tokens[:, :-1], at=at), (rows, cols + 1)
+    return *in_chunks(sums, policy.config.vocab_size, hidden, ref_hidden, tokens[at], weight[at]), len(rows)
 
 
 def value_loss(value, tokens, step, target):
@@ -96,7 +101,8 @@ class Reinforce:
         """Train to the end, from the checkpoint if there is one. -> the trained policy"""
         a, s = self.a, self.state
         if (self.folder / "checkpoint.safetensors").exists():
-            self.load()
+            self.curve, state, self.rows = checkpoint.load(*self.saved())
+            self.state.update(state)
         problems = self.run.problems(self.split, a.problems)
         with progress(self.folder.name, a.iterations) as bar:
             bar.update(s["iteration"])
@@ -105,7 +111,7 @@ class Reinforce:
                 due = i % a.eval_every == 0 or i >= a.iterations
                 if due and (not self.rows or self.rows[-1]["iteration"] < i):
                     r = self.log(problems)
-                    self.save()
+                    checkpoint.save(*self.saved(), self.curve, self.state, self.rows)
                     bar.write(f"  {self.folder.name:<20} iteration {i:>4}   accuracy {r['accuracy']:.3f}   "
                               f"greedy {r['greedy']:.3f}   pass@{a.eval_n} {r['pass_n']:.3f}   "
                               f"KL {r['kl'] or 0:5.2f}   {r['tokens_per_s']:>7.0f} tokens/s", file=sys.stderr)
@@ -161,8 +167,7 @@ class Reinforce:
             b = rewards.step_baseline(kind, returns, traces.ends, a.group, self.state["running"])
             baseline = rewards.to_tokens(b, step)
             self.state["running"] += 0.1 * (float(target.sum() / (step >= 0).sum()) - self.state["running"])
-        size = self.micro_batch or n
-        for rows in (slice(at, at + size) for at in range(0, n, size)):         # gradients add up
+        for rows in micro_batches(n, self.micro_batch):                         # gradients add up
             T = int(traces.lengths[rows].max())
             tokens, step_of, returned = (x[rows, :T].to(device) for x in (traces.tokens, step, target))
             if learned:
@@ -175,9 +180,9 @@ class Reinforce:
             loss, kl, entropy, count = policy_loss(self.policy, self.ref, tokens, step_of, weight, a.kl)
             (loss / n).backward()
             sums[:3] += torch.tensor([float(kl), float(entropy), count])
-        warmup, cosine = (i + 1) / max(1,
-                                       a.warmup * a.iterations), (1
-                                                                  + math.cos(math.pi * i / a.iterations)) / 2
+        parallel.add_up(sums)
+        cosine = (1 + math.cos(math.pi * i / a.iterations)) / 2
+        warmup = (i + 1) / max(1, a.warmup * a.iterations)
         apply_step(self.policy, self.optimizers["policy"], min(warmup, cosine))
         if learned:
             apply_step(self.value, self.optimizers["value"], 1.0)
@@ -197,7 +202,7 @@ class Reinforce:
         wrong = corrupted_steps(run, problems, traces[:max(1, a.batch // 2)], rng)
         data = Traces.cat([traces, branches, wrong, old], pad_token(run.enc))
         batch = data.tokens, data.ends, data.q, data.n, label_weights(data)
-        verifier_loss(self.verifier, *(x.to(self.policy.device) for x in batch)).backward()
+        backward(verifier_loss, self.verifier, batch, data.lengths, batch[-1].sum(), self.micro_batch)
         apply_step(self.verifier, self.optimizers["verifier"], min(1.0, (i + 1) / 50))
 
     def seen(self, problems, traces, step, returns, sums):
@@ -237,14 +242,6 @@ class Reinforce:
         write_csv(self.folder / "log.csv", COLUMNS, [list(r.values()) for r in self.rows])
         return self.rows[-1]
 
-    def checkpoint(self, act):
-        """Save or load (checkpoint.py) all of the state: one file, written whole."""
+    def saved(self):
         modules = {name: getattr(self, name) for name in self.optimizers}
-        return act(self.folder / "checkpoint.safetensors", modules, self.optimizers)
-
-    def save(self):
-        self.checkpoint(functools.partial(save, curve=self.curve, state=self.state, rows=self.rows))
-
-    def load(self):
-        self.curve, state, self.rows = self.checkpoint(load)
-        self.state.update(state)
+        return self.folder / "checkpoint.safetensors", modules, self.optimizers

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from minipav import parallel
 from minipav.files import (
     damaged,
     file_checksum,
@@ -32,13 +33,15 @@ from minipav.files import (
     write_tensors,
 )
 from minipav.model import GPT
+from minipav.precision import pick_dtype
 from minipav.tasks import make_task
 from minipav.tokenizer import synthetic_encoding
 from minipav.traces import Traces
 from minipav.utils import Fail, NotFinite, derive_seed, progress
 
 TRAINED = ("policies", "rollouts", "q_pi", "orm")               # stages that search.py and rl.py build on
-CONFIG = dict(task=str, dials=dict, seed=int, device=str, top_p=(int, float), max_tokens_in_flight=int)
+CONFIG = dict(task=str, dials=dict, seed=int, device=str, dtype=str, checkpointing=bool, top_p=(int, float),
+              max_tokens_in_flight=int)
 
 
 class Run:
@@ -47,7 +50,9 @@ class Run:
         in use, already holds a run that is not to be resumed, or one that was started with other flags."""
         self.out, path = Path(out), Path(out) / "config.json"
         lock(self.out)
-        if path.exists() or (self.out / "stages").exists():
+        found = path.exists() or (self.out / "stages").exists()
+        parallel.barrier()
+        if found:
             if not resume:
                 raise Fail(f"--out {out} already holds a run: add --resume to go on, or choose another --out")
             old, new = read_json(path, **CONFIG), json.loads(json.dumps(config))
@@ -58,6 +63,7 @@ class Run:
                                "its flags to resume it, or choose another --out")
         else:
             write_json(path, config)
+        parallel.barrier()
         self._prepare(config)
 
     def _prepare(self, config):
@@ -68,7 +74,7 @@ class Run:
                              max_tokens_in_flight=config["max_tokens_in_flight"])
 
     @classmethod
-    def open(cls, out, device):
+    def open(cls, out, device, dtype="auto"):
         """The run in a folder, to go on with on any device. Raises Fail if it is not trained."""
         run = object.__new__(cls)
         run.out = Path(out)
@@ -81,7 +87,7 @@ class Run:
                        "finish it with its flags and --resume")
         lock(run.out)
         try:
-            run._prepare(config | {"device": device})
+            run._prepare(config | {"device": device, "dtype": pick_dtype(dtype, device)})
         except Fail as e:
             raise damaged(run.out / "config.json", e) from None
         return run
@@ -93,10 +99,11 @@ class Run:
         depends on beside the run's configuration. -> the record: facts and seconds, memory, command,
         commit"""
         path, spec = self.out / "stages" / f"{name}.json", json.loads(json.dumps(spec or {}))
-        if path.exists():
+        done = path.exists()
+        parallel.barrier()              # nobody has written it since
+        if done:
             record = read_json(path, spec=dict, seconds=(int, float), peak_memory_gb=(int, float),
-                               command=str,
-                               commit=str, hardware=str)
+                               command=str, commit=str, hardware=str)
             if record["spec"] != spec:
                 raise damaged(path, "made with other flags")
             check_files(self.out, record)
@@ -115,8 +122,10 @@ class Run:
                   "peak_memory_gb": self.peak_memory(),
                   "command": " ".join(["python", *sys.argv]), "commit": commit(),
                   "hardware": hardware(self.config["device"]), **facts}
-        record["files"] = {str(f.relative_to(self.out)): file_checksum(f) for f in facts.get("files", ())}
-        write_json(path, record)
+        if parallel.rank() == 0:
+            record["files"] = {str(f.relative_to(self.out)): file_checksum(f) for f in facts.get("files", ())}
+            write_json(path, record)
+        parallel.barrier()
         return record
 
     def peak_memory(self):
@@ -148,7 +157,9 @@ class Run:
 
     def model(self, name):
         """A model of this run, or of another folder by its absolute path."""
-        return GPT.load(self.out / name, self.config["device"])
+        model = GPT.load(self.out / name, self.config["device"])
+        model.bf16, model.checkpointing = self.config["dtype"] == "bf16", self.config["checkpointing"]
+        return model
 
     def save_traces(self, name, traces):
         write_tensors(self.out / f"{name}.safetensors", vars(traces), {"name": name})
@@ -176,9 +187,9 @@ def keyed(name, spec):
     return f"{name}-{zlib.crc32(json.dumps(spec, sort_keys=True).encode()):08x}"
 
 
-def open_runs(folders, device):
+def open_runs(folders, device, dtype="auto"):
     """Runs that differ in their seed and in nothing else. Raises Fail otherwise."""
-    runs = [Run.open(folder, device) for folder in folders]
+    runs = [Run.open(folder, device, dtype) for folder in folders]
     for run in runs[1:]:
         same = {**run.config, "seed": 0} == {**runs[0].config, "seed": 0}
         if not same or [r.config["seed"] for r in runs].count(run.config["seed"]) > 1:

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
+from minipav import parallel
 from minipav.cache import KVCache
+from minipav.precision import mixed
 from minipav.utils import tokens_per_forward
 
 LENGTH = -1                         # Samples.finish_reason of a row that met no stop token
@@ -81,6 +83,7 @@ def _nucleus(p, u, top_p):
 
 
 @torch.no_grad()
+@mixed
 def sample(model, prompts, lengths, n=1, *, which=None, max_new_tokens, stop, seed=0, logprobs=False,
            max_tokens_in_flight=1 << 18, pad=0, compact=True, progress=None, **choice):
     """n samples behind each of B prefixes. -> Samples on the CPU
@@ -100,11 +103,12 @@ def sample(model, prompts, lengths, n=1, *, which=None, max_new_tokens, stop, se
                   torch.full((R,), LENGTH), torch.zeros(R, max_new_tokens) if logprobs else None)
     read = torch.zeros(len(prompts), dtype=torch.long).scatter_reduce(0, which, lengths, "amax")
     order = (read[which] * len(prompts) + which).argsort(stable=True)           # short ones first
+    order = order[parallel.rank()::parallel.world()]
     order = (order[:, None] * n + torch.arange(n)).flatten()
     slots, at = read[which[order // n]] + max_new_tokens, 0
     stops = torch.zeros(model.config.vocab_size, dtype=torch.bool)
     stops[list(stop)] = True
-    while at < R:
+    while at < len(order):
         need = slots[at:at + max(1, max_tokens_in_flight // int(slots[at]))]
         fit = int((need * torch.arange(1, len(need) + 1) <= max_tokens_in_flight).sum())
         rows = order[at:at + max(1, fit)]
@@ -115,11 +119,13 @@ def sample(model, prompts, lengths, n=1, *, which=None, max_new_tokens, stop, se
             getattr(out, name)[rows] = value.cpu()
         at += len(rows)
         if progress:
-            progress(at)
+            progress(at * parallel.world())
+    parallel.exchange(order, *(x for x in vars(out).values() if x is not None))
     return out
 
 
 @torch.no_grad()
+@mixed
 def prefill(model, prompts, which, lengths, room):
     """Read prompts. -> the cache of rows (R,) behind the first lengths[r] tokens of the row which[r] (equal
     ones side by side) of prompts (P, T), and the hidden state (R, C) of the last of those tokens"""
@@ -137,6 +143,7 @@ def prefill(model, prompts, which, lengths, room):
 
 
 @torch.no_grad()
+@mixed
 def decode(model, cache, hidden, ids, seed, max_new, stops, pad=0, compact=False, logprobs=False, **choice):
     """Sample up to max_new tokens behind the rows of the cache, whose last token has the hidden state
     `hidden` (R, C). ids (R,): of the samples, for their randomness; stops (V,): which tokens end a row. ->

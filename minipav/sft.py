@@ -9,30 +9,36 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from minipav.precision import in_chunks, mixed
 from minipav.tokenizer import encode_rows, join, pad_token
-from minipav.utils import Fail, apply_step, derive_seed, make_optimizers, schedule
+from minipav.utils import Fail, apply_step, backward, derive_seed, make_optimizers, schedule
 
 
+@mixed
 def sft_loss(model, tokens, lengths, prompt_lengths):
-    """Mean cross-entropy of the response tokens, END included; prompt and padding give none."""
+    """Cross-entropy of the response tokens, END included, summed; prompt and padding give none."""
     t = torch.arange(1, tokens.shape[1], device=tokens.device)
     at = ((t >= prompt_lengths[:, None]) & (t < lengths[:, None])).nonzero(as_tuple=True)
-    return F.cross_entropy(model.head(model.trunk(tokens[:, :-1], at=at)), tokens[at[0], at[1] + 1])
+    def loss(hidden, token):
+        return [F.cross_entropy(model.head(hidden).float(), token, reduction="sum")]
+    hidden = model.trunk(tokens[:, :-1], at=at)                                 # (response tokens, C)
+    return in_chunks(loss, model.config.vocab_size, hidden, tokens[at[0], at[1] + 1])[0]
 
 
-def _train(model, batches, steps, lr_muon, lr_adamw, log=lambda *x: None):
+def _train(model, batches, steps, lr_muon, lr_adamw, log=lambda *x: None, micro_batch=0):
     """Train `model` in place on `batches` of (tokens, lengths, prompt lengths)."""
     optimizers = make_optimizers(model, lr_muon, lr_adamw)
-    for step, (tokens, lengths, prompt_lengths) in zip(range(steps), batches):
-        batch = tokens[:, :int(lengths.max())], lengths, prompt_lengths
-        loss = sft_loss(model, *(x.to(model.device) for x in batch))
-        loss.backward()
+    for step, batch in zip(range(steps), batches):
+        count = (batch[1] - batch[2]).sum()                                     # tokens of responses
+        loss = backward(sft_loss, model, batch, batch[1], count, micro_batch)
         apply_step(model, optimizers, schedule(step, steps))
-        log(step + 1, steps, loss.item())
+        log(step + 1, steps, loss)
 
 
-def train_policy(model, env, expert_fraction, *, steps, batch_size, lr_muon, lr_adamw, seed, log):
-    """Train `model` in place. log(step, steps, loss) is called after every step."""
+def train_policy(model, env, expert_fraction, *, steps, batch_size, lr_muon, lr_adamw, seed, log,
+                 micro_batch=0):
+    """Train `model` in place. log(step, steps, loss) is called after every step; micro_batch: rows of one
+    backward pass (0: all)."""
     def batches(ahead=20):  # demonstrations for 20 steps at once
         task, enc, rng = env.task, env.enc, np.random.default_rng(derive_seed(seed, "sft"))
         for step in range(0, steps, ahead):
@@ -41,7 +47,7 @@ def train_policy(model, env, expert_fraction, *, steps, batch_size, lr_muon, lr_
             demos, demo_lengths = encode_rows(enc, task.demonstrations(problems, expert_fraction, rng))
             data = (*join(prompts, prompt_lengths, demos, demo_lengths, pad_token(enc)), prompt_lengths)
             yield from zip(*(x.split(batch_size) for x in data))
-    _train(model, batches(), steps, lr_muon, lr_adamw, log)
+    _train(model, batches(), steps, lr_muon, lr_adamw, log, micro_batch)
 
 
 def rft(policy, seeds, seed, name="", epochs=2, batch_size=64, lr=3e-4):

@@ -9,6 +9,8 @@ from contextlib import suppress
 import torch
 from tqdm import tqdm
 
+from minipav import parallel
+
 
 class Fail(Exception):
     """A mistake of the user's, or of the disk's, told in a line: the flag or file, what to do."""
@@ -39,13 +41,14 @@ def main_guard(main):
 
 
 def pick_device(name):
-    """'auto' is CUDA, else Apple's MPS, else the CPU. Raises Fail if the device asked for is not there."""
+    """'auto' is CUDA, else Apple's MPS, else the CPU; processes of torchrun take one GPU each. Raises Fail if
+    the device asked for is not there."""
     have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        return next(d for d in have if have[d])
+        name = next(d for d in have if have[d])
     if not have[name]:
         raise Fail(f"--device {name}: torch {torch.__version__} finds no such device here; use --device auto")
-    return name
+    return parallel.start(name)
 
 
 def tune_process():
@@ -117,9 +120,33 @@ def schedule(step, steps, warmup=0.05, decay=0.5):
     return min(1.0, x / warmup, 0.05 + 0.95 * (1 - x) / decay)
 
 
+def backward(loss, model, batch, lengths, total, micro_batch=0):
+    """The gradient of loss(model, *batch) / total, a sum over rows, of which this process takes its share;
+    the tokens batch[0] (B, T) are cut at the longest row. -> that loss, of all processes"""
+    out = torch.zeros(1)
+    for rows in micro_batches(len(lengths), micro_batch):
+        parts = batch[0][rows, :int(lengths[rows].max())], *(x[rows] for x in batch[1:])
+        part = loss(model, *(x.to(model.device) for x in parts)) / float(total)
+        part.backward()
+        out += part.detach().cpu()
+    parallel.add_up(out)
+    return out.item()
+
+
+def micro_batches(n, size=0):
+    """Slices of at most `size` (0: no limit) of this process's share of n rows."""
+    mine = parallel.share(n)
+    return [slice(i, min(mine.stop, i + (size or n))) for i in range(mine.start, mine.stop, size or n)]
+
+
 def apply_step(model, optimizers, factor):
-    """Clip the gradient to norm 1, take one step with every learning rate times `factor`, clear the gradient.
-    Raises NotFinite, before any weight is changed, if the gradient (hence the loss) is not finite."""
+    """Add up the processes' gradients, clip the sum to norm 1, take one step with every learning rate times
+    `factor`, clear the gradient. Raises NotFinite, before any weight is changed, if the gradient (hence the
+    loss) is not finite."""
+    if parallel.world() > 1:
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            parallel.add_up(p.grad)
     if not torch.isfinite(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)):
         raise NotFinite("the loss or its gradient is not a finite number: lower the learning rate")
     for opt in optimizers:
@@ -137,5 +164,6 @@ class Bar(tqdm):
 
 def progress(name, total):
     """A tqdm bar with a fixed-width name; in a log file a line every half minute."""
-    return Bar(total=total, desc=f"  {name:<24}", mininterval=0.5 if sys.stderr.isatty() else 30,
+    return Bar(total=total, disable=parallel.rank() > 0, desc=f"  {name:<24}",
+               mininterval=0.5 if sys.stderr.isatty() else 30,
                bar_format="{desc} {percentage:3.0f}% {n_fmt:>7}/{total_fmt} [{elapsed}<{remaining}{postfix}]")

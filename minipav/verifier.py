@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
+from minipav import parallel
 from minipav.sampler import prefill
 from minipav.traces import responses
-from minipav.utils import Fail, apply_step, make_optimizers, schedule, tokens_per_forward
+from minipav.utils import Fail, apply_step, backward, make_optimizers, schedule, tokens_per_forward
 
 EXACT_COUNT = 16                    # a label that is exact weighs as one from so many outcomes
 
@@ -48,7 +49,7 @@ def score(model, tokens, ends, batch_tokens=None):
     batch_tokens, value = batch_tokens or tokens_per_forward(model.device), target_of(model).value
     out = torch.full(ends.shape, float("nan"))
     last = ends.max(1).values + 1
-    order, at = last.argsort(descending=True, stable=True), 0
+    order, at = last.argsort(descending=True, stable=True)[parallel.rank()::parallel.world()], 0
     while at < len(order):
         T = int(last[order[at]])
         rows = order[at:at + max(1, batch_tokens // T)]
@@ -57,6 +58,7 @@ def score(model, tokens, ends, batch_tokens=None):
         hidden = model.trunk(tokens[rows, :T].to(model.device), at=where)       # (ends, C)
         out[rows[end_rows], index] = value(model.head(hidden)).cpu()
         at += len(rows)
+    parallel.exchange(order, out)
     return out
 
 
@@ -148,12 +150,12 @@ def label_weights(traces, balance=False):
 
 
 def verifier_loss(model, tokens, ends, q, n, weight):
-    """Weighted mean of the target's loss at the step ends of positive weight. tokens (B, T), else (B, S +
+    """The target's loss at the step ends of positive weight, weighted and summed. tokens (B, T), else (B, S +
     1)."""
     at = (weight > 0).nonzero(as_tuple=True)
     out = model.head(model.trunk(tokens, at=(at[0], ends[at])))                 # (labels, n_out)
     loss = target_of(model).loss(out, q[at], n[at])
-    return (weight[at] * loss).sum() / weight[at].sum()
+    return (weight[at] * loss).sum()
 
 
 @dataclass
@@ -190,11 +192,12 @@ def evaluate(model, traces):
 
 
 def train_verifier(init, train, held_out, *, steps, batch_size, lr_muon, lr_adamw, seed, log, balance=False,
-                   target="bce", checks=6):
+                   target="bce", checks=6, micro_batch=0):
     """Fit a verifier that starts from `init` (a policy, or another verifier) to `train`; the checkpoint with
     the lowest cross-entropy on `held_out` (traces of other problems) is kept. -> (model, Report)
 
-    log(step, steps, loss, held-out loss) is called at every step.
+    log(step, steps, loss, held-out loss) is called at every step. micro_batch: rows of one backward pass (0:
+    all).
     """
     torch.manual_seed(seed)
     same = init.config.head == "scalar" and init.config.target == target
@@ -206,15 +209,13 @@ def train_verifier(init, train, held_out, *, steps, batch_size, lr_muon, lr_adam
         if len(order) < batch_size:                                             # a new pass over the data
             order = torch.cat([order, torch.randperm(len(train), generator=generator)])
         rows, order = order[:batch_size], order[batch_size:]
-        tokens = train.tokens[rows, :int(train.lengths[rows].max())]
-        batch = tokens, train.ends[rows], train.q[rows], train.n[rows], weights[rows]
-        loss = verifier_loss(model, *(x.to(model.device) for x in batch))
-        loss.backward()
+        batch = train.tokens[rows], train.ends[rows], train.q[rows], train.n[rows], weights[rows]
+        loss = backward(verifier_loss, model, batch, train.lengths[rows], batch[-1].sum(), micro_batch)
         apply_step(model, optimizers, schedule(step, steps))
         if step + 1 == steps or (step + 1) % max(1, steps // checks) == 0 and step >= steps // 2:
             report = evaluate(model, held_out)
             if best is None or report.loss < best.loss:
                 best, best_state = report, copy.deepcopy(model.state_dict())
-        log(step + 1, steps, loss.item(), best.loss if best else float("nan"))
+        log(step + 1, steps, loss, best.loss if best else float("nan"))
     model.load_state_dict(best_state)
     return model, best

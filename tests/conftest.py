@@ -52,7 +52,7 @@ class WalkPolicy(torch.nn.Module):
         super().__init__()
         self.task, self.enc, self.device = env.task, env.enc, torch.device("cpu")
         self.config = GPTConfig(vocab_size=self.enc.n_vocab, n_layer=1, n_head=1, n_kv_head=1, n_embd=2)
-        self.dtype = torch.float32
+        self.dtype, self.bf16 = torch.float32, False
         self.by_prompt, self.known = {self.task.prompt(p): (p, transitions([p])[0]) for p in problems}, {}
 
     def trunk(self, idx, cache=None, kept=None, at=None):
@@ -207,7 +207,7 @@ while code == -9:
     begun = (line for line in os.fdopen(read) if re.fullmatch(r"[\\w/-]+(: done before)?\\n", line))
     for stage, _ in enumerate(begun):
         if stage == k:
-            time.sleep(0.3 if k < 6 else 0.02)
+            time.sleep(0.05)
             os.kill(child, 9)
             break
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

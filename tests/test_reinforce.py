@@ -235,4 +235,4 @@ def test_a_checkpoint_of_another_training_is_refused(smoke, tmp_path):
     assert "\n" not in str(e.value)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(Fail, match="checkpoint.safetensors"):
-        loop.load()
+        loop.train()

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch.nn.functional import pad as pad_right
 
+from minipav import parallel
 from minipav.advantage import q_best_of_k
 from minipav.sampler import decode, prefill
 from minipav.search.score import Result, Step
@@ -75,9 +76,14 @@ def search_all(s, problems, width, seed):
         raise ValueError(f"a beam needs width >= 1, C >= 1 and alpha >= 0, not {width}, {s.C}, {s.alpha}")
     prompts, lengths = encode_rows(enc, [task.prompt(p) for p in problems])
     slots = prompts.shape[1] + task.max_steps * task.max_step_tokens
-    batch = max(1, s.env.sampling.get("max_tokens_in_flight", 1 << 18) // (slots * width * s.C))
+    # the live caches of policy and verifiers, each twice while a level's survivors are copied
+    models = 1 + (s.verifier is not None) + (s.mu_verifier is not None)
+    row = 2 * models * (slots + s.C * task.max_step_tokens)
+    batch = max(1, min(s.env.sampling.get("max_tokens_in_flight", 1 << 18) // (width * row),
+                       -(-P // parallel.world())))
     r = Result(torch.zeros(P), torch.zeros(P), torch.zeros(P), torch.zeros(P), [""] * P)
-    for i in range(0, P, batch):
+    mine = range(parallel.rank() * batch, P, parallel.world() * batch)
+    for i in mine:
         at = slice(i, i + batch)
         finished, r.tokens[at], r.verifier_tokens[at] = search_batch(
             s, problems[at], prompts[at].to(device), lengths[at].to(device), slots, width, seed, i)
@@ -90,6 +96,9 @@ def search_all(s, problems, width, seed):
             r.solved[p] = max(r.solved[p], right)
             if row in best:
                 r.text[p], r.right[p] = text, right
+    rows = [p for i in mine for p in range(i, min(P, i + batch))]
+    parallel.exchange(rows, r.right, r.solved, r.tokens, r.verifier_tokens)
+    parallel.exchange_list(rows, r.text)
     return replace(r, seconds=time.time() - start)
 
 
