@@ -1,0 +1,80 @@
+"""How fast is it, and how far from what this machine can do?
+
+    python -m minipav.bench                      # all sizes, 10 to 20 minutes on 2 cores
+    python -m minipav.bench --quick              # the smallest, within a minute
+    python -m minipav.bench --against FOLDER     # another checkout: the ratio of its training steps to ours
+
+Random weights; everything is timed in turns, several rounds, after a warm-up; medians. `generate` is that of
+transformers (if installed) for the same shape, its best of dynamic and static cache and of fp32 and bf16.
+The floor of rollouts is the time of their products at this machine's matrix rate, or that of reading weights
+and cache at its copy rate, whichever is larger, both rates measured in the same run.
+"""
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from minipav.bench.cases import SIZES, Case
+from minipav.bench.machine import rates, rollout_floor, seconds
+from minipav.files import make_folder, write_csv, write_json
+from minipav.flags import flag, parse
+from minipav.precision import pick_dtype
+from minipav.run import commit, hardware
+from minipav.utils import main_guard, pick_device, tune_process
+
+
+@dataclass
+class Flags:
+    sizes: list = flag(["0.5M", "4M", "30M", "135M"], "of the models, by parameters", choices=list(SIZES))
+    rounds: int = flag(5, "timings of each; the median counts", low=1)
+    quick: bool = flag(False, "0.5M, 3 rounds")
+    against: Path = flag(None, "folder of another checkout, to time its training steps too", kind=Path)
+    device: str = flag("auto", "where it runs", choices=("auto", "cpu", "cuda"))
+    dtype: str = flag("auto", "of matrix products", choices=("auto", "fp32", "bf16"))
+    out: Path = flag(Path("results/bench"), "where bench.csv and summary.json go", kind=Path)
+
+
+def report(size, case, t, rate, copied, a):
+    """(what is in summary.json by size)"""
+    floor = rollout_floor(case.c, case.B, case.n, case.P, case.T, rate, copied, 2 if a.dtype == "bf16" else 4)
+    generate = min((t[k] for k in t if k.startswith("generate")), default=float("nan"))
+    found = {"ratio_to_generate": generate / t["rollouts"], "share_of_floor": floor / t["rollouts"],
+             "labelling_ratio": t["labelling, nothing shared"] / t["labelling"],
+             "matrix_gflops": rate / 1e9, "copy_gb_s": copied / 1e9}
+    if a.against:
+        found |= {f"{k}_step_ratio": t[f"{k} step, against"] / t[f"{k} step"] for k in ("sft", "verifier")}
+    print("  " + "   ".join(f"{k} {x:.2f}" for k, x in found.items()), flush=True)
+    return {k: round(x, 3) for k, x in found.items()}
+
+
+def main():
+    a = parse(Flags, __doc__)
+    tune_process()
+    a.device = pick_device(a.device)
+    a.dtype = pick_dtype(a.dtype, a.device)
+    make_folder(a.out)
+    if a.quick:
+        a.sizes, a.rounds = ["0.5M"], 3
+    dtype = torch.bfloat16 if a.dtype == "bf16" else torch.float32
+    rows, facts = [], {"command": " ".join(["python -m minipav.bench", *sys.argv[1:]]), "commit": commit(),
+                       "hardware": hardware(a.device), "dtype": a.dtype}
+    for size in a.sizes:
+        case, (rate, copied) = Case(size, a), rates(a.device, dtype, a.rounds)
+        print(f"{size}: products {rate / 1e9:.0f} GFLOP/s, copies {copied / 1e9:.0f} GB/s")
+        t = seconds(case.functions, a.rounds, a.device)
+        for name in t:
+            n = case.count(name)
+            rows.append((size, name, n, f"{t[name]:.5f}", round(n / t[name])))
+            print(f"  {name:<36}{rows[-1][-1]:>9,} tokens/s")
+        for k, x in report(size, case, t, rate, copied, a).items():
+            facts.setdefault(k, {})[size] = x
+        if size == "135M":
+            facts["train_135M_tokens_per_s"] = rows[[r[:2] for r in rows].index((size, "sft step"))][-1]
+        write_csv(a.out / "bench.csv", ["size", "what", "tokens", "seconds", "tokens_per_s"], rows)
+        write_json(a.out / "summary.json", facts)
+    print(f"all in {a.out}")
+
+
+if __name__ == "__main__":
+    main_guard(main)
