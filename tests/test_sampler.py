@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import tiny
 
+from minipav import sampler
 from minipav.sampler import LENGTH, choose, sample, uniform
 
 STOP = 3
@@ -73,6 +74,22 @@ def test_compaction_and_chunks_change_no_sample():
     one = run(model, n=20)
     for kw in (dict(compact=False), dict(max_tokens_in_flight=17), dict(max_tokens_in_flight=200)):
         assert same(one, run(model, n=20, **kw))
+
+
+def test_the_kv_buffers_keep_to_their_bound(monkeypatch):
+    """However many samples there are, prefixes and new tokens of a chunk fit; one row always goes."""
+    seen, fill = [], sampler.prefill
+
+    def spy(model, prompts, which, lengths, room):
+        cache, hidden = fill(model, prompts, which, lengths, room)
+        seen.append((len(which), sum(x[0][0][:, 0, :, 0].numel() for x in (cache.prefix, cache.new))))
+        return cache, hidden
+    monkeypatch.setattr(sampler, "prefill", spy)
+    for bound in (1, 40, 200):
+        seen.clear()
+        run(tiny(), n=30, max_tokens_in_flight=bound)
+        assert sum(rows for rows, _ in seen) == 120 and all(n <= bound or rows == 1 for rows, n in seen)
+    assert max(n for _, n in seen) > 150
 
 
 def test_logprobs_are_the_models():
