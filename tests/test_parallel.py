@@ -52,10 +52,15 @@ def test_samples_labels_scores_and_searches_are_the_same(smoke_run, tmp_path):
         assert same, name
 
 
+# the policies of SMOKE, and little behind them
+LITTLE = [*SMOKE, *"--problems 40 --branches 60 --prover_rollouts 0 --pit_traces 0 --test_problems 8".split(),
+          *"--max_n 2 --widths 1".split()]
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     out = tmp_path_factory.mktemp("two") / "run"
-    done = torchrun("train.py", *SMOKE, "--out", out)
+    done = torchrun("train.py", *LITTLE, "--out", out)
     assert done.returncode == 0, done.stderr
     return out, done
 
@@ -72,7 +77,7 @@ def test_a_resumed_run_of_two_equals_the_uninterrupted_one(trained, tmp_path):
     for path in out.glob("stages/orm.json"):
         path.unlink()
     shutil.rmtree(out / "orm")
-    done = torchrun("train.py", *SMOKE, "--out", out, "--resume")
+    done = torchrun("train.py", *LITTLE, "--out", out, "--resume")
     assert done.returncode == 0, done.stderr
     assert (out / "orm/model.safetensors").read_bytes() == (trained[0] / "orm/model.safetensors").read_bytes()
 
