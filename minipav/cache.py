@@ -26,10 +26,15 @@ class KVCache:
                 for _ in range(config.n_layer)]
 
     def _lay_out(self, group):
-        """The rows behind one prefix stand side by side: row r at place[r] of P x M."""
-        k, R = self.prefix[0][0], len(group)
+        """Rows behind one prefix stand side by side: row r at place[r] of P x M. If that were mostly empty
+        (many rows behind one prefix, few behind the others), every row gets a copy of its own."""
+        R = len(group)
         rank = torch.arange(R, device=group.device) - torch.searchsorted(group, group)
         self.group, self.M = group, int(rank.max()) + 1
+        if len(self.prefix[0][0]) * self.M > 4 * R:
+            self.prefix = [(k[group], v[group]) for k, v in self.prefix]
+            self.group, self.M = torch.arange(R, device=group.device), 1
+        k, group = self.prefix[0][0], self.group
         self.place = None if R == len(k) * self.M else group * self.M + rank    # None: they fill it
         hidden = torch.arange(k.shape[2], device=group.device) >= self.lengths[:, None]         # (R, S)
         self.mask = k.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))[:, None, None]

@@ -75,6 +75,17 @@ def test_ragged_rows_behind_shared_prefixes_equal_single_rows(monkeypatch):
 
 
 @torch.no_grad()
+def test_many_rows_behind_one_prefix_and_few_behind_others():
+    """Not padded to prefixes x the most rows behind one: each row has its own copy."""
+    model, idx = tiny(), torch.randint(29, (20, 4))
+    which = torch.cat([torch.zeros(20, dtype=torch.long), torch.arange(1, 20)])
+    cache, _ = read(model, idx, torch.full((39,), 4), which)
+    assert len(cache.prefix[0][0]) == 39 and cache.M == 1
+    new = torch.randint(29, (39, 1))
+    assert torch.allclose(model(new, cache)[:, 0], model(torch.cat([idx[which], new], 1))[:, -1], atol=1e-4)
+
+
+@torch.no_grad()
 def test_branches_and_what_is_folded_in_equal_the_full_forward():
     """A beam's use: several tokens at once, right-padded, behind copied rows; some rows are kept, each with
     its own length, in another order; twice."""
