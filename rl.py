@@ -16,7 +16,6 @@ from pathlib import Path
 
 from minipav.files import make_folder, write_csv
 from minipav.flags import few, flag, parse
-from minipav.model import GPT
 from minipav.paper.experiments import GRID, SWEEPS
 from minipav.paper.rl_report import report_rl
 from minipav.prover import Prover
@@ -113,7 +112,7 @@ def evaluate(run, folder, policy, a, n, split, curve=()):
             "files": files}
 
 
-def start(run, a, split):
+def start(run, a, split, micro_batch):
     """The policy that RL starts from: RFT of --policy, or with --no_rft that policy. On the way SFT and RFT
     are evaluated. -> (policy, their stages by name)"""
     stages = {}
@@ -125,12 +124,13 @@ def start(run, a, split):
         def work(kind=kind, spec=spec, folder=run.out / name):
             model = run.model(a.policy)
             if kind == "rft":
-                model = rft(model, run.traces(f"seeds_{a.policy}_train"), run.seed("rft"), a.policy)
+                seeds = run.traces(f"seeds_{a.policy}_train")
+                model = rft(model, seeds, run.seed("rft"), a.policy, micro_batch=micro_batch)
             model.save(folder)
             # which problems does SFT never solve? (Fig. 8b)
             return evaluate(run, folder, model, a, spec["n"], split) if split == "test" else {}
         run.stage(name, work, spec)
-    return GPT.load(run.out / name, run.config["device"]), stages
+    return run.model(name), stages
 
 
 def train(run, reward, a, split, micro_batch):
@@ -138,7 +138,7 @@ def train(run, reward, a, split, micro_batch):
     stage, accuracy)"""
     spec = used(reward, a, split)
     name = keyed(f"rl/{reward}", spec)
-    folder, initial = run.out / name, start(run, a, split)
+    folder, initial = run.out / name, start(run, a, split, micro_batch)
 
     def work():
         loop = Reinforce(run, initial[0], folder, reward, a, split, micro_batch)

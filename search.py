@@ -10,6 +10,7 @@ Each search (method, score, policy, prover, alpha, budgets) is one table of rows
 is not searched again. The methods and scores are in minipav/search/, the experiments of --all in
 minipav/paper/experiments.py.
 """
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -67,6 +68,8 @@ def main():
     tune_process()
     if a.prover:
         check_head(Prover.parse(a.prover).policy, "scalar")
+    if a.show and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise Fail("--show: in one process; start it without torchrun")
     if len(a.run) > 1 and a.out is None and not a.show:
         raise Fail(f"--run {' '.join(map(str, a.run))}: several folders need an --out for their mean")
     few(problems=a.problems, n=a.n)

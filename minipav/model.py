@@ -184,7 +184,10 @@ class GPT(nn.Module):
         x = self.embed(idx)                                                     # (B, T, C)
         for layer, block in enumerate(self.blocks):
             args = x, rope, layer, cache, kept, at if layer + 1 == len(self.blocks) else None
-            x = checkpoint(block, *args, use_reentrant=False) if self.checkpointing else block(*args)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(*args)
         if cache is not None:
             cache.count += T
         return self.norm(x)

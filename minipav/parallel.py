@@ -44,7 +44,7 @@ def share(n):
 def add_up(*tensors):
     """Put into each tensor the sum of the processes' ones."""
     for t in tensors if world() > 1 else ():
-        on = t.cuda() if dist.get_backend() == "nccl" else t
+        on = t.cuda() if dist.get_backend() == "nccl" else t.cpu()
         dist.all_reduce(on)
         t.copy_(on)
 

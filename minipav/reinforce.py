@@ -112,7 +112,8 @@ class Reinforce:
                 if due and (not self.rows or self.rows[-1]["iteration"] < i):
                     r = self.log(problems)
                     checkpoint.save(*self.saved(), self.curve, self.state, self.rows)
-                    bar.write(f"  {self.folder.name:<20} iteration {i:>4}   accuracy {r['accuracy']:.3f}   "
+                    report = bar.write if parallel.rank() == 0 else lambda *x, **kw: None
+                    report(f"  {self.folder.name:<20} iteration {i:>4}   accuracy {r['accuracy']:.3f}   "
                               f"greedy {r['greedy']:.3f}   pass@{a.eval_n} {r['pass_n']:.3f}   "
                               f"KL {r['kl'] or 0:5.2f}   {r['tokens_per_s']:>7.0f} tokens/s", file=sys.stderr)
                 if i >= a.iterations:
@@ -219,6 +220,7 @@ class Reinforce:
         path = self.folder / "bad_batch.safetensors"
         state = {"tokens": traces.tokens, "ends": traces.ends, "reward": traces.reward, "q_mu": q_mu}
         write_tensors(path, state)
+        parallel.barrier()              # it is on the disk before a process ends them all
         raise Fail(f"{self.folder.name}: the loss is not finite at iteration {i}: its batch is in {path}, "
                    f"the state of iteration {self.rows[-1]['iteration']} in checkpoint.safetensors; "
                    "lower --lr or --alpha")

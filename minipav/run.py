@@ -75,7 +75,8 @@ class Run:
 
     @classmethod
     def open(cls, out, device, dtype="auto"):
-        """The run in a folder, to go on with on any device. Raises Fail if it is not trained."""
+        """The run in a folder, to go on with on any device; dtype "auto" is the run's own on a device of the
+        same kind. Raises Fail if it is not trained."""
         run = object.__new__(cls)
         run.out = Path(out)
         if not (run.out / "config.json").exists():
@@ -87,7 +88,9 @@ class Run:
                        "finish it with its flags and --resume")
         lock(run.out)
         try:
-            run._prepare(config | {"device": device, "dtype": pick_dtype(dtype, device)})
+            same = dtype == "auto" and device == config["device"]
+            dtype = config["dtype"] if same else pick_dtype(dtype, device)
+            run._prepare(config | {"device": device, "dtype": dtype})
         except Fail as e:
             raise damaged(run.out / "config.json", e) from None
         return run
@@ -121,7 +124,7 @@ class Run:
         record = {"spec": spec, "seconds": round(time.time() - start, 1),
                   "peak_memory_gb": self.peak_memory(),
                   "command": " ".join(["python", *sys.argv]), "commit": commit(),
-                  "hardware": hardware(self.config["device"]), **facts}
+                  "hardware": f"{hardware(self.config['device'])}, {self.config['dtype']}", **facts}
         if parallel.rank() == 0:
             record["files"] = {str(f.relative_to(self.out)): file_checksum(f) for f in facts.get("files", ())}
             write_json(path, record)

@@ -50,7 +50,8 @@ def train_policy(model, env, expert_fraction, *, steps, batch_size, lr_muon, lr_
     _train(model, batches(), steps, lr_muon, lr_adamw, log, micro_batch)
 
 
-def rft(policy, seeds, seed, name="", epochs=2, batch_size=64, lr=3e-4):
+def rft(policy, seeds, seed, name="", epochs=2, batch_size=64, lr=3e-4,
+        micro_batch=0):
     """Rejection fine-tuning: a copy of `policy`, trained on with the right ones of its seed rollouts (App. E;
     there with the settings of SFT). Raises Fail if none is right."""
     policy, right = copy.deepcopy(policy), seeds[seeds.reward == 1]
@@ -59,6 +60,6 @@ def rft(policy, seeds, seed, name="", epochs=2, batch_size=64, lr=3e-4):
     generator = torch.Generator().manual_seed(seed)
     order = torch.cat([torch.randperm(len(right), generator=generator) for _ in range(epochs)])
     parts = (right[rows] for rows in order.split(batch_size))
-    _train(policy, ((t.tokens, t.lengths, t.ends[:, 0] + 1) for t in parts), max(1, len(order) // batch_size),
-           0.0, lr)
+    batches = ((t.tokens, t.lengths, t.ends[:, 0] + 1) for t in parts)
+    _train(policy, batches, max(1, len(order) // batch_size), 0.0, lr, micro_batch=micro_batch)
     return policy

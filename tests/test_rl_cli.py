@@ -71,6 +71,13 @@ def test_rft_makes_right_seeds_likelier(searched):
         rft(sft, seeds[seeds.reward == 0], 0, "base")
 
 
+def test_rl_starts_in_the_precision_that_is_asked_for(searched, tmp_path):
+    shutil.copytree(searched, tmp_path / "run")
+    run = Run.open(tmp_path / "run", "cpu", "bf16")
+    policy, stages = rl.start(run, rl.Trial(no_rft=True), "validation", 0)
+    assert policy.bf16 and policy.as_verifier().bf16 and list(stages) == ["sft"]
+
+
 # ---- what it leaves
 
 @pytest.fixture(scope="module")

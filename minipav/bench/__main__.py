@@ -32,16 +32,17 @@ class Flags:
     against: Path = flag(None, "folder of another checkout, to time its training steps too", kind=Path)
     device: str = flag("auto", "where it runs", choices=("auto", "cpu", "cuda"))
     dtype: str = flag("auto", "of matrix products", choices=("auto", "fp32", "bf16"))
-    out: Path = flag(Path("results/bench"), "where bench.csv and summary.json go", kind=Path)
+    out: Path = flag(Path("runs/bench"), "where bench.csv and summary.json go", kind=Path)
 
 
 def report(size, case, t, rate, copied, a):
     """(what is in summary.json by size)"""
     floor = rollout_floor(case.c, case.B, case.n, case.P, case.T, rate, copied, 2 if a.dtype == "bf16" else 4)
-    generate = min((t[k] for k in t if k.startswith("generate")), default=float("nan"))
-    found = {"ratio_to_generate": generate / t["rollouts"], "share_of_floor": floor / t["rollouts"],
+    found = {"share_of_floor": floor / t["rollouts"],
              "labelling_ratio": t["labelling, nothing shared"] / t["labelling"],
              "matrix_gflops": rate / 1e9, "copy_gb_s": copied / 1e9}
+    if generate := [t[k] for k in t if k.startswith("generate")]:
+        found["ratio_to_generate"] = min(generate) / t["rollouts"]
     if a.against:
         found |= {f"{k}_step_ratio": t[f"{k} step, against"] / t[f"{k} step"] for k in ("sft", "verifier")}
     print("  " + "   ".join(f"{k} {x:.2f}" for k, x in found.items()), flush=True)

@@ -1,6 +1,7 @@
 """What is timed at one size, and what it is compared with."""
 import copy
 import importlib
+import inspect
 import sys
 
 import torch
@@ -130,11 +131,12 @@ class Case:
         fields = {k: v for k, v in vars(self.c).items() if k in Config.__dataclass_fields__}
         models = [Model(Config(**fields | {"head": head})).to(self.a.device) for head in ("lm", "scalar")]
         opts, ones = [make(m, 0.02, 1e-3) for m in models], torch.ones(self.ends.shape)
+        has_n = "n" in inspect.signature(verifier).parameters
         batches = ((self.tokens, self.lengths, torch.full((self.rows,), STEP)),
-                   (self.tokens, self.ends, 0.3 * ones, *([ones.long()] if ours else []), ones))
+                   (self.tokens, self.ends, 0.3 * ones, *[ones.long()] * has_n, ones))
 
         def step(i, loss):
-            models[i].bf16 = self.model.bf16
+            models[i].bf16 = self.model.bf16        # another checkout may know no bf16
             if ours:
                 backward(loss, models[i], batches[i], self.lengths, self.rows)
             else:

@@ -193,7 +193,7 @@ def train_on_sizes(bench, a, shares, width):
         few = seeds[torch.from_numpy(rng.permutation(len(data))[:max(1, len(data) // 6)])]
         data = Traces.cat([data, corrupted_steps(run, problems, few, rng)], pad_token(run.enc))
         q, r = train_verifier(run.model("strong"), data, held_out, batch_size=128,
-                              steps=max(100, len(data) // 128),
+                              steps=max(100, len(data) // 128), micro_batch=c["micro_batch"],
                               lr_muon=c["lr_muon_verifier"], lr_adamw=c["lr_adamw_verifier"],
                               seed=run.seed("data", size), log=lambda *x: None)
         judge = Bench(run)
