@@ -1,6 +1,6 @@
 """What makes large models fit and fast devices fast: bf16, and losses in pieces.
 
-A model's weights are fp32. If it is set to bf16 (GPT.bf16), its matrix products are computed in bf16, with norms,
+A model's weights are fp32. If it is set to bf16 (GPT.bf16), its matrix products are computed in bf16; norms,
 softmax, losses and, on a CPU, the attention of training (its backward pass is slower in bf16) in fp32.
 """
 import functools
