@@ -10,10 +10,10 @@ Each search (method, score, policy, prover, alpha, budgets) is one table of rows
 is not searched again. The methods and scores are in minipav/search/, the experiments of --all in
 minipav/paper/experiments.py.
 """
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from minipav import parallel
 from minipav.files import make_folder
 from minipav.flags import few, flag, parse
 from minipav.paper.experiments import EXPERIMENTS
@@ -68,8 +68,6 @@ def main():
     tune_process()
     if a.prover:
         check_head(Prover.parse(a.prover).policy, "scalar")
-    if a.show and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise Fail("--show: in one process; start it without torchrun")
     if len(a.run) > 1 and a.out is None and not a.show:
         raise Fail(f"--run {' '.join(map(str, a.run))}: several folders need an --out for their mean")
     few(problems=a.problems, n=a.n)
@@ -82,6 +80,8 @@ def main():
     wanted = [replace(c, ns=budgets[getattr(METHODS[c.method], "budgets", "n")],
                       seed=s) for c in wanted for s in a.seeds]
     runs, measured, alphas = open_runs(a.run, pick_device(a.device), a.dtype), [], []
+    if a.show and parallel.world() > 1:
+        raise Fail("--show: in one process; start it without torchrun")
     for run in runs:
         bench, mu, tables, facts = Bench(run), a.prover or f"bo{run.config['K']}", [], {}
         if a.show:

@@ -84,10 +84,10 @@ class Flags:
     mu_steps: int = flag(50, "optimizer steps of each Q^mu, which starts from Q^pi", low=1)
     lr_muon_verifier: float = flag(0.01, "as --lr_muon, for verifiers", high=10)
     lr_adamw_verifier: float = flag(1e-3, "as --lr_adamw, for verifiers", low=1e-12, high=10)
+    balance: bool = flag(False, "weigh labels Q < .5 and Q >= .5 the same, as in the paper")
     # memory
     micro_batch: int = flag(0, "rows of one backward pass; 0: all", high=1 << 16)
     checkpointing: bool = flag(False, "compute each block again for its backward pass")
-    balance: bool = flag(False, "weigh labels Q < .5 and Q >= .5 the same, as in the paper")
     # evaluation
     test_problems: int = flag(500, "held-out problems", low=1, high=10**6)
     max_n: int = flag(64, "samples a problem for best-of-N", low=1, high=1 << 16)

@@ -8,7 +8,6 @@
 """
 import copy
 import math
-import sys
 import time
 
 import numpy as np
@@ -112,10 +111,9 @@ class Reinforce:
                 if due and (not self.rows or self.rows[-1]["iteration"] < i):
                     r = self.log(problems)
                     checkpoint.save(*self.saved(), self.curve, self.state, self.rows)
-                    report = bar.write if parallel.rank() == 0 else lambda *x, **kw: None
-                    report(f"  {self.folder.name:<20} iteration {i:>4}   accuracy {r['accuracy']:.3f}   "
-                              f"greedy {r['greedy']:.3f}   pass@{a.eval_n} {r['pass_n']:.3f}   "
-                              f"KL {r['kl'] or 0:5.2f}   {r['tokens_per_s']:>7.0f} tokens/s", file=sys.stderr)
+                    bar.say(f"  {self.folder.name:<20} iteration {i:>4}   accuracy {r['accuracy']:.3f}   "
+                            f"greedy {r['greedy']:.3f}   pass@{a.eval_n} {r['pass_n']:.3f}   "
+                            f"KL {r['kl'] or 0:5.2f}   {r['tokens_per_s']:>7.0f} tokens/s")
                 if i >= a.iterations:
                     return self.policy
                 start = time.time()

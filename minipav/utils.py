@@ -74,8 +74,8 @@ def derive_seed(seed, *names):
 
 class Muon(torch.optim.Optimizer):
     """As torch.optim.Muon (Nesterov momentum, its direction made orthogonal by Newton-Schulz), for many small
-    matrices: those of one shape at once, and in fp32 on a CPU. torch's bf16 took half of the whole step on a
-    CPU that has no such instructions."""
+    matrices: those of one shape at once, and in fp32 on a CPU: torch's is in bf16, for which few CPUs have
+    instructions."""
 
     def __init__(self, params, lr, momentum=0.95):
         super().__init__(params, dict(lr=lr, momentum=momentum))
@@ -160,6 +160,11 @@ class Bar(tqdm):
     def to(self, n):
         """Move to n of the total."""
         self.update(n - self.n)
+
+    def say(self, text):
+        """A line above the bar, by the first of several processes."""
+        if not self.disable:
+            self.write(text, file=sys.stderr)
 
 
 def progress(name, total):

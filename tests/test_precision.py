@@ -79,9 +79,12 @@ def test_bf16_agrees_with_fp32():
     assert child.cache.new[0][0].dtype == torch.bfloat16 and (child.q - q[:, 1]).abs().max() < 0.03
 
 
-def test_the_precision_is_chosen_by_the_device():
+def test_the_precision_is_chosen_by_the_device(monkeypatch):
     assert pick_dtype("fp32", "cpu") == "fp32" and pick_dtype("bf16", "cpu") == "bf16"
-    assert pick_dtype("auto", "cpu") in ("fp32", "bf16") and pick_dtype("auto", "mps") == "fp32"
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    for has, want in ((False, "fp32"), (True, "bf16")):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has: has)
+        assert pick_dtype("auto", "cpu") == want and pick_dtype("auto", "mps") == "fp32"
     with pytest.raises(Fail, match="--dtype"):
         pick_dtype("bf16", "mps")
 
