@@ -1,6 +1,6 @@
 """Test-time search with what train.py left, on held-out problems (section 4.1 of the paper).
 
-    python search.py                      # runs/calculator-seed0: re-ranking and beams, alpha chosen first
+    python search.py                      # runs/calculator-seed0: re-ranking and beams, tuned on validation
     python search.py --all                # the paper's figures: other scores, bases, provers, data
     python search.py --show 3             # three problems, every candidate step with its values
     python search.py --search beam:effective --alpha 0.5 --prover bo16     # one method and score, other flags
@@ -22,10 +22,12 @@ from minipav.prover import Prover, check_head
 from minipav.run import open_runs
 from minipav.search import METHODS
 from minipav.search.inspect import show
-from minipav.search.measure import Bench, Cell, accuracy
+from minipav.search.measure import Bench, Cell, choose
+from minipav.search.score import SCORES, Quota
 from minipav.utils import Fail, main_guard, pick_device, tune_process
 
-ALPHAS = [round(0.1 * i, 1) for i in range(11)]                 # the paper's grid
+ALPHAS = (0.2, 0.5, 1.0, 2.0, 5.0)      # tried beside 0; the paper's grid ends at 1
+QUOTAS = ("none", "0.1", "parent", "grandparent")
 
 
 @dataclass
@@ -35,32 +37,40 @@ class Flags:
     all: bool = flag(False, "every figure of the paper")
     show: int = flag(0, "print so many problems of a PAV beam of width 4, measure nothing", high=10**6)
     search: list = flag(["greedy", "pass", "majority", "best_of_n:orm", "best_of_n:q_pi",
-                         "best_of_n:effective",
-                         "beam:q_pi", "beam:effective"], "METHOD or METHOD:SCORE")
+                         "best_of_n:effective", "beam:q_pi", "beam:effective", "beam:log_odds",
+                         "dvts:q_pi"], "METHOD or METHOD:SCORE")
     policy: str = flag("base", "that is searched with", choices=("weak", "base", "strong"))
     n: int = flag(128, "samples a problem for best-of-N", low=1, high=1 << 16)
-    widths: list = flag([1, 2, 4, 8, 16, 32], "beam widths", low=1, high=4096)
-    alpha: float = flag(None, "weight of A^mu; default: the best of 0, .1, ... 1 on validation problems",
-                        high=1000, kind=float)
+    widths: list = flag([1, 2, 4, 8, 16, 32, 48], "beam widths", low=1, high=4096)
+    alpha: float = flag(None, "weight of A^mu; default: chosen on validation problems", high=1000, kind=float)
+    quota: str = flag(None, "of relatives in a beam: none, parent, grandparent or a penalty; default: none, "
+                      "and beside it one chosen on validation problems", kind=str)
+    spread: int = flag(12, "a beam spreads its samples over its prefixes, so many at the first level; 0: 3 "
+                       "behind each prefix", high=1 << 16)
     prover: str = flag(None, "boK (bo1 is pi itself), weak, strong or a folder; default: the run's best-of-K",
                        kind=str)
     problems: int = flag(500, "test problems", low=1, high=10**6)
-    validation: int = flag(60, "validation problems on which alpha is chosen", low=1, high=10**6)
+    validation: int = flag(500, "validation problems on which a beam is tuned", low=2, high=10**6)
+    tuned_at: int = flag(8, "... at this width", low=1, high=4096)
     seeds: list = flag([0], "of the sampling; curves are means over them", high=2**32 - 1)
     device: str = flag("auto", "where it runs", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = flag("auto", "of matrix products; auto: bf16 where the device is made for it",
                       choices=("auto", "fp32", "bf16"))
 
 
-def choose_alpha(bench, a):
-    """The paper's rule: the best alpha of the grid on validation problems, beam 16, mu = pi; ties: the
-    smaller.
-    -> (alpha, the tables)"""
-    cells = [Cell("beam", "effective", (16,), prover="bo1", alpha=x, split="validation",
-                  problems=a.validation, seed=a.seeds[0])
-             for x in ALPHAS]
-    tables = [bench.measure(cell) for cell in cells]
-    return max(ALPHAS, key=lambda x: (accuracy(tables[ALPHAS.index(x)])[16], -x)), tables
+def tune(bench, a, mu, cell):
+    """Choose the alpha and the quota of a beam on validation problems, those that are not given: first alpha
+    without a quota, then both. -> ((alpha, quota), (alpha, quota)), the tables"""
+    alphas = [0.0, *ALPHAS] if a.alpha is None else [a.alpha]
+    if "alpha" not in SCORES[cell.score].uses:
+        alphas = [0.0]
+    tables, chosen = {}, []
+    for quotas in ((a.quota,), (a.quota,)) if a.quota else (QUOTAS[:1], QUOTAS):
+        tables |= {(x, q): bench.measure(replace(
+            cell, ns=(a.tuned_at,), prover=mu, alpha=x, quota=q, split="validation", problems=a.validation))
+            for q in quotas for x in alphas if (x, q) not in tables}
+        chosen.append(choose(tables))
+    return chosen, list(tables.values())
 
 
 def main():
@@ -76,33 +86,39 @@ def main():
         make_folder(a.out)
     ns = tuple(2 ** k for k in range(a.n.bit_length()))
     budgets = {"n": ns, "widths": tuple(sorted(a.widths)), "one": (1,)}
-    wanted = [Cell.parse(x, policy=a.policy, problems=a.problems) for x in a.search]
+    if a.quota:
+        Quota.parse(a.quota)
+    wanted = [Cell.parse(x, policy=a.policy, problems=a.problems, spread=a.spread) for x in a.search]
     wanted = [replace(c, ns=budgets[getattr(METHODS[c.method], "budgets", "n")],
                       seed=s) for c in wanted for s in a.seeds]
-    runs, measured, alphas = open_runs(a.run, pick_device(a.device), a.dtype), [], []
+    runs, measured = open_runs(a.run, pick_device(a.device), a.dtype), []
     if a.show and parallel.world() > 1:
         raise Fail("--show: in one process; start it without torchrun")
     for run in runs:
         bench, mu, tables, facts = Bench(run), a.prover or f"bo{run.config['K']}", [], {}
         if a.show:
             alpha = 0.2 if a.alpha is None else a.alpha
-            show(bench, Cell("beam", "effective", (4,), a.policy, mu, alpha, problems=a.problems,
-                             seed=a.seeds[0]), a.show)
+            show(bench, Cell("beam", "effective", (4,), a.policy, mu, alpha, a.spread, a.quota or "none",
+                             problems=a.problems, seed=a.seeds[0]), a.show)
             continue
         print(f"{run.out}: {a.problems} test problems, prover {mu}")
-        alpha = a.alpha
-        if alpha is None:
-            alpha, found = choose_alpha(bench, a)
-            tables += [("alpha", t) for t in found]
-        tables += [("main", bench.measure(replace(c, prover=mu, alpha=alpha))) for c in wanted]
+        for cell in wanted:
+            how = {"main": (a.alpha or 0.0, a.quota or "none")}
+            if cell.method == "beam":
+                both, found = tune(bench, a, mu, cell)
+                how = dict(zip(("main", "tuned"), both))
+                facts.setdefault("chosen", {})[cell.score] = how
+                tables += [("tune", t) for t in found]
+            tables += [(group, bench.measure(replace(cell, prover=mu, alpha=alpha, quota=quota)))
+                       for group, (alpha, quota) in how.items()]
+        alpha = facts["chosen"]["effective"]["main"][0] if "effective" in facts.get("chosen", {}) else a.alpha
         if a.all:
             for name, experiment in EXPERIMENTS.items():
                 more, facts[name] = experiment(bench, a, mu, alpha)
                 tables += more
         measured.append((tables, facts))
-        alphas.append(alpha)
     if not a.show:
-        report_search(runs, measured, alphas, a.out or runs[0].out / "search")
+        report_search(runs, measured, a.out or runs[0].out / "search")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from minipav.precision import pick_dtype
 from minipav.run import Run
 from minipav.search.inspect import describe
 from minipav.search.measure import Bench, Cell
+from minipav.search.score import Quota
 from minipav.sft import train_policy
 from minipav.tasks import TASKS
 from minipav.utils import Fail, derive_seed, main_guard, pick_device, progress, tune_process
@@ -72,6 +73,8 @@ class Flags:
     n_mc: int = flag(3, "completions a prefix (four times as many up to a first pit)", low=1, high=4096)
     pit_traces: int = flag(250, "wrong traces that are searched for a first pit", high=10**6)
     pit_threshold: float = flag(0.2, "Q above which a state is a high-value one", high=1)
+    q_from: str = flag("base", "Q^pi starts from this policy; dense data branches off its right seeds too",
+                       choices=("base", "strong"))
     branches: int = flag(40000, "dense: completions of prefixes of right seeds", high=10**8)
     corrupted_fraction: float = flag(0.15, "dense: seeds copied with a corrupted step, like right branches",
                                      high=1)
@@ -79,7 +82,7 @@ class Flags:
                                 "of each prover: half its own seeds, half from pi's prefixes", high=10**8)
     # verifiers
     target: str = flag("bce", "what a verifier learns", choices=list(TARGETS))
-    q_steps: int = flag(500, "optimizer steps of Q^pi, which starts from the stronger policy", low=1)
+    q_steps: int = flag(800, "optimizer steps of Q^pi", low=1)
     orm_steps: int = flag(60, "optimizer steps of the ORM, which starts from Q^pi", low=1)
     mu_steps: int = flag(50, "optimizer steps of each Q^mu, which starts from Q^pi", low=1)
     lr_muon_verifier: float = flag(0.01, "as --lr_muon, for verifiers", high=10)
@@ -93,6 +96,7 @@ class Flags:
     max_n: int = flag(64, "samples a problem for best-of-N", low=1, high=1 << 16)
     widths: list = flag([1, 2, 4, 8, 16, 24], "of the beams", low=1, high=4096)
     alpha: float = flag(0.2, "weight of A^mu in the effective reward (Eq. 5)", high=1000)
+    quota: str = flag("none", "of relatives in a beam: none, parent, grandparent or a penalty")
     K: int = flag(4, "the prover of the PAV beam is best-of-K of pi (Eq. 30)", low=1, high=999999)
     max_tokens_in_flight: int = flag(None, "bound on rows x slots of the KV buffers", low=1, high=1 << 40,
                                      kind=int)
@@ -152,7 +156,7 @@ def rollouts(run, a):
             print(f"  {name}, {split}: {len(seeds[name]):,} seeds, {right:.1%} right")
             run.save_traces(f"seeds_{name}_{split}", seeds[name])
         c = Collect(run, problems, n_mc=a.n_mc, branches=int(share * a.branches), prover_rollouts=n_mu,
-                    corrupted_fraction=a.corrupted_fraction, pit_threshold=a.pit_threshold,
+                    q_from=a.q_from, corrupted_fraction=a.corrupted_fraction, pit_threshold=a.pit_threshold,
                     pit_traces=a.pit_traces if split == "train" else 0, seed=s, rng=rng)
         if split == "train":
             tokens |= {f"seeds_{name}": int(t.cost.sum()) for name, t in seeds.items()}
@@ -194,6 +198,7 @@ def cells(a, seed):
     yield Cell("greedy", **fixed)
     for search in ("pass", "majority", "best_of_n:orm", "best_of_n:q_pi"):
         yield Cell.parse(search, ns=ns, **fixed)
+    fixed["quota"] = a.quota
     yield Cell("beam", "q_pi", tuple(a.widths), **fixed)
     yield Cell("beam", "effective", tuple(a.widths), prover=f"bo{a.K}", alpha=a.alpha, **fixed)
     for mu in ("weak", "strong")[:2 if a.prover_rollouts else 0]:
@@ -204,6 +209,9 @@ def main():
     a, dials = parse(Flags, __doc__, more=lambda known: TASKS[known.task],
                      defaults=lambda known: SMOKE if known.smoke else {})
     tune_process()
+    if a.q_from == "strong" and not a.prover_rollouts:
+        raise Fail("--q_from strong: needs --prover_rollouts above 0")
+    Quota.parse(a.quota)
     few(problems=a.problems, n_cov=a.n_cov)
     few(test_problems=a.test_problems, max_n=a.max_n)
     few(test_problems=a.test_problems, widths=max(a.widths))
@@ -218,7 +226,7 @@ def main():
     run = Run(a.out or Path("runs") / f"{a.task}-seed{a.seed}", config, a.resume)
     run.stage("policies", lambda: policies(run, a))
     run.stage("rollouts", lambda: rollouts(run, a))
-    run.stage("q_pi", lambda: verifier(run, a, "q_pi", "base", "strong", a.q_steps))
+    run.stage("q_pi", lambda: verifier(run, a, "q_pi", "base", a.q_from, a.q_steps))
     run.stage("orm", lambda: verifier(run, a, "orm", "base", "q_pi", a.orm_steps, outcome_only))
     stages = ["policies", "rollouts", "q_pi", "orm"]
     for mu in ("weak", "strong")[:2 if a.prover_rollouts else 0]:

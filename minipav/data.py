@@ -22,6 +22,7 @@ class Collect:
     problems: list                  # that the seeds are of
     n_mc: int                       # completions a prefix; up to a first pit four times as many
     branches: int                   # dense: completions in all, of prefixes of right seeds
+    q_from: str                     # dense: branches are of right seeds of pi and of this policy
     prover_rollouts: int            # dense: completions of pi's prefixes by each prover
     corrupted_fraction: float       # dense: of the seeds, copied with a corrupted step
     pit_traces: int                 # wrong traces that are searched for a first pit
@@ -79,13 +80,13 @@ def high_value_branches(mu, c, seeds):
 
 
 def dense(c, policies, seeds):
-    """Ours. pi: its seeds, branches off right seeds (its own and the stronger policy's), copies with a
+    """Ours. pi: its seeds, branches off right seeds (its own, and those of q_from), copies with a
     corrupted step, and first pits on wrong branches off a high-value state. A prover: its seeds, its
     completions of pi's prefixes, which the search will ask about, and some of the corrupted copies."""
     pad, pi, own = pad_token(c.env.enc), policies["base"], seeds["base"]
     branches, q, corrupted = own[:0], torch.zeros(0), own[:0]
     if c.branches:
-        found = [seeds[k] for k in ("base", "strong") if k in seeds]
+        found = [seeds[k] for k in dict.fromkeys(("base", c.q_from))]
         branches, q = high_value_branches(pi, c, Traces.cat(found, pad))
     if c.corrupted_fraction:
         copied = own[c.pick(len(own), max(1, round(c.corrupted_fraction * len(own))))]

@@ -37,18 +37,19 @@ def trained(bench):
 
 def searches(bench, a, group, *names, ns=(8,), **fields):
     """These searches, each for every one of --seeds."""
-    cells = [Cell.parse(name, ns=ns, problems=a.problems, seed=s,
-                        **fields) for name in names for s in a.seeds]
+    fields = dict(spread=a.spread, quota=a.quota or "none") | fields
+    cells = [Cell.parse(name, ns=ns, problems=a.problems, seed=seed, **fields)
+             for name in names for seed in a.seeds]
     return [(group, bench.measure(cell)) for cell in cells]
 
 
 def controls(bench, a, mu, alpha):
-    """Fig. 5a: other scores of the same beam; and the two beams at the budget of best-of-128."""
+    """Fig. 5a: other scores of the same beam."""
     how = dict(prover=mu, alpha=alpha)
     out = searches(bench, a, "main", "beam:advantage", "beam:bonus", ns=(1, 2, 4), **how)
     if bench.run.task.exact:
         out += searches(bench, a, "main", "beam:exact", ns=(1, 2, 4, 8))
-    return out + searches(bench, a, "main", "beam:q_pi", "beam:effective", ns=(64,), **how), {}
+    return out, {}
 
 
 def errors_by_step(bench, a, mu, alpha, n=8):

@@ -11,7 +11,7 @@ from minipav.search.score import SCORES
 
 PAPER = read_json(Path(__file__).parent / "paper.json", signed=False)
 NAMES = {"weak": "weaker", "base": "base", "strong": "stronger"}
-METHODS = {"greedy": "greedy decoding", "pass": "pass@N (oracle)", "majority": "majority vote",
+METHODS = {"greedy": "greedy decoding", "pass": "pass@N (oracle)", "majority": "majority vote", "dvts": "sub-trees",
            "best_of_n": "best-of-N"}
 TRAININGS = {"sft": "SFT", "rft": "RFT", "outcome": "ORM-RL", "pav": "PAV-RL"}
 KEYS = {v: v.replace("-", "_") for v in TRAININGS.values()}                     # their names in paper.json
@@ -85,7 +85,7 @@ def paper(of, names, x="N", title="the paper, 2B", xlabel="N", ylabel="accuracy"
 # ---- search: s is a report.Searched; draw(name, title, panels)
 
 def of_base(s, search, base):
-    return s.curves.get("main" if base == "base" else "bases", search, base)
+    return s.tuned(search) if base == "base" else s.curves.get("bases", search, base)
 
 
 def search_figures(s, draw):
@@ -99,11 +99,14 @@ def search_figures(s, draw):
     if ours:
         draw("fig4", "Fig. 4: search against PAVs and re-ranking by the ORM", [*ours, theirs])
     beams = {k: s.main(v) for k, v in (("beam, Q^pi", "beam:q_pi"), ("beam, PAV", "beam:effective"))}
+    tuned = {f"{k}, tuned": s.tuned(v) for k, v in (("beam, Q^pi", "beam:q_pi"),
+                                                    ("beam, PAV", "beam:effective"))}
     if all(beams.values()):
         each = [f"{m}:{x}" for m in ("best_of_n", "beam") for x in SCORES]
         theirs = {"best-of-N, ORM": "ORM", "best-of-N, PAV": "PAV_as_ORM"} | BEAMS
         draw("fig5a", "Fig. 5a: the same search with only the score changed", [
             ("ours", X, "accuracy", lines({name_of(m): s.main(m) for m in each})),
+            ("ours, quota and alpha tuned", X, "accuracy", lines(beams | tuned)),
             paper(PAPER["fig5a_9B"], theirs, "N_corrected", "the paper, 9B")])
         draw("fig6a", "Fig. 6a: is a right answer among the candidates?", [
             ("ours", X, "pass@N", lines({"samples": s.main("pass")} | beams, "solved")),
@@ -119,6 +122,18 @@ def search_figures(s, draw):
         prover_figures(s, draw)
     if rows := s.fact("data", lambda f: f["rows"]):
         data_figure(rows, draw)
+
+
+def tune_figure(rows, draw):
+    """Accuracy of the beams that were tried on validation problems: a panel a score, a line a quota."""
+    panels = []
+    for score, tried in rows.groupby("score"):
+        by = tried.groupby(["quota", tried.alpha.astype(float), "run"])["right"].mean().unstack()
+        panels.append((name_of(f"beam:{score}"), "alpha", "accuracy", {
+            f"quota {q}": (x.index.get_level_values(1), x.mean(axis=1), x.min(axis=1), x.max(axis=1))
+            for q, x in by.groupby("quota", sort=False)}))
+    if panels:
+        draw("tune", "Beams on validation problems (mean, extreme runs)", panels)
 
 
 def prover_figures(s, draw):

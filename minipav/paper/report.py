@@ -14,7 +14,7 @@ from pathlib import Path
 from minipav.files import make_folder, read_json, write_csv, write_json, write_text, write_whole
 from minipav.flags import flag, parse
 from minipav.paper.claims import DIDACTIC, SEARCH, THEORY, ahead, judge, sentence
-from minipav.paper.figures import draw, lines, name_of, search_figures
+from minipav.paper.figures import draw, lines, name_of, search_figures, tune_figure
 from minipav.paper.statistics import Curves, interval, load, spread
 from minipav.run import check_files
 from minipav.utils import Fail, main_guard
@@ -70,6 +70,10 @@ class Searched:
         """The curve of the base policy with this search and the chosen prover and alpha."""
         return self.curves.get(self.group, search)
 
+    def tuned(self, search):
+        """... and with the alpha and the quota that were chosen together, if they were."""
+        return self.curves.get("tuned", search) or self.main(search)
+
     def fact(self, experiment, get):
         """get(facts) of each run, or None if it was not measured everywhere."""
         found = [f[experiment] for f in self.facts if f.get(experiment)]
@@ -79,14 +83,14 @@ class Searched:
         """rows.csv.gz, curves.csv. -> the table as text"""
         gz = {"method": "gzip", "mtime": 0}
         write_whole(out / "rows.csv.gz", lambda p: self.rows.to_csv(p, index=False, compression=gz))
-        header, body = ["search", "prover", "n", "tokens_per_problem", "accuracy", "lo", "hi"], []
+        header, body = ["group", "search", "prover", "n", "tokens_per_problem", "accuracy", "lo", "hi"], []
         text = [f"{'method':<28}{'N or width':>10}{'tokens/problem':>16}{'accuracy':>10}   95% interval"]
         for (group, _, method, score, prover, _), c in self.curves.by.items():
             search = f"{method}:{score}" if score else method
-            for k, n in enumerate(c.n if group == self.group else ()):
+            for k, n in enumerate(c.n if group in (self.group, "tuned") else ()):
                 acc, lo, hi = interval(c.acc[:, k]).values()
-                body.append((search, prover, n, round(c.tokens[0, k], 1), acc, lo, hi))
-                name = name_of(search) + (f" ({prover})" if prover else "")
+                body.append((group, search, prover, n, round(c.tokens[0, k], 1), acc, lo, hi))
+                name = name_of(search) + (f" ({prover})" if prover else "") + ", tuned" * (group == "tuned")
                 text.append(f"{name:<28}{n:>10}{c.tokens[0, k]:>16.0f}{acc:>10.3f}   [{lo:.3f}, {hi:.3f}]")
         write_csv(out / "curves.csv", header, body)
         return "\n".join(text)
@@ -132,20 +136,16 @@ def report_training(runs, out):
            f"python -m minipav.paper.report --runs {runs[0]} ... --out DIR for their mean")
 
 
-def report_search(runs, measured, alphas, out):
+def report_search(runs, measured, out):
     """Of the searches of search.py: measured has the tables and facts of each run."""
     tables = {run.config["seed"]: t for run, (t, _) in zip(runs, measured)}
     s, (figure, made) = Searched(tables, [f for _, f in measured]), drawer(out)
-    tried = s.rows[s.rows.group == "alpha"]
-    if len(tried):
-        by = tried.groupby([tried.alpha.astype(float), "run"])["right"].mean().unstack()
-        line = list(by.index), by.mean(axis=1).tolist(), by.min(axis=1).tolist(), by.max(axis=1).tolist()
-        figure("alpha", "alpha on validation problems (beam 16, mu = pi)", [
-            ("mean, extreme runs", "alpha", "accuracy", {"beam, PAV": line})])
+    tune_figure(s.rows[s.rows.group == "tune"], figure)
     search_figures(s, figure)
     names = [[str(p.relative_to(run.out)).removesuffix(".csv") for _, p in t] for run,
              (t, _) in zip(runs, measured)]
-    facts = provenance([run.out for run in runs], names) | {"seeds": list(tables), "alpha": alphas}
+    facts = provenance([run.out for run in runs], names) | {
+        "seeds": list(tables), "chosen": [f.get("chosen") for _, f in measured]}
     finish(out, facts, judged(SEARCH, s), s.write(out), [*made, "curves.csv", "rows.csv.gz"],
            f"python rl.py --run {runs[0].out}; or --all; or other seeds, then --run RUN RUN ... --out DIR")
 

@@ -108,9 +108,10 @@ class Trained:
             tokens = rollouts["tokens"]
             data = {k: v for k, v in tokens.items() if not k.startswith("seeds_")}
             spent = sum(v for k, v in data.items() if k.rpartition("_")[0] in names)
-            # RFT's rollouts, and the stronger policy's, whose right traces Q^pi's data branches off
+            # RFT's rollouts, and those of the policy whose right traces Q^pi's data branches off
             others = {k for k, needed in ((f["policy"], not f["no_rft"]),
-                                          ("strong", names)) if needed} - names
+                                          ("strong", names and run.config["q_from"] == "strong")
+                                          ) if needed} - names
             spent += sum(tokens.get(f"seeds_{k}", 0) for k in others)
             training = sum(stage(run, {"base": "q_pi"}.get(k, f"q_{k}"))["seconds"] for k in names)
             out.append((spent, training + rollouts["seconds"] * spent / max(1, sum(data.values()))))

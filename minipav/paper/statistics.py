@@ -12,8 +12,8 @@ import pandas as pd
 from minipav.files import damaged
 
 KEY = ["group", "policy", "method", "score", "prover", "alpha"]
-DROPPED = {"main": ["prover", "alpha"], "bases": ["prover", "alpha"], "provers": ["alpha"],
-           "train": ["alpha"]}
+DROPPED = {**dict.fromkeys(("main", "tuned", "bases"), ["prover", "alpha"]),
+           **dict.fromkeys(("provers", "train"), ["alpha"])}
 
 
 class Curve(NamedTuple):
@@ -35,10 +35,11 @@ def read_table(path, columns, text=()):
 def load(tables):
     """The rows of all runs: tables {run's seed: [(group, path)]}. Searches that differ only in an alpha or a
     prover that was chosen for each run by one rule are one curve."""
-    columns, frames = [*KEY[1:], "split", "n", "problem", "right", "solved", "tokens", "verifier_tokens"], []
+    texts, numbers = [*KEY[1:-1], "quota", "split"], ["right", "solved", "tokens", "verifier_tokens"]
+    columns, frames = [*texts, "alpha", "n", "problem", *numbers], []
     for run, named in tables.items():
         for group, path in named:
-            frame = read_table(path, columns, (*KEY[1:-1], "split")).assign(run=run, group=group)
+            frame = read_table(path, columns, texts).assign(run=run, group=group)
             if frame.isna().any(axis=None) or frame.empty:
                 raise damaged(path, "a number is missing")
             frames.append(frame.assign(**dict.fromkeys(DROPPED.get(group, []), "")))

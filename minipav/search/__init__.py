@@ -5,5 +5,7 @@ To add one: a file with such a function, and its line in METHODS. To add a score
 """
 from minipav.search.beam import beam
 from minipav.search.best_of_n import at_n, best_of_n, greedy, majority
+from minipav.search.dvts import dvts
 
-METHODS = {"greedy": greedy, "pass": at_n, "majority": majority, "best_of_n": best_of_n, "beam": beam}
+METHODS = {"greedy": greedy, "pass": at_n, "majority": majority, "best_of_n": best_of_n, "beam": beam,
+           "dvts": dvts}

@@ -52,10 +52,11 @@ class Judges:
 def beam(s, problems, widths, seed):
     """Beam search at each width. -> [Result]
 
-    Each step samples C next steps for every prefix of the beam (width * C at the first level), drops
-    duplicates, scores, and keeps the best `width` of each problem. A finished trace stays in the beam with
-    its score frozen. The answer is the finished trace with the highest Q^pi. The problems go in batches whose
-    KV buffers have at most max_tokens_in_flight slots.
+    Each level samples width * C next steps (at most s.spread at the first one), spread evenly over a
+    problem's live prefixes (s.spread 0: C behind each), drops duplicates, scores, and keeps the best `width`
+    of each problem, relatives only as far as s.quota lets them. A finished trace stays in the beam with its
+    score frozen. The answer is the finished trace with the highest Q^pi. The problems go in batches whose KV
+    buffers have at most max_tokens_in_flight slots.
     """
     out = []
     with progress(f"beam, {s.score.label}", sum(widths)) as bar:
@@ -68,6 +69,7 @@ def beam(s, problems, widths, seed):
 
 
 beam.budgets = "widths"             # of search.py it takes these budgets; else "n" (the default) or "one"
+beam.shaped = True                  # its results depend on Search's spread and quota
 
 
 def search_all(s, problems, width, seed):
@@ -81,7 +83,7 @@ def search_all(s, problems, width, seed):
     row = 2 * models * (slots + s.C * task.max_step_tokens)
     batch = max(1, min(s.env.sampling.get("max_tokens_in_flight", 1 << 18) // (width * row),
                        -(-P // parallel.world())))
-    r = Result(torch.zeros(P), torch.zeros(P), torch.zeros(P), torch.zeros(P), [""] * P)
+    r = Result(*torch.zeros(4, P), [""] * P, torch.full((P,), -1.0))
     mine = range(parallel.rank() * batch, P, parallel.world() * batch)
     for i in mine:
         at = slice(i, i + batch)
@@ -95,9 +97,9 @@ def search_all(s, problems, width, seed):
             right = float(task.outcome(problems[p], text))
             r.solved[p] = max(r.solved[p], right)
             if row in best:
-                r.text[p], r.right[p] = text, right
+                r.text[p], r.right[p], r.q[p] = text, right, finished.q_pi[row, -1]
     rows = [p for i in mine for p in range(i, min(P, i + batch))]
-    parallel.exchange(rows, r.right, r.solved, r.tokens, r.verifier_tokens)
+    parallel.exchange(rows, r.right, r.solved, r.tokens, r.verifier_tokens, r.q)
     parallel.exchange_list(rows, r.text)
     return replace(r, seconds=time.time() - start)
 
@@ -110,12 +112,13 @@ def search_batch(s, problems, prompts, lengths, slots, width, seed, offset=0):
     judges = Judges(pi, s.mu_verifier and Values(s.mu_verifier, prompts, lengths), s.K)
     tokens = pad_right(prompts, (0, slots - prompts.shape[1]), value=pad_token(s.env.enc))
     live = Beam(torch.arange(P, device=device), tokens, lengths, pi.q[:, None].expand(P, H + 1), pi.q)
+    parents = live.owner                                                        # of the live prefixes
     finished, spent = live[:0], torch.zeros(P, dtype=torch.long, device=device)
     readers = (s.verifier is not None) + (s.mu_verifier is not None)
     read = readers * lengths
     for level in range(H):
-        place, times = (live.owner + offset) * H + level, width if level == 0 else 1
-        steps, grown = expand(s, live, cache, hidden, place, width, times, seed)
+        place = ((live.owner + offset) * H + level) * width * s.C
+        steps, grown = expand(s, live, cache, hidden, place, allot(s, live.owner, width, level), seed)
         spent.index_add_(0, live.owner[steps[0]], steps[2])
         kept = distinct(*steps[:2], steps[3])
         if len(kept) == 0:  # no step of any problem came to its end
@@ -126,28 +129,40 @@ def search_batch(s, problems, prompts, lengths, slots, width, seed, offset=0):
         step = Step(judges.pi.q, judges.q_mu, before.pi.q[parent], before.q_mu[parent],
                     live.q_pi[parent, :level + 1], level + 1, logprob.sum(1), s.alpha)
         child = grow(live[parent], new, count, step, s.score.of(step))
-        best, on = prune(finished, child, stop == eot, width)
+        relatives = parent if s.quota.levels == 1 else parents[parent]
+        best, on = prune(finished, child, stop == eot, width, relatives, s.quota.penalty)
         if s.log is not None:
             chosen = torch.isin(torch.arange(len(parent), device=device) + len(finished.owner), best)
-            s.log.append({"beam": replace(child, owner=child.owner + offset), "step": step, "kept": chosen})
+            s.log.append({"beam": replace(child, owner=child.owner + offset), "step": step, "kept": chosen,
+                          "parent": parent, "grandparent": parents[parent], "ended": stop == eot})
         rows, finished = best[on] - len(finished.owner), (finished + child)[best[~on]]
         if len(rows) == 0:
             break
         live, cache, judges = child[rows], grown.fold(kept[rows], count[rows] - 1), judges[rows]
+        parents = parent[rows]
         delimiter = live.tokens.gather(1, live.lengths[:, None] - 1)            # which it has not read yet
         hidden = s.policy.trunk(delimiter, cache)[:, 0]
         cache = cache.fold(torch.arange(len(rows), device=device), torch.ones_like(rows))
     return Beam(*(getattr(finished, f.name).cpu() for f in fields(Beam))), spent.cpu(), read.cpu()
 
 
-def expand(s, live, cache, hidden, place, width, times, seed):
-    """times * C next steps of every live prefix. place (N,): a number for each prefix's problem and level,
-    from which and from its rank in the beam comes the randomness. -> (parent, tokens, lengths, stop token,
-    log-probabilities) of each, the cache behind"""
-    task, enc, device, n = s.env.task, s.env.enc, hidden.device, times * s.C
-    rows = torch.arange(len(live.owner), device=device)
-    parent, rank = rows.repeat_interleave(n), rows - torch.searchsorted(live.owner, live.owner)
-    ids = ((place * width + rank)[:, None] * s.C + torch.arange(n, device=device)).flatten()
+def allot(s, owner, width, level):
+    """How many next steps are sampled behind each live prefix (N,) of these owners, ascending, the best first
+    within each."""
+    live = owner.bincount()[owner]
+    if s.spread == 0:
+        return torch.full_like(owner, s.C * (width if level == 0 else 1))
+    samples = min(s.spread, width * s.C) if level == 0 else width * s.C
+    return samples // live + (places(owner) < samples % live)
+
+
+def expand(s, live, cache, hidden, place, times, seed):
+    """times (N,) next steps of every live prefix. place (N,): a number for each prefix's problem and level,
+    from which and from its place in the level comes a sample's randomness. -> (parent, tokens, lengths, stop
+    token, log-probabilities) of each, the cache behind"""
+    task, enc, device = s.env.task, s.env.enc, hidden.device
+    parent = torch.arange(len(live.owner), device=device).repeat_interleave(times)
+    ids = place[parent] + places(live.owner[parent])
     stops = torch.zeros(enc.n_vocab, dtype=torch.bool)
     stops[delimiter_tokens(enc, task.delimiter)] = True
     grown = cache.branch(parent, task.max_step_tokens)
@@ -175,17 +190,39 @@ def grow(rows, new, count, step, score):
     return replace(rows, lengths=rows.lengths + count, score=score)
 
 
-def prune(finished, child, ended, width):
-    """The best `width` of each problem, of its finished traces and its children. -> their rows of finished +
-    child, and which of them live on"""
-    best = top(torch.cat([finished.score, child.score]), torch.cat([finished.owner, child.owner]), width)
+def prune(finished, child, ended, width, relatives, penalty):
+    """The best `width` of each problem, of its finished traces and its children. A child loses `penalty` of
+    its score for each better one with the same `relatives` (N,); inf: every group's best child goes before
+    any second child. -> their rows of finished + child, and which of them live on"""
+    value, owner = torch.cat([finished.score, child.score]), torch.cat([finished.owner, child.owner])
+    behind = torch.cat([torch.zeros_like(finished.owner), ranks(child.score, relatives)])
+    if penalty < float("inf"):
+        value, behind = value - penalty * behind, torch.zeros_like(behind)
+    best = top(value, owner, width, behind)
     return best, torch.cat([torch.zeros_like(finished.owner, dtype=torch.bool), ~ended])[best]
 
 
-def top(value, owner, k):
-    """Row indices of the k highest values of each owner, ordered by owner and then by value."""
+def sort(value, owner, tier=None):
+    """Row indices by owner, then by tier (none: all the same), then by value, the highest first."""
     order = value.argsort(descending=True, stable=True)
-    order = order[owner[order].argsort(stable=True)]
-    o = owner[order]
-    rank = torch.arange(len(o), device=o.device) - torch.searchsorted(o, o)     # place within the owner's run
-    return order[rank < k]
+    for key in (tier, owner) if tier is not None else (owner,):
+        order = order[key[order].argsort(stable=True)]
+    return order
+
+
+def ranks(value, owner):
+    """The place (N,) of each row among its owner's by value; 0 is the highest."""
+    order = sort(value, owner)
+    return torch.empty_like(order).index_copy_(0, order, places(owner[order]))
+
+
+def places(o):
+    """0, 1, 2, ... within each run of equal numbers of o, ascending."""
+    return torch.arange(len(o), device=o.device) - torch.searchsorted(o, o)
+
+
+def top(value, owner, k, tier=None):
+    """Row indices of the k highest values of each owner, ordered by owner, tier and value; a lower tier goes
+    first."""
+    order = sort(value, owner, tier)
+    return order[places(owner[order]) < k]

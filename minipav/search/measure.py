@@ -2,16 +2,17 @@
 import dataclasses
 from dataclasses import dataclass
 
+import numpy as np
+
 from minipav.files import read_csv, write_csv
 from minipav.prover import Prover, verifier_of
 from minipav.run import keyed
 from minipav.search import METHODS
-from minipav.search.score import SCORES, Search
+from minipav.search.score import SCORES, Quota, Search
 from minipav.utils import Fail
 
-COLUMNS = ("method", "score", "policy", "prover", "alpha", "split", "sample_seed", "n", "problem", "right",
-           "solved",
-           "tokens", "verifier_tokens", "text")
+COLUMNS = ("method", "score", "policy", "prover", "alpha", "spread", "quota", "split", "sample_seed", "n",
+           "problem", "right", "solved", "tokens", "verifier_tokens", "text")
 
 
 @dataclass
@@ -23,6 +24,8 @@ class Cell:
     policy: str = "base"
     prover: str = "bo4"
     alpha: float = 0.0
+    spread: int = 12                # how a beam spends its samples, and what it keeps: see Search
+    quota: str = "none"
     split: str = "test"
     problems: int = 500
     seed: int = 0                   # of the sampling
@@ -31,8 +34,10 @@ class Cell:
         """What has no part in the result is always the same: equal searches are one cell."""
         uses = SCORES[self.score].uses if self.score else ()
         self.alpha = float(self.alpha) if "alpha" in uses else 0.0
-        if not uses or "alpha" in uses and self.alpha == 0:
+        if "prover" not in uses or "alpha" in uses and self.alpha == 0:
             self.prover = ""
+        if not getattr(METHODS[self.method], "shaped", False):
+            self.spread, self.quota = 0, ""
 
     @classmethod
     def parse(cls, text, **fields):
@@ -43,7 +48,8 @@ class Cell:
         if method not in METHODS or colon and (score not in SCORES or not scored):
             raise Fail(f"--search {text}: choose METHOD or METHOD:SCORE of {', '.join(METHODS)} and the "
                        f"scores {', '.join(SCORES)}")
-        return cls(method, score or {"beam": "effective", "best_of_n": "orm"}.get(method, ""), **fields)
+        default = {"beam": "effective", "dvts": "q_pi", "best_of_n": "orm"}.get(method, "")
+        return cls(method, score or default, **fields)
 
 
 class Bench:
@@ -60,8 +66,9 @@ class Bench:
     def search(self, cell):
         """The Search of a cell: its models, its prover."""
         score = SCORES[cell.score] if cell.score else None
-        s = Search(self.run, self.model(cell.policy), score, alpha=cell.alpha,
-                   memo=self.memos.setdefault((cell.policy, cell.split, cell.problems), {}))
+        memo = self.memos.setdefault((cell.policy, cell.split, cell.problems), {})
+        s = Search(self.run, self.model(cell.policy), score, alpha=cell.alpha, spread=cell.spread,
+                   quota=Quota.parse(cell.quota or "none"), memo=memo)
         if score and score.verifier != "exact":
             s.verifier = self.model(verifier_of(cell.policy) if score.verifier == "q_pi" else score.verifier)
         if cell.prover:
@@ -87,16 +94,22 @@ class Bench:
 
 
 def rows(cell, results):
-    fixed = cell.method, cell.score, cell.policy, cell.prover, cell.alpha, cell.split, cell.seed
+    fixed = [getattr(cell, k) for k in COLUMNS[:8]] + [cell.seed]
     for n, r in zip(cell.ns, results):
         for i in range(len(r.right)):
             numbers = (f"{float(x[i]):.9g}" for x in (r.right, r.solved, r.tokens, r.verifier_tokens))
             yield *fixed, n, i, *numbers, r.text[i] if r.text else ""
 
 
-def accuracy(path):
-    """{n: mean accuracy} of a table of rows."""
-    by = {}
-    for row in read_csv(path, COLUMNS):
-        by.setdefault(int(row["n"]), []).append(float(row["right"]))
-    return {n: sum(x) / len(x) for n, x in by.items()}
+def rights(path):
+    """Right or not (P,) in a table of rows of one budget."""
+    return np.array([float(row["right"]) for row in read_csv(path, COLUMNS)])
+
+
+def choose(tables):
+    """Of tables {choice: path}, on the same problems and samples, the simplest one first: the choice with the
+    most right, if it is ahead of the first by more than the standard error of their paired difference."""
+    right = {choice: rights(path) for choice, path in tables.items()}
+    first, best = next(iter(right)), max(right, key=lambda c: right[c].mean())
+    gap = right[best] - right[first]
+    return best if gap.mean() > gap.std(ddof=1) / len(gap) ** 0.5 else first

@@ -1,9 +1,12 @@
 """What a search ranks by, what it is given and what it returns."""
+import re
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
 from minipav.advantage import effective_reward
+from minipav.utils import Fail
 
 
 @dataclass
@@ -33,13 +36,36 @@ class Score:
     uses: tuple = ("prover", "alpha")   # what `of` reads of these; one that is not named is blank (alpha 0)
 
 
+def log_odds(s):
+    """Eq. 5 with log-odds in the place of values, mu = pi."""
+    now, before = (q.clamp(1e-6, 1 - 1e-6).logit() for q in (s.q_pi, s.q_pi_before))
+    return effective_reward(now, now - before, s.alpha)
+
+
 SCORES = {
     "q_pi": Score("Q^pi", lambda s: s.q_pi, uses=()),
     "orm": Score("ORM", lambda s: s.q_pi, verifier="orm", uses=()),
     "effective": Score("PAV", lambda s: effective_reward(s.q_pi, s.adv_mu, s.alpha)),               # Eq. 5
     "advantage": Score("A^mu alone", lambda s: s.adv_mu, uses=("prover",)),
+    "q_mu": Score("Q^mu", lambda s: s.q_mu, uses=("prover",)),
+    "log_odds": Score("log-odds progress", log_odds, uses=("alpha",)),
     "bonus": Score("Q^pi + a Q^mu", lambda s: s.q_pi + s.alpha * s.q_mu),  # App. G's control
     "exact": Score("exact values", lambda s: effective_reward(s.q_pi, s.adv_mu, s.alpha), verifier="exact")}
+
+
+class Quota(NamedTuple):
+    """How a beam is kept from filling with relatives."""
+    levels: int = 1                 # 1: the children of one prefix are relatives; 2: its grandchildren too
+    penalty: float = 0.0            # of a child's score for every better relative
+
+    @classmethod
+    def parse(cls, text):
+        """"none"; "parent": every prefix's best child before any second child; "grandparent": so for those of
+        its grandchildren; a number: the penalty. Else raises Fail."""
+        hard = {"none": cls(), "parent": cls(1, float("inf")), "grandparent": cls(2, float("inf"))}
+        if text not in hard and not re.fullmatch(r"[0-9]*[.]?[0-9]+", text, re.ASCII):
+            raise Fail(f"--quota {text}: choose {', '.join(hard)}, or a penalty such as 0.1")
+        return hard.get(text) or cls(1, float(text))
 
 
 @dataclass
@@ -50,6 +76,7 @@ class Result:
     tokens: torch.Tensor            # (P,) policy tokens generated, duplicates and losers included
     verifier_tokens: torch.Tensor   # (P,) tokens read by verifiers, prompt included
     text: list = None               # P answers, where there is one answer
+    q: torch.Tensor = None          # (P,) the verifier's value of it, -1 where there is none; beams
     seconds: float = 0.0            # all problems together
 
 
@@ -63,7 +90,9 @@ class Search:
     mu_verifier: object = None      # of Q^mu; None: mu is best-of-K of pi
     K: int = 1
     alpha: float = 0.0
-    C: int = 3                      # beam: next steps sampled for each prefix
+    C: int = 3                      # beam: next steps sampled for each prefix, on average
+    spread: int = 12                # beam: most samples at the first level; 0: C behind every prefix
+    quota: Quota = Quota()          # beam: of relatives
     log: list = None                # beam: gets the candidates of every level
     # samples and their values, shared by searches of the same problems
     memo: dict = field(default_factory=dict)
