@@ -11,8 +11,8 @@ from minipav.search.score import SCORES
 
 PAPER = read_json(Path(__file__).parent / "paper.json", signed=False)
 NAMES = {"weak": "weaker", "base": "base", "strong": "stronger"}
-METHODS = {"greedy": "greedy decoding", "pass": "pass@N (oracle)", "majority": "majority vote", "dvts": "sub-trees",
-           "best_of_n": "best-of-N"}
+METHODS = {"greedy": "greedy decoding", "pass": "pass@N (oracle)", "majority": "majority vote",
+           "dvts": "sub-trees", "best_of_n": "best-of-N"}
 TRAININGS = {"sft": "SFT", "rft": "RFT", "outcome": "ORM-RL", "pav": "PAV-RL"}
 KEYS = {v: v.replace("-", "_") for v in TRAININGS.values()}                     # their names in paper.json
 BEAMS = {"beam, Q^pi": "PRM_Q", "beam, PAV": "PAV"}

@@ -48,7 +48,6 @@ class Judges:
         return Judges(self.pi[rows], self.mu and self.mu[rows], self.K)
 
 
-@torch.no_grad()
 def beam(s, problems, widths, seed):
     """Beam search at each width. -> [Result]
 
@@ -72,6 +71,7 @@ beam.budgets = "widths"             # of search.py it takes these budgets; else 
 beam.shaped = True                  # its results depend on Search's spread and quota
 
 
+@torch.no_grad()
 def search_all(s, problems, width, seed):
     task, enc, device, start, P = s.env.task, s.env.enc, s.policy.device, time.time(), len(problems)
     if width < 1 or s.C < 1 or s.alpha < 0:
