@@ -102,17 +102,18 @@ def main():
                              problems=a.problems, seed=a.seeds[0]), a.show)
             continue
         print(f"{run.out}: {a.problems} test problems, prover {mu}")
+        chosen = facts["chosen"] = {}
         for cell in wanted:
-            how = {"main": (a.alpha or 0.0, a.quota or "none")}
-            if cell.method == "beam":
-                both, found = tune(bench, a, mu, cell)
-                how = dict(zip(("main", "tuned"), both))
-                facts.setdefault("chosen", {})[cell.score] = how
+            if cell.method == "beam" and cell.score not in chosen:
+                chosen[cell.score], found = tune(bench, a, mu, cell)
                 tables += [("tune", t) for t in found]
-            tables += [(group, bench.measure(replace(cell, prover=mu, alpha=alpha, quota=quota)))
-                       for group, (alpha, quota) in how.items()]
-        alpha = facts["chosen"]["effective"]["main"][0] if "effective" in facts.get("chosen", {}) else a.alpha
+        for cell in wanted:
+            how = chosen.get(cell.score, [(a.alpha or 0.0, a.quota or "none")])
+            for group, (alpha, quota) in zip(("main", "tuned")[:1 + (cell.method == "beam")], how):
+                cell = replace(cell, prover=mu, alpha=alpha, quota=quota)
+                tables.append((group, bench.measure(cell)))
         if a.all:
+            alpha = chosen["effective"][0][0] if a.alpha is None and "effective" in chosen else a.alpha or 0.0
             for name, experiment in EXPERIMENTS.items():
                 more, facts[name] = experiment(bench, a, mu, alpha)
                 tables += more

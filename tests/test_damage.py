@@ -42,7 +42,8 @@ TOY = ("--smoke --device cpu --H 4 --min_steps 2 --sft_steps 250 --problems 400 
 SMALL = ("--smoke --device cpu --H 2 --min_steps 1 --sft_steps 4 --strong_steps 2 --problems 20 "
          "--branches 40 --pit_traces 0 --prover_rollouts 20 --q_steps 3 --orm_steps 2 --mu_steps 2 "
          "--test_problems 8 --max_n 4 --widths 1 2 --batch_size 16").split()
-SEARCH = "--device cpu --problems 5 --n 4 --widths 1 2 --validation 5".split()
+SEARCH = ("--device cpu --problems 5 --n 4 --widths 1 2 --validation 5 --search pass best_of_n:orm beam:q_pi "
+          "beam:effective").split()
 RL = ("--device cpu --reward pav --refresh 1 --iterations 4 --eval_every 2 --batch 8 --problems 5 --eval_n 2 "
       "--n 4").split()
 
@@ -537,8 +538,8 @@ def of_traces():
 
 def of_tables():
     """Of searches and of trainings, and a training's checkpoint."""
-    rows = ("method", "score", "policy", "prover", "alpha", "split", "sample_seed", "n", "problem", "right",
-            "solved", "tokens", "verifier_tokens", "text")
+    rows = ("method", "score", "policy", "prover", "alpha", "spread", "quota", "split", "sample_seed", "n",
+            "problem", "right", "solved", "tokens", "verifier_tokens", "text")
     numbers = {f"{c} {x}": cell(c, x) for c in ("n", "problem", "right", "tokens")
                for x in ("-1", "inf", "1e999", "9" * 30)}
     out = of("resume", "search/{T_beam_q_pi}.csv", TABLE | dict(columns(rows)) | numbers)

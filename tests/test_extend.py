@@ -97,7 +97,8 @@ DICTS = {"task": TASKS, "target": TARGETS, "score": SCORES, "method": METHODS, "
 TINY = ("--smoke --device cpu --batch_size 16 --sft_steps 60 --expert_fraction 0.5 --strong_steps 4 "
         "--problems 40 --branches 60 --prover_rollouts 40 --orm_steps 4 --q_steps 40 --mu_steps 4 "
         "--test_problems 20 --max_n 4").split()
-LITTLE = "--device cpu --alpha 0.2 --problems 15 --n 4 --widths 2".split()
+LITTLE = ("--device cpu --alpha 0.2 --quota none --problems 15 --validation 16 --n 4 "
+          "--widths 2").split()
 
 
 def rows(path):

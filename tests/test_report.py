@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 
 from minipav.files import write_json
-from minipav.paper import claims, report, rl_report
-from minipav.paper.claims import DIDACTIC, RL, SEARCH, THEORY, Claim, judge, sample_efficiency, sentence
+from minipav.paper import quantities, report, rl_report
+from minipav.paper.claims import DIDACTIC, RL, SEARCH, THEORY, Claim, judge, sentence
 from minipav.paper.statistics import (
     Curve,
     Curves,
@@ -40,7 +40,8 @@ def table(path, shift=0.0, problems=50, curves=BY_HAND, **fixed):
     for search, (acc, tokens) in curves.items():
         method, _, score = search.partition(":")
         row = {"method": method, "score": score, "policy": "base", "prover": "", "alpha": 0.0,
-               "split": "test", "sample_seed": 0, "verifier_tokens": 0, "text": "", **fixed}
+               "spread": 12, "quota": "", "split": "test", "sample_seed": 0, "verifier_tokens": 0, "text": "",
+               **fixed}
         rows += [{**row, "n": n, "problem": i, "right": a + shift, "solved": a + shift, "tokens": t}
                  for n, a, t in zip((4, 8), acc, tokens) for i in range(problems)]
     pd.DataFrame(rows)[list(COLUMNS)].to_csv(path, index=False)
@@ -64,9 +65,9 @@ def test_comparisons_at_equal_tokens(searched):
     assert orm.acc[1:, 1].std() > 0.03, "the runs are resampled too"
     assert np.allclose(np.diff(orm.acc, axis=1), .3), "in pairs: the same runs for every point"
     for base in ("best_of_n:orm", "best_of_n:q_pi"):
-        ahead = claims.ahead(searched, "beam:effective", base)
+        ahead = quantities.ahead(searched, "beam:effective", base)
         assert ahead == {"N = 4": x(50.0, 50.0, 50.0), "N = 8": x(20.0, 20.0, 20.0)}
-    assert claims.token_ratio(searched) == {"": x(4.0, 4.0, 4.0)}
+    assert quantities.token_ratio(searched) == {"": x(4.0, 4.0, 4.0)}
     level = np.full(1001, 50 * 2 ** 0.5)
     assert np.allclose(at_tokens(pav, level)[0], 0.7) and np.isnan(at_tokens(pav, np.full(1001, 49.)))[0]
     assert np.isclose(at_tokens(pav, np.full(1001, 1e6))[0], 0.8)
@@ -74,7 +75,7 @@ def test_comparisons_at_equal_tokens(searched):
     assert np.isnan(tokens_to_reach(orm, np.full(1001, 0.9))[0])
     assert np.isclose((tokens_to_reach(orm, pav.acc[:, 0]) / pav.tokens[:, 0])[0], 4)  # .6: 200, not 50
     assert np.isnan(tokens_to_reach(orm, pav.acc[:, 1])[0])     # .8 is out of the ORM's reach
-    found = claims.exploration(searched)
+    found = quantities.exploration(searched)
     assert found["width 8"]["mean"] == pytest.approx(30) and found["width 4"] is None   # 50 tokens: no sample
 
 
@@ -91,14 +92,15 @@ def test_token_ratio_where_the_orm_does_not_get_better():
 
         def main(self, search):
             return self.curves.get(search)
+        tuned = main
     s = Made()
     assert 80 / tokens_to_reach(pav, orm.acc[:, -1])[0] == pytest.approx(2.67, abs=0.005)
 
-    assert claims.token_ratio(s)[""]["mean"] == pytest.approx(1.33, abs=0.005)
+    assert quantities.token_ratio(s)[""]["mean"] == pytest.approx(1.33, abs=0.005)
     s.curves["beam:effective"] = pav._replace(acc=pav.acc / 2)
-    assert claims.token_ratio(s) == {"": x(0.0, 0.0, 0.0)}      # the beam never gets there
+    assert quantities.token_ratio(s) == {"": x(0.0, 0.0, 0.0)}      # the beam never gets there
     s.curves.pop("beam:effective")
-    assert not claims.token_ratio(s) and not claims.ahead(s, "beam:effective", "best_of_n:orm")
+    assert not quantities.token_ratio(s) and not quantities.ahead(s, "beam:effective", "best_of_n:orm")
 
 
 def test_intervals():
@@ -159,8 +161,8 @@ def test_sample_efficiency():
     orm, pav = (Curve(n, np.array([acc]), None, None) for acc in ([.1, .2, .2, .3], [.1, .2, .4, .4]))
     assert first_reach(n, pav.acc, np.array([.3])) == pytest.approx(15)
     assert np.isnan(first_reach(n, orm.acc, np.array([.5]))[0])
-    assert sample_efficiency(orm, pav) == pytest.approx(40 / 15) and sample_efficiency(pav, orm) == 0
-    assert np.isnan(sample_efficiency(orm._replace(acc=orm.acc[:, ::-1]), pav))         # best at the start
+    times, falling = quantities.sample_efficiency, orm._replace(acc=orm.acc[:, ::-1])
+    assert times(orm, pav) == pytest.approx(40 / 15) and times(pav, orm) == 0 and np.isnan(times(falling, pav))
 
 
 # ---- verdicts
@@ -237,7 +239,7 @@ def test_what_the_search_claims_measure():
     def means(where):
         [claim] = [c for c in SEARCH if c.where == where]
         return {k: v["mean"] for k, v in (claim.measure(s) or {}).items() if v}
-    gains = {k: v[0] for k, v in claims.prover_gains(s).items()}
+    gains = {k: v[0] for k, v in quantities.prover_gains(s).items()}
     assert gains == pytest.approx({"bo1": 0, "bo4": 10, "bo32": 5})
     assert means("Fig. 5b") == pytest.approx({"bo4 over bo1": 10, "bo4 over bo32": 5})
     assert means("Fig. 5c") == pytest.approx({"": 5}) and means("not in the paper") == {"bo4 alpha 0.5": -5}
@@ -280,6 +282,7 @@ def test_a_verifier_costs_its_data_and_outcome_reward_what_rft_needs(tmp_path):
     tokens = {"seeds_base": 100, "seeds_weak": 30, "seeds_strong": 40,
               "base_train": 1000, "base_validation": 50, "weak_train": 200, "weak_validation": 10,
               "strong_train": 300, "strong_validation": 20}
+    write_json(tmp_path / "config.json", {"q_from": "strong"})
     for name, seconds in (("rollouts", 158.0), ("q_pi", 60.0), ("q_weak", 5.0), ("q_strong", 7.0)):
         record = dict(seconds=seconds, command="", commit="", hardware="", spec={}, tokens=tokens)
         write_json(tmp_path / "stages" / f"{name}.json", record)

@@ -1,5 +1,6 @@
 """Search: exact expectations over subsets, distinct prefixes, budgets counted by hand."""
 import itertools
+from collections import namedtuple
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ from conftest import Says, WalkPolicy, tiny
 from minipav.advantage import q_best_of_k, seed_rollouts
 from minipav.model import GPT, GPTConfig
 from minipav.sampler import uniform
-from minipav.search.beam import distinct, search_all, search_batch, top
+from minipav.search.beam import allot, distinct, prune, search_all, search_batch, top
 from minipav.search.best_of_n import (
     at_n,
     best_of_n,
@@ -20,10 +21,12 @@ from minipav.search.best_of_n import (
     majority_vote,
     pass_at_n,
 )
-from minipav.search.score import SCORES, Search, Step
+from minipav.search.dvts import dvts
+from minipav.search.score import SCORES, Quota, Search, Step
 from minipav.tasks.calculator import Calculator, dp, transitions
 from minipav.tokenizer import END, delimiter_tokens, encode_rows, synthetic_encoding
 from minipav.traces import Env, step_ends
+from minipav.utils import Fail
 from minipav.verifier import score
 
 # ---- whole samples
@@ -117,6 +120,52 @@ def test_duplicates_and_endless_steps_leave_the_beam():
 def test_top_keeps_the_best_of_each_problem():
     value, owner = torch.tensor([.1, .9, .5, .3, .7]), torch.tensor([1, 0, 1, 1, 0])
     assert top(value, owner, 2).tolist() == [1, 4, 2, 3] and top(value, owner, 1).tolist() == [1, 2]
+    tier = torch.tensor([0, 0, 0, 1, 0])                        # a lower tier goes first, whatever its values
+    assert top(value, owner, 2, tier).tolist() == [1, 4, 2, 0]
+
+
+@pytest.mark.parametrize("text, levels, penalty", [("none", 1, 0.0), ("0.25", 1, 0.25),
+                                                   ("parent", 1, float("inf")),
+                                                   ("grandparent", 2, float("inf"))])
+def test_a_quota_of_relatives_equals_its_definition(text, levels, penalty):
+    """Against the rule written out for one candidate at a time, on random scores, relatives and finished
+    traces."""
+    assert Quota.parse(text) == (levels, penalty)
+    g = torch.Generator().manual_seed(0)
+    rows = namedtuple("Rows", "score owner")
+    for _ in range(20):
+        finished = rows(torch.rand(4, generator=g), torch.tensor([0, 0, 1, 2]))
+        child = rows(torch.rand(30, generator=g), torch.arange(3).repeat_interleave(10))
+        relatives = 4 * child.owner + torch.randint(4, (30,), generator=g)
+        ended = torch.rand(30, generator=g) < 0.2
+        best, on = prune(finished, child, ended, 5, relatives, penalty)
+        value, owner = [*finished.score.tolist(), *child.score.tolist()], [0, 0, 1, 2, *child.owner.tolist()]
+        better = [[relatives[j] == relatives[i] and value[4 + j] > value[4 + i] for j in range(30)]
+                  for i in range(30)]
+        behind = [0] * 4 + [sum(map(int, x)) for x in better]
+        hard = penalty == float("inf")
+        key = [(-b, v) if hard else (0, v - penalty * b) for v, b in zip(value, behind)]
+        want = [i for p in range(3) for i in sorted((i for i in range(34) if owner[i] == p),
+                                                    key=lambda i: key[i], reverse=True)[:5]]
+        assert best.tolist() == want and on.tolist() == [i >= 4 and not ended[i - 4] for i in want]
+
+
+def test_what_is_no_quota_is_refused():
+    for text in ("", "parents", "-1", "nan", "inf", "1e3"):
+        with pytest.raises(Fail, match="--quota"):
+            Quota.parse(text)
+
+
+def test_a_level_is_spread_over_the_live_prefixes(small):
+    """width * C steps behind all of a problem's prefixes together, the better ones first; so many at the
+    first level, or without a bound; or C behind each."""
+    owner, s = torch.tensor([0, 0, 0, 0, 0, 2, 2]), replace(small, spread=10)
+    assert allot(s, owner, 4, 3).tolist() == [3, 3, 2, 2, 2, 6, 6]
+    assert allot(s, torch.arange(2), 4, 0).tolist() == [10, 10]
+    assert allot(replace(s, spread=99), torch.arange(2), 4, 0).tolist() == [12, 12]
+    each = replace(s, spread=0)
+    assert allot(each, owner, 4, 3).tolist() == [3] * 7
+    assert allot(each, torch.arange(2), 4, 0).tolist() == [12] * 2
 
 
 @pytest.fixture(scope="module")
@@ -137,14 +186,18 @@ def beam(small, width, problems=None, seed=0, **fields):
 
 def test_a_wide_beam_holds_every_solution(small):
     """With room for all 16 walks of two steps the beam is exhaustive."""
-    assert (beam(small, 20, alpha=0.5, K=4, C=12).solved == 1).all()
-    alone = beam(small, 20, small.problems[2:3], alpha=0.5, K=4, C=12)
+    for quota in ("none", "parent", "grandparent", "0.1"):
+        wide = dict(alpha=0.5, K=4, C=12, spread=240, quota=Quota.parse(quota))
+        assert (beam(small, 20, **wide).solved == 1).all()
+    alone = beam(small, 20, small.problems[2:3], **wide)
     assert alone.solved == 1 and alone.tokens.shape == (1,)
 
 
 def test_tokens_are_counted_by_hand(small):
-    """Each step of this policy is three tokens: width * C at the first level, then C for each live prefix."""
-    first = beam(small, 4)
+    """Each step of this policy is three tokens: width * C at each level; without a spread C for each live
+    prefix after the first."""
+    assert set(beam(small, 4).tokens.tolist()) <= {36, 72}
+    first = beam(small, 4, spread=0)
     assert (first.tokens >= 36).all() and (first.tokens <= 36 + 4 * 9).all() and (first.tokens % 9 == 0).all()
     r = beam(small, 1)
     for spent, text in zip(r.tokens.tolist(), r.text):
@@ -237,10 +290,12 @@ def test_beams_of_duplicates_and_beams_that_die(small):
     def says(word):
         return Says(small.env, small.problems, word)
     levels = []
-    r = beam(small, 4, policy=says("\n"), alpha=0.1, log=levels)
+    spread = beam(small, 4, policy=says("\n"), alpha=0.1)
+    r = beam(small, 4, policy=says("\n"), alpha=0.1, log=levels, spread=0)
     assert [len(level["beam"].owner) for level in levels] == [5, 5]
     assert r.text == [""] * 5 and not r.solved.any()
     assert (r.tokens == 12 + 3).all()                           # 4 C at the first level, then C for a prefix
+    assert (spread.tokens == 12 + 12).all() and not spread.solved.any()
     dead = beam(small, 4, policy=says("7"), alpha=0.1)
     assert dead.text == [""] * 5 and (dead.tokens == 12 * small.env.task.max_step_tokens).all()
     assert not dead.right.any()
@@ -252,7 +307,7 @@ def test_the_exact_beam_is_exact(small):
     """Exact Q of this very policy: wide enough, it never picks a wrong answer if a right one was found; its
     value of a prefix is the dynamic program's, and 0 behind a wrong step."""
     task, problems = small.env.task, small.problems
-    r = beam(small, 20, verifier=None, score=SCORES["exact"], C=12)
+    r = beam(small, 20, verifier=None, score=SCORES["exact"], C=12, spread=240)
     assert (r.right == 1).all() and torch.equal(r.right, r.solved)
     value = task.exact(problems)
     Q, V = dp(transitions(problems), np.array([p.target for p in problems]), task.H)
@@ -284,6 +339,45 @@ def test_the_beam_scores_by_the_effective_reward(small, own_q_mu):
     assert len(adv_mu) > 5 and adv_mu.std() > 0.01
     assert torch.allclose(f.q_pi[:, -1], q_pi.gather(1, last)[:, 0], atol=1e-4)
     assert torch.allclose(f.score, q_pi.gather(1, last)[:, 0] + 0.7 * adv_mu, atol=1e-4)
+
+
+def test_the_quota_holds_in_the_beam(small):
+    """As long as no trace has ended, every prefix keeps a child, and every grandprefix a grandchild; without
+    a quota some do not."""
+    longer = replace(small, env=replace(small.env, task=Calculator(H=4, min_steps=4)), C=6)
+    problems = longer.env.task.problems("test", 8, 0)
+    longer.policy = WalkPolicy(longer.env, problems)
+
+    def missed(quota, relatives):
+        search_all(replace(longer, quota=Quota.parse(quota), log=(log := [])), problems, 3, 0)
+        out = 0
+        for level in log[:3]:                                   # shorter than every answer
+            for p in range(8):
+                here = level["beam"].owner == p
+                out += len(set(level[relatives][here].tolist()) - set(
+                    level[relatives][here & level["kept"]].tolist()))
+        return out
+    assert missed("parent", "parent") == 0 < missed("none", "parent")
+    assert missed("grandparent", "grandparent") == 0 < missed("none", "grandparent")
+
+
+def test_log_odds_progress_by_hand():
+    step = Step(torch.tensor([0.8]), None, torch.tensor([0.5]), None, None, 1, None, 2.0)
+    assert SCORES["log_odds"].of(step) == pytest.approx(3 * np.log(4.0), abs=1e-5)
+
+
+def test_sub_trees_are_beams_of_width_one(small):
+    """Each with samples of its own; the answer is that of the highest Q^pi; their tokens add up."""
+    problems, s = small.problems, replace(small, score=SCORES["q_pi"])
+    one, three = dvts(s, problems, [1, 3], 2)
+    alone = search_all(s, problems, 1, 2)
+    assert one.text == alone.text and torch.equal(one.tokens, alone.tokens) and torch.equal(one.q, alone.q)
+    each = search_all(s, [p for p in problems for _ in range(3)], 1, 2)
+    q = each.q.view(5, 3)
+    assert torch.equal(three.q, q.max(1).values) and torch.equal(three.tokens, each.tokens.view(5, 3).sum(1))
+    assert three.text == [each.text[3 * i + int(k)] for i, k in enumerate(q.argmax(1))]
+    assert torch.equal(three.right, each.right.view(5, 3).gather(1, q.argmax(1, keepdim=True))[:, 0])
+    assert len({each.text[i] for i in range(3)}) > 1 and (three.solved >= three.right).all()
 
 
 def test_bad_beams_are_refused(small):

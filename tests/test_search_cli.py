@@ -10,13 +10,13 @@ from conftest import fails, run_main
 
 import search
 from minipav.paper import experiments
-from minipav.search.measure import COLUMNS, Cell, accuracy
+from minipav.search.measure import COLUMNS, Cell, choose, rights
 from minipav.search.score import SCORES
 from minipav.utils import Fail
 from minipav.verifier import train_verifier
 
 pytestmark = pytest.mark.usefixtures("right_at_times")
-SMALL = "--device cpu --problems 20 --validation 3 --n 8 --widths 1 2".split()
+SMALL = "--device cpu --problems 20 --validation 10 --tuned_at 2 --n 8 --widths 1 2".split()
 
 
 def records(run):
@@ -27,8 +27,16 @@ def rows(path):
     return list(csv.DictReader(path.open()))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small_grid():
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(search, "ALPHAS", (0.5, 2.0))
+        m.setattr(search, "QUOTAS", ("none", "parent"))
+        yield
+
+
 @pytest.fixture(scope="module")
-def run(smoke_run, right_at_times, tmp_path_factory):
+def run(smoke_run, right_at_times, small_grid, tmp_path_factory):
     """(a smoke run of train.py, searched; what search.py printed)"""
     out = tmp_path_factory.mktemp("searched") / "run"
     shutil.copytree(smoke_run[0], out)
@@ -40,13 +48,14 @@ def run(smoke_run, right_at_times, tmp_path_factory):
 def test_it_leaves_tables_figures_and_a_summary(run):
     out, told = run[0] / "search", run[1]
     assert {"table.txt", "curves.csv", "rows.csv.gz", "summary.json", "fig4.png", "fig5a.csv", "fig6a.csv",
-            "alpha.csv"} <= {p.name for p in out.iterdir()}
+            "tune.csv"} <= {p.name for p in out.iterdir()}
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["alpha"][0] in search.ALPHAS and summary["seeds"] == [0] and len(summary["claims"]) == 4
+    assert summary["seeds"] == [0] and len(summary["claims"]) == 5
+    assert set(summary["chosen"][0]) == {"q_pi", "effective", "log_odds"}
     assert {"command", "commit", "hardware", "minutes"} <= set(summary)
     assert str(out) in told and "best-of-n, pav" in told.lower(), told
     curves = rows(out / "curves.csv")
-    assert len(curves) == 1 + 5 * 4 + 2 * 2, "each search once, at each of its budgets"
+    assert len(curves) == 1 + 5 * 4 + (3 * 2 + 1) * 2, "each search once, at each of its budgets"
     for row in curves:
         assert 0 <= float(row["lo"]) <= float(row["accuracy"]) + 1e-9 <= float(row["hi"]) + 2e-9 <= 1 + 3e-9
     assert len({row["accuracy"] for row in curves}) > 10
@@ -62,12 +71,12 @@ def test_budgets_hold_for_every_method(run):
         assert [(int(r["n"]), int(r["problem"])) for r in table] == [
             (n, i) for n in spec["ns"] for i in range(spec["problems"])]
         for r in table:
-            assert all(r[k] == str(spec[k]) for k in ("method", "score", "policy", "prover", "alpha"))
+            assert all(r[k] == str(spec[k]) for k in COLUMNS[:8])
             assert (r["split"], r["sample_seed"]) == (spec["split"], str(spec["seed"]))
             right, solved, tokens = (float(r[k]) for k in ("right", "solved", "tokens"))
             assert 0 <= right <= solved + 1e-6 <= 1 + 1e-6 and tokens >= 1 or spec["method"] == "majority"
             assert (float(r["verifier_tokens"]) > 0) == bool(spec["score"])
-            assert bool(r["text"]) <= (spec["method"] in ("beam", "greedy"))
+            assert bool(r["text"]) <= (spec["method"] in ("beam", "dvts", "greedy"))
         if spec["method"] in ("pass", "majority", "best_of_n"):
             by = {(int(r["n"]), r["problem"]): (float(r["tokens"]), float(r["solved"])) for r in table}
             assert all(t == pytest.approx(n * by[1, i][0]) for (n, i), (t, _) in by.items())
@@ -81,24 +90,46 @@ def test_what_was_measured_is_not_measured_again(run):
     before = {p: p.stat().st_mtime_ns for p in out.glob("search/*-*.csv")}
     again = run_main(search, "--run", out, *SMALL)
     after = json.loads((out / "search" / "summary.json").read_text())
-    assert again.count("done before") == 11 + 8 and before == {p: p.stat().st_mtime_ns for p in before}
-    assert all(after[k] == summary[k] for k in ("claims", "alpha", "minutes"))
+    tried = len(search.QUOTAS) * (1 + 2 * (1 + len(search.ALPHAS)))
+    assert again.count("done before") >= tried + 9 and before == {p: p.stat().st_mtime_ns for p in before}
+    assert all(after[k] == summary[k] for k in ("claims", "chosen", "minutes"))
 
 
-def test_alpha_is_the_best_one_on_validation_problems(run):
-    """The paper's rule, ties to the smaller; no test problem has a part in it."""
-    tried = [(r["spec"]["alpha"], accuracy(run[0] / f"{name}.csv")[16]) for name, r in records(run[0]).items()
-             if r["spec"]["split"] == "validation"]
-    assert sorted(a for a, _ in tried) == search.ALPHAS
-    chosen = json.loads((run[0] / "search" / "summary.json").read_text())["alpha"]
-    assert len({acc for _, acc in tried}) > 1 and chosen == [max(tried, key=lambda x: (x[1], -x[0]))[0]]
+def test_alpha_and_quota_are_chosen_on_validation_problems(run):
+    """Every score with the same grid; first alpha without a quota, then both. No test problem has a part."""
+    chosen = json.loads((run[0] / "search" / "summary.json").read_text())["chosen"][0]
+    for score, how in chosen.items():
+        tried = {}
+        for name, r in records(run[0]).items():
+            spec = r["spec"]
+            if (spec["split"], spec["score"]) == ("validation", score):
+                assert (spec["ns"], spec["problems"]) == ([2], 10)
+                tried[spec["alpha"], spec["quota"]] = run[0] / f"{name}.csv"
+        alphas = [0.0, *search.ALPHAS] if score != "q_pi" else [0.0]
+        tried = {(x, q): tried[x, q] for q in search.QUOTAS for x in alphas}
+        plain = {k: v for k, v in tried.items() if k[1] == "none"}
+        assert [tuple(x) for x in how] == [choose(plain), choose(tried)]
+
+
+def test_a_choice_must_beat_the_simplest_by_its_standard_error(tmp_path):
+    def table(name, right):
+        path = tmp_path / f"{name}.csv"
+        with path.open("w") as f:
+            w = csv.DictWriter(f, COLUMNS)
+            w.writeheader()
+            w.writerows(dict.fromkeys(COLUMNS, 0) | {"right": x} for x in right)
+        return path
+    simple, same = table("simple", [0, 1, 0, 1] * 25), table("same", [1, 0, 1, 0] * 25)
+    luck, better = table("luck", [1, 0] * 49 + [1, 1]), table("better", [1, 1, 0, 1] * 25)
+    assert rights(luck).mean() == 0.51 and choose({0: simple, 1: luck}) == 0, ".01 +- .10"
+    assert choose({0: simple, 1: luck, 2: better, 3: same}) == 2
 
 
 def test_alpha_zero_is_the_q_beam_to_the_token(run, tmp_path):
     """With any prover."""
     flags = ("--alpha", 0, "--prover", "strong", "--search", "beam:q_pi", "beam:effective", "--out", tmp_path)
     run_main(search, "--run", run[0], *SMALL, *flags)
-    want = {"method": "beam", "alpha": 0.0, "split": "test", "problems": 20, "policy": "base"}
+    want = {"method": "beam", "alpha": 0.0, "split": "test", "problems": 20, "quota": "none"}
     tables = {r["spec"]["score"]: [[row[k] for k in COLUMNS[5:]] for row in rows(run[0] / f"{name}.csv")]
               for name, r in records(run[0]).items() if want.items() <= r["spec"].items()}
     assert len(tables["q_pi"]) == 20 * 2 and tables["q_pi"] == tables["effective"]
@@ -150,6 +181,7 @@ def test_show_prints_every_candidate_with_its_values(run):
     (("--alpha", -1), "--alpha"), (("--n", 0), "--n 0"), (("--search", "beam:chess"), "--search beam:chess"),
     (("--widths", 2, 2), "--widths"), (("--out", "/dev/null/x"), "/dev/null/x"),
     (("--policy", "best"), "--policy"),
+    (("--quota", "some"), "--quota some"), (("--spread", -1), "--spread"),
 ])
 def test_bad_flags_are_one_line_errors(run, args, words):
     assert words in fails(search, "--run", run[0], *SMALL, *args)

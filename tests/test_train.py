@@ -67,7 +67,7 @@ def test_smoke_run_writes_all_it_promises_and_fast(smoke_run):
 def test_the_table_has_each_search_once(smoke_run):
     """That claims do not name the prover of the PAV beam does not make it another search."""
     rows = [tuple(row) for row in csv.reader((smoke_run[0] / "curves.csv").open())][1:]
-    assert sum(row[0] == "beam:effective" for row in rows) == 2 * 3 and len(rows) == 1 + 4 * 4 + 4 * 2
+    assert sum(row[1] == "beam:effective" for row in rows) == 2 * 3 and len(rows) == 1 + 4 * 4 + 4 * 2
 
 
 def test_what_a_run_cost_is_in_its_records(smoke_run):
@@ -211,7 +211,7 @@ def other_seed(smoke_run, tmp_path):
     shutil.copytree(smoke_run[0], out)
     changed(out / "config.json", seed=1)
     [samples] = out.glob("search/pass-*.csv")
-    samples.write_text(re.sub(r"^((?:[^,]*,){7}1,\d+),[^,]*,", r"\1,0.5,", samples.read_text(), flags=re.M))
+    samples.write_text(re.sub(r"^((?:[^,]*,){9}1,\d+),[^,]*,", r"\1,0.5,", samples.read_text(), flags=re.M))
     changed(out / "stages" / "search" / f"{samples.stem}.json",
             files={f"search/{samples.name}": files.file_checksum(samples)})
     return out

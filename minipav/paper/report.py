@@ -2,6 +2,7 @@
 
     python -m minipav.paper.report --runs runs/a runs/b runs/c --out results/train   # three seeds
     python -m minipav.paper.report --claims runs/didactic                   # the didactic example, the theory
+    python -m minipav.paper.report --collect results                        # -> results/claims.json
 
 Intervals are 95% bootstrap intervals over problems, the same resampled problems for every method (paired);
 with several runs the runs are resampled too, so that the spread over seeds is in them.
@@ -13,8 +14,9 @@ from pathlib import Path
 
 from minipav.files import make_folder, read_json, write_csv, write_json, write_text, write_whole
 from minipav.flags import flag, parse
-from minipav.paper.claims import DIDACTIC, SEARCH, THEORY, ahead, judge, sentence
+from minipav.paper.claims import DIDACTIC, SEARCH, THEORY, collect, judge, sentence
 from minipav.paper.figures import draw, lines, name_of, search_figures, tune_figure
+from minipav.paper.quantities import ahead
 from minipav.paper.statistics import Curves, interval, load, spread
 from minipav.run import check_files
 from minipav.utils import Fail, main_guard
@@ -156,10 +158,15 @@ class Flags:
     out: Path = flag(None, "folder for their table, figure and summary", kind=Path)
     claims: Path = flag(None, "folder of the didactic example and the theory: what their numbers say",
                         kind=Path)
+    collect: Path = flag(None, "folder of folders with a summary.json: their claims -> claims.json there",
+                         kind=Path)
 
 
 def main():
     a = parse(Flags, __doc__)
+    if a.collect:
+        print(f"{len(collect(a.collect))} claims in {a.collect / 'claims.json'}")
+        return
     if a.claims and not any((a.claims / x).is_file() for x in ("summary.json", "theory.json")):
         raise Fail(f"--claims {a.claims}: neither summary.json nor theory.json is there")
     if a.claims:

@@ -2,7 +2,7 @@
 import numpy as np
 import pandas as pd
 
-from minipav.files import write_csv, write_text
+from minipav.files import read_json, write_csv, write_text
 from minipav.paper.claims import RL
 from minipav.paper.figures import line, rl_figures
 from minipav.paper.report import drawer, finish, judged, provenance, stage
@@ -104,14 +104,14 @@ class Trained:
         if "prover" in f and "refresh" in f:                    # a verifier; each starts from Q^pi
             names = {"base", f["prover"] if f["prover"] in ("weak", "strong") else f["policy"]}
         for run in self.runs:
-            rollouts = stage(run, "rollouts")
+            rollouts, q_from = stage(run, "rollouts"), read_json(run / "config.json", q_from=str)["q_from"]
             tokens = rollouts["tokens"]
             data = {k: v for k, v in tokens.items() if not k.startswith("seeds_")}
             spent = sum(v for k, v in data.items() if k.rpartition("_")[0] in names)
             # RFT's rollouts, and those of the policy whose right traces Q^pi's data branches off
             others = {k for k, needed in ((f["policy"], not f["no_rft"]),
-                                          ("strong", names and run.config["q_from"] == "strong")
-                                          ) if needed} - names
+                                          ("strong", names and q_from == "strong"))
+                      if needed} - names
             spent += sum(tokens.get(f"seeds_{k}", 0) for k in others)
             training = sum(stage(run, {"base": "q_pi"}.get(k, f"q_{k}"))["seconds"] for k in names)
             out.append((spent, training + rollouts["seconds"] * spent / max(1, sum(data.values()))))
