@@ -20,7 +20,7 @@ from minipav.paper.experiments import GRID, SWEEPS
 from minipav.paper.rl_report import report_rl
 from minipav.prover import Prover
 from minipav.reinforce import Reinforce, outcomes
-from minipav.rewards import REWARDS, check_prover
+from minipav.rewards import REWARDS, check_prover, larger
 from minipav.run import keyed, open_runs
 from minipav.sft import rft
 from minipav.utils import Fail, main_guard, pick_device, progress, tune_process
@@ -161,6 +161,9 @@ def trials(a, trial):
     out = [(r, trial) for r in rewards] + [(r, replace(trial, **changes)) for r, changes in SWEEPS * a.sweep]
     if any(REWARDS[r].scaled for r in rewards) and trial.alpha:
         out.append(("outcome", replace(trial, kl=trial.kl / (1 + trial.alpha))))        # their control
+    if {"pav", "outcome"} <= set(rewards) and trial.alpha:
+        times = larger(trial.alpha, Prover.parse(trial.prover).K)
+        out.append(("outcome", replace(trial, kl=trial.kl / times)))    # the KL weighs as little as in PAV-RL
     return out
 
 

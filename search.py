@@ -73,6 +73,27 @@ def tune(bench, a, mu, cell):
     return chosen, list(tables.values())
 
 
+def measure(run, a, wanted):
+    """Tune the beams among the wanted searches, measure all. -> [(group, table)], {experiment: facts}"""
+    bench, mu, tables, chosen = Bench(run), a.prover or f"bo{run.config['K']}", [], {}
+    print(f"{run.out}: {a.problems} test problems, prover {mu}")
+    for cell in wanted:
+        if cell.method == "beam" and cell.score not in chosen:
+            chosen[cell.score], found = tune(bench, a, mu, cell)
+            tables += [("tune", t) for t in found]
+    for cell in wanted:
+        how = chosen.get(cell.score, [(a.alpha or 0.0, a.quota or "none")])
+        for group, (alpha, quota) in zip(("main", "tuned")[:1 + (cell.method == "beam")], how):
+            tables.append((group, bench.measure(replace(cell, prover=mu, alpha=alpha, quota=quota))))
+    facts = {"chosen": chosen}
+    if a.all:
+        alpha = chosen["effective"][0][0] if a.alpha is None and "effective" in chosen else a.alpha or 0.0
+        for name, experiment in EXPERIMENTS.items():
+            more, facts[name] = experiment(bench, a, mu, alpha)
+            tables += more
+    return tables, facts
+
+
 def main():
     a = parse(Flags, __doc__)
     tune_process()
@@ -91,35 +112,17 @@ def main():
     wanted = [Cell.parse(x, policy=a.policy, problems=a.problems, spread=a.spread) for x in a.search]
     wanted = [replace(c, ns=budgets[getattr(METHODS[c.method], "budgets", "n")],
                       seed=s) for c in wanted for s in a.seeds]
-    runs, measured = open_runs(a.run, pick_device(a.device), a.dtype), []
+    runs = open_runs(a.run, pick_device(a.device), a.dtype)
     if a.show and parallel.world() > 1:
         raise Fail("--show: in one process; start it without torchrun")
-    for run in runs:
-        bench, mu, tables, facts = Bench(run), a.prover or f"bo{run.config['K']}", [], {}
-        if a.show:
-            alpha = 0.2 if a.alpha is None else a.alpha
-            show(bench, Cell("beam", "effective", (4,), a.policy, mu, alpha, a.spread, a.quota or "none",
-                             problems=a.problems, seed=a.seeds[0]), a.show)
-            continue
-        print(f"{run.out}: {a.problems} test problems, prover {mu}")
-        chosen = facts["chosen"] = {}
-        for cell in wanted:
-            if cell.method == "beam" and cell.score not in chosen:
-                chosen[cell.score], found = tune(bench, a, mu, cell)
-                tables += [("tune", t) for t in found]
-        for cell in wanted:
-            how = chosen.get(cell.score, [(a.alpha or 0.0, a.quota or "none")])
-            for group, (alpha, quota) in zip(("main", "tuned")[:1 + (cell.method == "beam")], how):
-                cell = replace(cell, prover=mu, alpha=alpha, quota=quota)
-                tables.append((group, bench.measure(cell)))
-        if a.all:
-            alpha = chosen["effective"][0][0] if a.alpha is None and "effective" in chosen else a.alpha or 0.0
-            for name, experiment in EXPERIMENTS.items():
-                more, facts[name] = experiment(bench, a, mu, alpha)
-                tables += more
-        measured.append((tables, facts))
-    if not a.show:
-        report_search(runs, measured, a.out or runs[0].out / "search")
+    if a.show:
+        for run in runs:
+            mu, alpha = a.prover or f"bo{run.config['K']}", 0.2 if a.alpha is None else a.alpha
+            show(Bench(run), Cell("beam", "effective", (4,), a.policy, mu, alpha, a.spread, a.quota or "none",
+                                  problems=a.problems, seed=a.seeds[0]), a.show)
+        return
+    measured = [measure(run, a, wanted) for run in runs]
+    report_search(runs, measured, a.out or runs[0].out / "search")
 
 
 if __name__ == "__main__":

@@ -46,6 +46,12 @@ REWARDS = {
     "pav_pi": Reward(pav, "current", ("alpha", "n_mc"), scaled=True)}
 
 
+def larger(alpha, K):
+    """How much larger than outcome reward's the gradient of `pav` is under best-of-K of pi where values are
+    small: there A^BoK is K times A^pi, and Rex has that of A^pi."""
+    return 1 + alpha * K
+
+
 # ---- from values to token weights
 
 def step_returns(reward, rex, q_mu, alpha):

@@ -54,8 +54,9 @@ def test_rewards_of_another_scale_bring_their_control():
     a = rl.Flags(reward=["pav_sum"])
     assert [r for r, _ in rl.trials(a, rl.Trial())] == ["pav_sum", "outcome"]
     assert rl.trials(a, rl.Trial(kl=0.03, alpha=2.0))[1][1].kl == pytest.approx(0.01)
-    assert [r for r, _ in rl.trials(rl.Flags(), rl.Trial())] == ["outcome", "pav"]
-    assert len(rl.trials(rl.Flags(all=True), rl.Trial())) == len(rl.REWARDS) + 1
+    both = rl.trials(rl.Flags(), rl.Trial(alpha=2.0, kl=0.09))
+    assert [(r, t.kl) for r, t in both] == [("outcome", 0.09), ("pav", 0.09), ("outcome", 0.09 / 9)]
+    assert len(rl.trials(rl.Flags(all=True), rl.Trial())) == len(rl.REWARDS) + 2
     tuned = rl.trials(rl.Flags(tune="kl", reward=["pav"]), rl.Trial())
     assert [t.kl for _, t in tuned] == list(experiments.GRID["kl"])
 
@@ -97,7 +98,7 @@ def test_it_leaves_a_table_figures_and_a_summary(done):
     assert {"fig7.png", "fig8.csv", "curves.csv", "table.txt", "table.csv", "kl.csv"} <= files
     assert "PAV-RL" in told and {c["where"] for c in summary["claims"]} >= {"Fig. 7a"}
     table = list(csv.DictReader((out / "table.csv").open()))
-    assert [row["training"] for row in table] == ["sft", "rft", "outcome", "pav"]
+    assert [row["training"] for row in table] == ["sft", "rft", "outcome", "pav", "outcome-kl0.006"]
     for row in table:
         assert 0 <= float(row["lo"]) <= float(row["accuracy"]) <= float(row["hi"]) <= 1
     for name, r in records(run, "*").items():
@@ -117,8 +118,8 @@ def test_nothing_is_trained_twice(done):
     logs = {p: p.stat().st_mtime_ns for p in run.glob("rl/*/log.csv")}
     summary = json.loads((out / "summary.json").read_text())
     again = run_main(rl, "--run", run, *SMALL, "--out", out)
-    assert len(logs) == 2 and logs == {p: p.stat().st_mtime_ns for p in run.glob("rl/*/log.csv")}
-    assert again.count("done before") == 6 and json.loads((out / "summary.json").read_text()) == summary
+    assert len(logs) == 3 and logs == {p: p.stat().st_mtime_ns for p in run.glob("rl/*/log.csv")}
+    assert again.count("done before") == 9 and json.loads((out / "summary.json").read_text()) == summary
 
 
 def test_a_sweep_is_drawn_beside_the_default(done, tmp_path, monkeypatch):
@@ -126,10 +127,12 @@ def test_a_sweep_is_drawn_beside_the_default(done, tmp_path, monkeypatch):
     run_main(rl, "--run", done[0], *SMALL, "--sweep", "--out", tmp_path)
     rows = [line.split(",")[:3] for line in (tmp_path / "sweeps.csv").read_text().splitlines()[1:]]
     changes = (("alpha", "3.0"), ("trust_verifier", "True"))
-    assert sorted(rows) == sorted([panel, line, x] for panel, change in changes
-                                  for line in ("ORM-RL", "PAV-RL") for x in ("default", change))
+    assert sorted(r for r in rows if r[0] != "kl") == sorted(
+        [panel, line, x] for panel, change in changes for line in ("ORM-RL", "PAV-RL")
+        for x in ("default", change))
+    assert ["kl", "ORM-RL", "0.006"] in rows
     controls = json.loads((tmp_path / "summary.json").read_text())["controls"]
-    assert controls == {"outcome": None, "pav": "outcome", "pav-alpha3.0": "outcome",
+    assert controls == {"outcome": None, "outcome-kl0.006": None, "pav": "outcome", "pav-alpha3.0": "outcome",
                         "pav-trust_verifier": "outcome"}
 
 

@@ -94,9 +94,11 @@ def error_drop(s):
 # ---- RL: measured is an rl_report.Trained
 
 def over(a, b=None, N=1):
-    """Points of pass@N of training a over b in the end; b None: over its control with outcome reward."""
+    """Points of pass@N of training a over b in the end; b None: over its control with outcome reward; "fair":
+    over that whose KL weighs as little."""
     def measure(t):
-        end, other = t.end(a, N), t.end(b or t.control(a), N)
+        against = t.fair(a) if b == "fair" and a in t.trained else b or t.control(a)
+        end, other = t.end(a, N), t.end(against, N)
         return {} if end is None or other is None else {"": interval(100 * (end - other))}
     return measure
 
@@ -109,9 +111,15 @@ def sample_efficiency(orm, pav):
         return np.where(best == 0, np.nan, np.where(np.isnan(reached), 0.0, best / reached))
 
 
-def efficiency(t):
-    orm, pav = t.curve("outcome"), t.curve("pav")
-    return orm and pav and {"": interval(sample_efficiency(orm, pav))}
+def efficiency(fair=False):
+    """By iterations, and by tokens with the verifier's data."""
+    def measure(t):
+        orm = t.fair("pav") if fair and "pav" in t.trained else "outcome"
+        if not (orm in t.trained and "pav" in t.trained):
+            return {}
+        pairs = {"": t.curve, "tokens": t.by_tokens}
+        return {k: interval(sample_efficiency(f(orm), f("pav"))) for k, f in pairs.items()}
+    return measure
 
 
 def pass_64(t):

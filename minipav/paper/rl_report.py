@@ -7,6 +7,8 @@ from minipav.paper.claims import RL
 from minipav.paper.figures import line, rl_figures
 from minipav.paper.report import drawer, finish, judged, provenance, stage
 from minipav.paper.statistics import Curve, bootstrap, interval, pass_at_n, read_table, spread
+from minipav.prover import Prover
+from minipav.rewards import larger
 
 ROWS = ["iteration", "problem", "n", "right", "greedy"]
 
@@ -54,12 +56,19 @@ class Trained:
 
     def control(self, n):
         """The training with outcome reward that differs in nothing else; for pav_sum and pav_pi, whose
-        gradient is
-        1 + alpha times as large, one whose KL counts so much less. None if there is none."""
+        gradient is 1 + alpha times as large, one whose KL counts so much less. None if there is none."""
         if n not in self.trained:
             return None
         f = self.spec(n)
-        kl = f["kl"] / (1 + f["alpha"] * (f["reward"] in ("pav_sum", "pav_pi")) if "alpha" in f else 1)
+        return self.outcome(n, f["kl"] / (1 + f["alpha"] if f["reward"] in ("pav_sum", "pav_pi") else 1))
+
+    def fair(self, n):
+        """The same whose KL weighs as little against its reward as it does in n, a PAV-RL under boK."""
+        f = self.spec(n)
+        return self.outcome(n, f["kl"] / larger(f["alpha"], Prover.parse(f["prover"]).K))
+
+    def outcome(self, n, kl):
+        """The training with outcome reward and this KL that differs from n in nothing else, or None."""
         same = [m for m in self.trained if self.spec(m)["reward"] == "outcome" and m != n
                 and self.differs(m, n) <= {"kl"} and abs(self.spec(m)["kl"] - kl) < 1e-9]
         return same[0] if same else None
@@ -73,6 +82,10 @@ class Trained:
         x = self.xs(n, "curve")
         return Curve(np.array(x), self.boot[[(n, "curve", i) for i in x]].to_numpy(), None,
                      None) if x else None
+
+    def by_tokens(self, n):
+        """The curve by all tokens sampled so far, its data included, in the place of iterations."""
+        return self.curve(n)._replace(n=self.before(n)[0] + self.mean(n, "tokens"))
 
     def passes(self, n, most=64):
         ns = [N for N in self.xs(n, "end") if N <= most]
