@@ -44,10 +44,19 @@ def candidates(bench, cell, n_mc=8):
     return pd.concat(parts, ignore_index=True)
 
 
-def variance(x, by):
-    """Pooled variance of x within groups."""
+def spread_within(x, by):
+    """Sum of squares of x within groups, its degrees of freedom."""
     groups = x.groupby(by)
-    return float(((x - groups.transform("mean")) ** 2).sum() / max(1, (groups.size() - 1).sum()))
+    return float(((x - groups.transform("mean")) ** 2).sum()), float((groups.size() - 1).sum())
+
+
+def intraclass(x, level, parent):
+    """The share of the variance of x within levels that children of one parent have in common (intraclass
+    correlation, by the method of moments)."""
+    (inside, free), (total, all_free) = spread_within(x, parent), spread_within(x, level)
+    own, size = inside / max(1.0, free), x.groupby(parent).transform("size")
+    between = (total - all_free * own) / (len(x) - size.groupby(level).mean().sum())
+    return between / max(1e-12, between + own)
 
 
 def describe_beam(bench, cell):
@@ -65,13 +74,13 @@ def describe_beam(bench, cell):
     x, y = centred[several][["q", "q_before"]].to_numpy(), centred[several].true.to_numpy()
     child, parent = torch.linalg.lstsq(torch.tensor(x), torch.tensor(y)[:, None]).solution[:, 0].tolist()
     some, kept = c[several], c[c.kept & (c.depth > 2)]
-    by = [some.batch, some.owner]
-    inside = variance(some.error, [some.batch, some.parent])
+    level, parent_of = [some.batch, some.owner], [some.batch, some.parent]
+    squares, free = spread_within(some.error, level)
     share = kept.groupby(["batch", "owner", "grandparent"]).size()
     effective = share.groupby(["batch", "owner"]).apply(lambda n: n.sum() ** 2 / (n ** 2).sum())
     size = share.groupby(["batch", "owner"]).sum()
-    return {"shared_error": round(1 - inside / max(1e-12, variance(some.error, by)), 4),
-            "error": round(variance(some.error, by) ** 0.5, 4),
+    return {"shared_error": round(intraclass(some.error, level, parent_of), 4),
+            "error": round((squares / max(1.0, free)) ** 0.5, 4),
             "ancestors": round(float((effective[size > 1]).mean()), 4),
             "parent_weight": round(parent / child, 4) if child else 0.0,
             "r2": round(float(centred.q.corr(centred.true) ** 2), 4),

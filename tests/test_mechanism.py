@@ -1,0 +1,99 @@
+"""The mechanism: what a beam's candidates say, gains by hand, and the whole of it on the smoke run."""
+import csv
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import WalkPolicy, fails, run_main
+
+from minipav.paper import mechanism, prediction
+from minipav.paper.mechanism import ALPHAS, COLUMNS, ODDS, gains
+from minipav.run import Run
+from minipav.search.measure import Bench, Cell
+from minipav.search.score import SCORES, Search
+from minipav.tasks.calculator import Calculator
+from minipav.tokenizer import synthetic_encoding
+from minipav.traces import Env
+from minipav.verifier import train_verifier
+
+
+def test_sums_of_squares():
+    x, by = pd.Series([1.0, 3.0, 5.0, 5.0, 8.0]), [pd.Series([0, 0, 1, 1, 2])]
+    assert prediction.spread_within(x, by) == (2.0, 2.0)
+    squares, free = prediction.spread_within(x, [pd.Series([0] * 5)])
+    assert squares / free == pytest.approx(np.var(x, ddof=1))
+
+
+def test_a_beam_by_exact_values_makes_no_error():
+    """Then the child's value says all, and the parent's nothing."""
+    task = Calculator(H=5, min_steps=3)
+    env, problems = Env(task, synthetic_encoding(task.phrases)), task.problems("validation", 10, 0)
+    env.problems = lambda split, n: problems
+    s = Search(env, WalkPolicy(env, problems), SCORES["exact"])
+    bench = SimpleNamespace(run=env, search=lambda cell: s)
+    found = prediction.describe_beam(bench, Cell("beam", "exact", (4,), split="validation", problems=10))
+    assert found["error"] == found["optimism"] == 0 and found["r2"] == pytest.approx(1, abs=1e-3)
+    assert found["parent_weight"] == pytest.approx(0, abs=1e-3) and 1 <= found["ancestors"] <= 4
+
+
+def test_shared_errors_are_found(monkeypatch):
+    """Candidates of two parents a level: the error is the parent's, or each child's own."""
+    rng, n = np.random.default_rng(0), 4000
+    c = pd.DataFrame({"owner": np.arange(n) // 8, "parent": np.arange(n) // 4, "grandparent": 0, "batch": 0,
+                      "depth": 3, "true": rng.random(n), "q_before": rng.random(n), "kept": True})
+    own, parents = rng.normal(size=n), rng.normal(size=n // 4).repeat(4)
+    for error, low, high in ((own, -0.05, 0.05), (parents, 0.99, 1.0), (own + parents, 0.4, 0.6)):
+        monkeypatch.setattr(prediction, "candidates", lambda *_, e=error: c.assign(q=c.true + e))
+        assert low <= prediction.describe_beam(None, None)["shared_error"] <= high
+
+
+def test_rollouts_stand_in_for_exact_values(smoke_run, monkeypatch):
+    bench = Bench(Run.open(smoke_run[0], "cpu"))
+    cell = Cell("beam", "q_pi", (2,), split="validation", problems=20)
+    exact = prediction.candidates(bench, cell)
+    monkeypatch.setattr(type(bench.run.task), "exact", None)
+    sampled = prediction.candidates(bench, cell, n_mc=4)
+    assert len(exact) == len(sampled) and (sampled.true * 4 % 1 == 0).all()
+    assert (exact.true[exact.ended] == sampled.true[sampled.ended]).all()
+
+
+def test_gains_by_hand(tmp_path):
+    """alpha is that of the most right on validation; gains are test outcomes less those of Q^pi."""
+    def row(split, score, alpha, quota, right, method="beam"):
+        return split, method, score, alpha, quota, 8, 0, 0, right
+    rows = []
+    for split in ("validation", "test"):
+        for quota in ("none", "parent"):
+            rows.append(row(split, "q_pi", 0.0, quota, "1000" if quota == "none" else "1100"))
+            for x in ALPHAS:
+                good = x == 2.0 if split == "validation" else True
+                rows.append(row(split, "effective", x, quota, "1110" if good else "1000"))
+            rows += [row(split, "log_odds", x, quota, "0000") for x in ODDS]
+        rows += [row(split, "advantage", 0.0, "none", "0001"), row(split, "q_pi", 0.0, "", "1111", "dvts")]
+    with (tmp_path / "v.csv").open("w") as f:
+        csv.writer(f).writerows([COLUMNS, *rows])
+    found, alphas = gains(tmp_path / "v.csv")
+    assert {k: v.tolist() for k, v in found.items()} == {
+        "alpha": [0, 1, 1, 0], "quota": [0, 1, 0, 0], "alpha given quota": [0, 0, 1, 0],
+        "log-odds": [0, 0, 0, 0], "log-odds given quota": [0, 0, 0, 0], "sub-trees": [0, 1, 1, 1],
+        "A^mu alone": [-1, 0, 0, 1]}
+    assert alphas == (2.0, 2.0)
+
+
+def test_it_trains_searches_and_reports(smoke_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(mechanism, "train_verifier", lambda *a, **k: train_verifier(*a, **k | {"steps": 2}))
+    run, names = shutil.copytree(smoke_run[0], tmp_path / "run"), ("base-10", "nano-500", "base-250-paper")
+    flags = ("--run", run, "--device", "cpu", "--width", 2, "--problems", 6, "--validation", 6, "--verifiers")
+    told = run_main(mechanism, *flags, *names)
+    summary = json.loads((run / "mechanism" / "summary.json").read_text())
+    assert set(summary["verifiers"]) == set(names) and "mechanism.png" in told
+    assert {p.name for p in (run / "mechanism").iterdir()} >= {
+        "mechanism.csv", "mechanism_verifiers.csv", *(f"{n}.csv" for n in names)}
+    rows = list(csv.DictReader((run / "mechanism" / "base-10.csv").open()))
+    assert len(rows) == 2 * (2 * (1 + len(ALPHAS) + len(ODDS)) + 2)
+    assert all(len(r["right"]) == 6 for r in rows)
+    assert run_main(mechanism, *flags, *names).count("done before") == 3
+    assert "--verifiers" in fails(mechanism, *flags, "base-4")
