@@ -10,7 +10,8 @@ import pytest
 from conftest import WalkPolicy, fails, run_main
 
 from minipav.paper import mechanism, prediction
-from minipav.paper.mechanism import ALPHAS, COLUMNS, ODDS, gains
+from minipav.paper.mechanism import GRID
+from minipav.paper.mechanism_report import COLUMNS, gains
 from minipav.run import Run
 from minipav.search.measure import Bench, Cell
 from minipav.search.score import SCORES, Search
@@ -63,15 +64,15 @@ def test_rollouts_stand_in_for_exact_values(smoke_run, monkeypatch):
 def test_gains_by_hand(tmp_path):
     """alpha is that of the most right on validation; gains are test outcomes less those of Q^pi."""
     def row(split, score, alpha, quota, right, method="beam"):
-        return split, method, score, alpha, quota, 8, 0, 0, right
+        return split, method, score, alpha, quota, 8, right.count("1") / 4, 0, right
     rows = []
     for split in ("validation", "test"):
         for quota in ("none", "parent"):
             rows.append(row(split, "q_pi", 0.0, quota, "1000" if quota == "none" else "1100"))
-            for x in ALPHAS:
+            for x in GRID["effective"]:
                 good = x == 2.0 if split == "validation" else True
                 rows.append(row(split, "effective", x, quota, "1110" if good else "1000"))
-            rows += [row(split, "log_odds", x, quota, "0000") for x in ODDS]
+            rows += [row(split, "log_odds", x, quota, "0000") for x in GRID["log_odds"]]
         rows += [row(split, "advantage", 0.0, "none", "0001"), row(split, "q_pi", 0.0, "", "1111", "dvts")]
     with (tmp_path / "v.csv").open("w") as f:
         csv.writer(f).writerows([COLUMNS, *rows])
@@ -85,7 +86,8 @@ def test_gains_by_hand(tmp_path):
 
 def test_it_trains_searches_and_reports(smoke_run, tmp_path, monkeypatch):
     monkeypatch.setattr(mechanism, "train_verifier", lambda *a, **k: train_verifier(*a, **k | {"steps": 2}))
-    run, names = shutil.copytree(smoke_run[0], tmp_path / "run"), ("base-10", "nano-500", "base-250-paper")
+    run = shutil.copytree(smoke_run[0], tmp_path / "run")
+    names = ("q_pi", "base-10", "nano-500", "base-250-paper")
     flags = ("--run", run, "--device", "cpu", "--width", 2, "--problems", 6, "--validation", 6, "--verifiers")
     told = run_main(mechanism, *flags, *names)
     summary = json.loads((run / "mechanism" / "summary.json").read_text())
@@ -93,7 +95,7 @@ def test_it_trains_searches_and_reports(smoke_run, tmp_path, monkeypatch):
     assert {p.name for p in (run / "mechanism").iterdir()} >= {
         "mechanism.csv", "mechanism_verifiers.csv", *(f"{n}.csv" for n in names)}
     rows = list(csv.DictReader((run / "mechanism" / "base-10.csv").open()))
-    assert len(rows) == 2 * (2 * (1 + len(ALPHAS) + len(ODDS)) + 2)
+    assert sum(r["split"] == "validation" for r in rows) == 2 * (1 + sum(map(len, GRID.values())))
     assert all(len(r["right"]) == 6 for r in rows)
-    assert run_main(mechanism, *flags, *names).count("done before") == 3
+    assert run_main(mechanism, *flags, *names).count("done before") == 4
     assert "--verifiers" in fails(mechanism, *flags, "base-4")

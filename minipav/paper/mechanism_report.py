@@ -1,0 +1,103 @@
+"""From the searches of mechanism.py to gains, a figure and what told them beforehand."""
+import numpy as np
+import pandas as pd
+
+from minipav.files import write_csv, write_json
+from minipav.paper.figures import draw
+from minipav.paper.report import provenance
+from minipav.paper.statistics import bootstrap, interval, read_table, spearman
+
+COLUMNS = ["split", "method", "score", "alpha", "quota", "width", "accuracy", "tokens", "right"]
+
+
+def best(rows, score, quota):
+    """The alpha of a score that is right most often on validation problems; 0 is Q^pi."""
+    rows = rows[(rows.split == "validation") & (rows.quota == quota) & rows.score.isin([score, "q_pi"])]
+    return float(rows.sort_values("alpha").set_index("alpha").accuracy.idxmax())
+
+
+def right_of(rows, method, score, alpha=0.0, quota="none"):
+    """Right or not (P,) of one search."""
+    rows = rows[(rows.method == method) & (rows.score == score)]
+    return np.array(list(rows[(rows.alpha == alpha) & (rows.quota == quota)].right.iloc[0]), float)
+
+
+def gains(path):
+    """{name: gain of each test problem}, alphas chosen on the validation problems."""
+    rows = read_table(path, COLUMNS, ("split", "method", "score", "quota", "right"))
+    test = rows[rows.split == "test"]
+
+    def chosen(score, quota):
+        alpha = best(rows, score, quota)
+        return right_of(test, "beam", score if alpha else "q_pi", alpha, quota), alpha
+    q, q_quota = (right_of(test, "beam", "q_pi", 0.0, k) for k in ("none", "parent"))
+    (adv, alpha), (adv_quota, alpha_quota) = (chosen("effective", k) for k in ("none", "parent"))
+    (odds, _), (odds_quota, _) = (chosen("log_odds", k) for k in ("none", "parent"))
+    return {"alpha": adv - q, "quota": q_quota - q, "alpha given quota": adv_quota - q_quota,
+            "log-odds": odds - q, "log-odds given quota": odds_quota - q_quota,
+            "sub-trees": right_of(test, "dvts", "q_pi", quota="") - q,
+            "A^mu alone": right_of(test, "beam", "advantage") - q}, (alpha, alpha_quota)
+
+
+class Mechanism:
+    """Several runs' verifiers. each {verifier: {gain: (R + 1,)}}, in points."""
+
+    def __init__(self, runs, recipes):
+        self.facts, self.by = {}, {}
+        for recipe in recipes:
+            found = [gains(run.out / "mechanism" / f"{recipe.name}.csv") for run, _ in runs]
+            facts = [f[recipe.name] for _, f in runs]
+            boot = bootstrap([pd.DataFrame(g) for g, _ in found])
+            self.by[recipe.name] = {k: 100 * boot[k].to_numpy() for k in boot}
+            self.facts[recipe.name] = {
+                "auc": float(np.mean([f["auc"] for f in facts])), "alphas": [x for _, x in found],
+                "by_seed": [{k: round(100 * float(v.mean()), 2) for k, v in g.items()} for g, _ in found],
+                "before": [f["before"] for f in facts]}
+
+    def mean(self, gain, low=0.0, high=1.0):
+        """Of one gain over the verifiers whose AUC lies in this range: (R + 1,), or None."""
+        some = [g[gain] for n, g in self.by.items() if low <= self.facts[n]["auc"] <= high]
+        return np.mean(some, 0) if some else None
+
+    def correlations(self, gain="alpha"):
+        """{feature: rank correlation with the gain, of each run}."""
+        runs = len(next(iter(self.facts.values()))["before"])
+        return {k: [spearman([f["before"][i][k] for f in self.facts.values()],
+                             [f["by_seed"][i][gain] for f in self.facts.values()]) for i in range(runs)]
+                for k in next(iter(self.facts.values()))["before"][0]}
+
+
+LINES = {"A^mu": "alpha", "quota": "quota", "A^mu, both with quota": "alpha given quota"}
+
+
+def report(runs, recipes, out):
+    m = Mechanism(runs, recipes)
+    names = sorted(m.by, key=lambda n: m.facts[n]["auc"])
+    aucs = [m.facts[n]["auc"] for n in names]
+
+    def line(gain):
+        values = [interval(m.by[n][gain]) for n in names]
+        return aucs, *([v[k] for v in values] for k in ("mean", "lo", "hi"))
+    draw(out / "mechanism", "What is added to the beam by Q^pi, at verifiers from bad to good", [
+        ("", "held-out AUC of the verifier", "points over Q^pi (over Q^pi with quota)",
+         {k: line(g) for k, g in LINES.items()})])
+    columns = ["verifier", "auc", *(f"{g} {k}" for g in m.by[names[0]] for k in ("mean", "lo", "hi")),
+               *m.facts[names[0]]["before"][0]]
+    rows = []
+    for n in names:
+        before = pd.DataFrame(m.facts[n]["before"]).mean().round(4).tolist()
+        rows.append([n, round(m.facts[n]["auc"], 4),
+                     *(v for g in m.by[n].values() for v in interval(g).values()), *before])
+    write_csv(out / "mechanism_verifiers.csv", columns, rows)
+    facts = provenance([run.out for run, _ in runs], [[f"mechanism-{r.name}" for r in recipes]] * len(runs))
+    for low, high, name in ((0.70, 0.86, "weak"), (0.86, 1.0, "good")):
+        facts[name] = {g: interval(x) for g in m.by[names[0]] if (x := m.mean(g, low, high)) is not None}
+    facts |= {"verifiers": m.facts, "rank_correlation": m.correlations(),
+              "rank_correlation_quota": m.correlations("quota")}
+    write_json(out / "summary.json", facts)
+    print(f"{'verifier':<22}{'AUC':>6}" + "".join(f"{g:>24}" for g in LINES))
+    for n in names:
+        cells_ = (interval(m.by[n][g]) for g in LINES.values())
+        print(f"{n:<22}{m.facts[n]['auc']:>6.3f}" + "".join(
+            f"{v['mean']:>+8.1f} [{v['lo']:+.1f}, {v['hi']:+.1f}]".rjust(24) for v in cells_))
+    print(f"in {out}: mechanism.png, mechanism_verifiers.csv, summary.json")
