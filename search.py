@@ -45,6 +45,7 @@ class Flags:
     alpha: float = flag(None, "weight of A^mu; default: chosen on validation problems", high=1000, kind=float)
     quota: str = flag(None, "of relatives in a beam: none, parent, grandparent or a penalty; default: none, "
                       "and beside it one chosen on validation problems", kind=str)
+    verifier: str = flag(None, "folder in the run, such as mechanism/base-60, in the place of q_pi", kind=str)
     spread: int = flag(12, "a beam spreads its samples over its prefixes, so many at the first level; 0: 3 "
                        "behind each prefix", high=1 << 16)
     prover: str = flag(None, "boK (bo1 is pi itself), weak, strong or a folder; default: the run's best-of-K",
@@ -77,6 +78,8 @@ def measure(run, a, wanted):
     """Tune the beams among the wanted searches, measure all. -> [(group, table)], {experiment: facts}"""
     bench, mu, tables, chosen = Bench(run), a.prover or f"bo{run.config['K']}", [], {}
     print(f"{run.out}: {a.problems} test problems, prover {mu}")
+    if a.verifier:
+        bench.models["q_pi"] = bench.model(a.verifier)
     for cell in wanted:
         if cell.method == "beam" and cell.score not in chosen:
             chosen[cell.score], found = tune(bench, a, mu, cell)
@@ -109,9 +112,12 @@ def main():
     budgets = {"n": ns, "widths": tuple(sorted(a.widths)), "one": (1,)}
     if a.quota:
         Quota.parse(a.quota)
-    wanted = [Cell.parse(x, policy=a.policy, problems=a.problems, spread=a.spread) for x in a.search]
+    wanted = [Cell.parse(x, policy=a.policy, problems=a.problems, spread=a.spread,
+                         verifier=a.verifier or "") for x in a.search]
     wanted = [replace(c, ns=budgets[getattr(METHODS[c.method], "budgets", "n")],
                       seed=s) for c in wanted for s in a.seeds]
+    if a.verifier and a.policy != "base":
+        raise Fail(f"--verifier {a.verifier}: stands in for the base policy's; leave --policy out")
     runs = open_runs(a.run, pick_device(a.device), a.dtype)
     if a.show and parallel.world() > 1:
         raise Fail("--show: in one process; start it without torchrun")

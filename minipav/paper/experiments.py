@@ -37,7 +37,8 @@ def trained(bench):
 
 def searches(bench, a, group, *names, ns=(8,), **fields):
     """These searches, each for every one of --seeds."""
-    fields = dict(spread=a.spread, quota=a.quota or "none") | fields
+    own = fields.get("policy", "base") == "base"
+    fields = dict(spread=a.spread, quota=a.quota or "none", verifier=own and a.verifier or "") | fields
     cells = [Cell.parse(name, ns=ns, problems=a.problems, seed=seed, **fields)
              for name in names for seed in a.seeds]
     return [(group, bench.measure(cell)) for cell in cells]

@@ -4,8 +4,9 @@ A^mu and by log-odds progress, with and without a quota of relatives, beside ind
     python -m minipav.paper.mechanism                                       # runs/calculator-seed0
     python -m minipav.paper.mechanism --run runs/calculator-seed? --out results/mechanism
 
-Of each verifier, RUN/mechanism/NAME.csv has a row for each search (`right`: a digit a problem), and its stage
-what prediction.py measures on validation problems. alpha is chosen there too; gains are on test problems.
+Of each verifier, RUN/mechanism/NAME has the model, NAME.csv a row for each search (`right`: a digit a
+problem), and its stage what prediction.py measures on validation problems. alpha is chosen there too; gains
+are on test problems.
 """
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -111,7 +112,8 @@ def verifier(run, recipe):
 def measure(run, recipe, a):
     """One verifier's searches and what is known beforehand. -> its facts"""
     bench, path = Bench(run), run.out / "mechanism" / f"{recipe.name}.csv"
-    bench.models["q_pi"], auc = verifier(run, recipe)
+    model, auc = verifier(run, recipe)
+    bench.models["q_pi"], files = model, model.save(run.out / "mechanism" / recipe.name)
     before = describe_beam(bench, Cell("beam", "q_pi", (a.width,), split="validation", problems=a.validation))
     rows = []
 
@@ -127,7 +129,7 @@ def measure(run, recipe, a):
         search(tried(a))
         search(wanted(a, pd.DataFrame(rows, columns=COLUMNS)))
     write_csv(path, COLUMNS, rows)
-    return {"auc": round(auc, 4), "before": before, "files": [path]}
+    return {"auc": round(auc, 4), "before": before, "files": [path, *files]}
 
 
 @dataclass

@@ -26,6 +26,7 @@ class Cell:
     alpha: float = 0.0
     spread: int = 12                # how a beam spends its samples, and what it keeps: see Search
     quota: str = "none"
+    verifier: str = ""              # another one in the place of Q^pi: its folder in the run
     split: str = "test"
     problems: int = 500
     seed: int = 0                   # of the sampling
@@ -38,6 +39,8 @@ class Cell:
             self.prover = ""
         if not getattr(METHODS[self.method], "shaped", False):
             self.spread, self.quota = 0, ""
+        if not self.score or SCORES[self.score].verifier != "q_pi":
+            self.verifier = ""
 
     @classmethod
     def parse(cls, text, **fields):
@@ -70,7 +73,8 @@ class Bench:
         s = Search(self.run, self.model(cell.policy), score, alpha=cell.alpha, spread=cell.spread,
                    quota=Quota.parse(cell.quota or "none"), memo=memo)
         if score and score.verifier != "exact":
-            s.verifier = self.model(verifier_of(cell.policy) if score.verifier == "q_pi" else score.verifier)
+            own = cell.verifier or verifier_of(cell.policy)
+            s.verifier = self.model(own if score.verifier == "q_pi" else score.verifier)
         if cell.prover:
             mu = Prover.parse(cell.prover, cell.policy)
             s.K = mu.K
