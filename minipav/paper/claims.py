@@ -122,6 +122,18 @@ SEARCH = [
           few_then_many, untested=SMALL),
     Claim("with the advantage a step's score mispredicts the outcome less often", "Fig. 10", error_drop)]
 
+WEAK = "at verifiers of AUC .70 to .86"
+MECHANISM = [
+    Claim(f"{WEAK} the advantage adds to Q^pi", "Fig. 5a", lambda m: {"": m.mean("alpha", 0.70, 0.86)},
+          key="weak_verifier_alpha_gain"),
+    Claim(f"{WEAK} a quota of relatives adds to Q^pi", "not in the paper",
+          lambda m: {"": m.mean("quota", 0.70, 0.86)}, key="weak_verifier_quota_gain"),
+    Claim("the advantage adds to Q^pi where both have the quota", "not in the paper", lambda m: {
+        "": m.mean("alpha given quota", 0.70, 0.86), "above .86": m.mean("alpha given quota", 0.86)},
+        key="alpha_gain_given_quota"),
+    Claim(f"{WEAK} log-odds progress adds to Q^pi", "not in the paper",
+          lambda m: {"": m.mean("log-odds", 0.70, 0.86),
+                     "given the quota": m.mean("log-odds given quota", 0.70, 0.86)}, key="log_odds_gain")]
 RL = [
     Claim("PAV-RL ends above ORM-RL (paper: by 7 points)", "Fig. 7a", over("pav", "outcome"),
           key="rl_pav_minus_orm"),

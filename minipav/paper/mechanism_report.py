@@ -2,11 +2,14 @@
 import numpy as np
 import pandas as pd
 
-from minipav.files import write_csv, write_json
+from minipav.files import write_csv, write_whole
+from minipav.paper.claims import MECHANISM
 from minipav.paper.figures import draw
-from minipav.paper.report import provenance
+from minipav.paper.report import finish, judged, provenance
 from minipav.paper.statistics import bootstrap, interval, read_table, spearman
 
+WEAK, GOOD = (0.70, 0.86), (0.86, 1.0)      # AUC of verifiers
+TEXTS = ("split", "method", "score", "quota", "right")
 COLUMNS = ["split", "method", "score", "alpha", "quota", "width", "accuracy", "tokens", "right"]
 
 
@@ -24,7 +27,7 @@ def right_of(rows, method, score, alpha=0.0, quota="none"):
 
 def gains(path):
     """{name: gain of each test problem}, alphas chosen on the validation problems."""
-    rows = read_table(path, COLUMNS, ("split", "method", "score", "quota", "right"))
+    rows = read_table(path, COLUMNS, TEXTS)
     test = rows[rows.split == "test"]
 
     def chosen(score, quota):
@@ -55,9 +58,9 @@ class Mechanism:
                 "before": [f["before"] for f in facts]}
 
     def mean(self, gain, low=0.0, high=1.0):
-        """Of one gain over the verifiers whose AUC lies in this range: (R + 1,), or None."""
+        """Of one gain over the verifiers whose AUC lies in this range: {"mean", "lo", "hi"}, or None."""
         some = [g[gain] for n, g in self.by.items() if low <= self.facts[n]["auc"] <= high]
-        return np.mean(some, 0) if some else None
+        return interval(np.mean(some, 0)) if some else None
 
     def correlations(self, gain="alpha"):
         """{feature: rank correlation with the gain, of each run}."""
@@ -90,14 +93,19 @@ def report(runs, recipes, out):
                      *(v for g in m.by[n].values() for v in interval(g).values()), *before])
     write_csv(out / "mechanism_verifiers.csv", columns, rows)
     facts = provenance([run.out for run, _ in runs], [[f"mechanism-{r.name}" for r in recipes]] * len(runs))
-    for low, high, name in ((0.70, 0.86, "weak"), (0.86, 1.0, "good")):
-        facts[name] = {g: interval(x) for g in m.by[names[0]] if (x := m.mean(g, low, high)) is not None}
-    facts |= {"verifiers": m.facts, "rank_correlation": m.correlations(),
-              "rank_correlation_quota": m.correlations("quota")}
-    write_json(out / "summary.json", facts)
-    print(f"{'verifier':<22}{'AUC':>6}" + "".join(f"{g:>24}" for g in LINES))
+    facts |= {"seeds": [run.config["seed"] for run, _ in runs], "verifiers": m.facts,
+              **{low: {g: m.mean(g, *WEAK if low == "weak" else GOOD) for g in m.by[names[0]]}
+                 for low in ("weak", "good")},
+              "rank_correlation": {g: m.correlations(g) for g in ("alpha", "quota", "alpha given quota")}}
+    tables = [read_table(run.out / "mechanism" / f"{n}.csv", COLUMNS, TEXTS).assign(
+        run=run.config["seed"], verifier=n) for run, _ in runs for n in names]
+    write_whole(out / "rows.csv.gz", lambda p: pd.concat(tables).to_csv(
+        p, index=False, compression={"method": "gzip", "mtime": 0}))
+    text = [f"{'verifier':<22}{'AUC':>6}" + "".join(f"{g:>24}" for g in LINES)]
     for n in names:
-        cells_ = (interval(m.by[n][g]) for g in LINES.values())
-        print(f"{n:<22}{m.facts[n]['auc']:>6.3f}" + "".join(
-            f"{v['mean']:>+8.1f} [{v['lo']:+.1f}, {v['hi']:+.1f}]".rjust(24) for v in cells_))
-    print(f"in {out}: mechanism.png, mechanism_verifiers.csv, summary.json")
+        shown = (interval(m.by[n][g]) for g in LINES.values())
+        text.append(f"{n:<22}{m.facts[n]['auc']:>6.3f}" + "".join(
+            f"{v['mean']:>+8.1f} [{v['lo']:+.1f}, {v['hi']:+.1f}]".rjust(24) for v in shown))
+    made = ["mechanism.png", "mechanism_verifiers.csv", "rows.csv.gz"]
+    finish(out, facts, judged(MECHANISM, m), "\n".join(text), made,
+           "python search.py --verifier mechanism/base-60 --all; or other seeds, then --run RUN ... --out DIR")
