@@ -27,7 +27,7 @@ from minipav.search.score import SCORES, Quota
 from minipav.utils import Fail, main_guard, pick_device, tune_process
 
 ALPHAS = (0.2, 0.5, 1.0, 2.0, 5.0)      # tried beside 0; the paper's grid ends at 1
-QUOTAS = ("none", "0.1", "parent", "grandparent")
+QUOTAS = ("none", "parent", "grandparent")
 
 
 @dataclass
@@ -37,11 +37,10 @@ class Flags:
     all: bool = flag(False, "every figure of the paper")
     show: int = flag(0, "print so many problems of a PAV beam of width 4, measure nothing", high=10**6)
     search: list = flag(["greedy", "pass", "majority", "best_of_n:orm", "best_of_n:q_pi",
-                         "best_of_n:effective", "beam:q_pi", "beam:effective", "beam:log_odds",
-                         "dvts:q_pi"], "METHOD or METHOD:SCORE")
+                         "best_of_n:effective", "beam:q_pi", "beam:effective"], "METHOD or METHOD:SCORE")
     policy: str = flag("base", "that is searched with", choices=("weak", "base", "strong"))
     n: int = flag(128, "samples a problem for best-of-N", low=1, high=1 << 16)
-    widths: list = flag([1, 2, 4, 8, 16, 32, 48], "beam widths", low=1, high=4096)
+    widths: list = flag([1, 2, 4, 8, 16, 32], "beam widths", low=1, high=4096)
     alpha: float = flag(None, "weight of A^mu; default: chosen on validation problems", high=1000, kind=float)
     quota: str = flag(None, "of relatives in a beam: none, parent, grandparent or a penalty; default: none, "
                       "and beside it one chosen on validation problems", kind=str)

@@ -108,4 +108,4 @@ def report(runs, recipes, out):
             f"{v['mean']:>+8.1f} [{v['lo']:+.1f}, {v['hi']:+.1f}]".rjust(24) for v in shown))
     made = ["mechanism.png", "mechanism_verifiers.csv", "rows.csv.gz"]
     finish(out, facts, judged(MECHANISM, m), "\n".join(text), made,
-           "python search.py --verifier mechanism/base-60 --all; or other seeds, then --run RUN ... --out DIR")
+           "python search.py --verifier mechanism/base-60; or other seeds, then --run RUN ... --out DIR")
