@@ -1,9 +1,12 @@
 """Statistics and claims: curves with paired intervals, comparisons by hand, and what each verdict means."""
+import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import ROOT, run_main
 
 from minipav.files import write_json
 from minipav.paper import quantities, report, rl_report
@@ -196,7 +199,8 @@ def test_verdicts_of_searches_the_example_and_the_theory():
     assert verdict("Fig. 4", points, SEARCH, "beats") == "partly"
     assert verdict("Fig. 4", {"": x(1.5, 0, 2.2)}, SEARCH, "fewer tokens") == "not reproduced"
     assert verdict("Fig. 4", {"": x(2.3, 1.8, 2.8)}, SEARCH, "fewer tokens") == "reproduced"
-    assert verdict("Fig. 11", {"2,000 rollouts": x(9, 5, 12)}, SEARCH).startswith("untested")
+    far = Claim("far off", "Fig. 0", lambda m: m, untested="other sizes")
+    assert judge(far, {"": x(9, 5, 12)})["verdict"] == "untested (other sizes)"
     assert verdict("Fig. 5b", {"bo4 over bo1": x(2, 1, 3), "bo4 over bo32": None}, SEARCH) == "reproduced"
     assert verdict("Fig. 3b", {"a": x(11, 8, 15), "b": x(11, 5, 15)}, DIDACTIC) == "partly"
     assert verdict("Remark 3.1", {"": x(1.98, 1.98, 1.98)}, THEORY, "K^2") == "reproduced"
@@ -302,3 +306,20 @@ def test_a_verifier_costs_its_data_and_outcome_reward_what_rft_needs(tmp_path):
     assert before(pav, prover="weak") == pytest.approx([1050 + 210 + 40, 65 + 1300 * share])
     rollouts = outcome | dict(reward="pav_rollout", prover="bo4", n_mc=4)
     assert before(rollouts) == before(outcome), "it has no verifier"
+
+
+def test_all_claims_are_collected_in_one_file(tmp_path):
+    """Each quantity under its key, that of a folder NAME_OTHER with _OTHER behind it; the didactic example's
+    and the theory's, which are plain files, too."""
+    two = {"N = 8": x(1, 0.5, 2), "N = 16": x(1, -1, 2)}
+    one = judge(Claim("so", "Fig. 4", lambda m: m, key="ahead"), two)
+    write_json(tmp_path / "search" / "summary.json", {"claims": [one]})
+    write_json(tmp_path / "search_weak" / "summary.json", {"claims": [one]})
+    write_json(tmp_path / "bench" / "summary.json", {"rows": 3})
+    for name in ("summary.json", "theory.json"):
+        (tmp_path / "didactic").mkdir(exist_ok=True)
+        shutil.copy(ROOT / "results" / "didactic" / name, tmp_path / "didactic")
+    found = json.loads(run_main(report, "--collect", tmp_path) and (tmp_path / "claims.json").read_text())
+    assert {"ahead_n8", "ahead_n16", "ahead_n8_weak", "ahead_n16_weak"} < set(found)
+    assert found["ahead_n8"] == {"verdict": "partly", **x(1, 0.5, 2), "unit": "points", "claim": "so"}
+    assert len(found) > 4 + len(THEORY)

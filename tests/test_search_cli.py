@@ -158,7 +158,7 @@ def test_all_makes_every_figure(run, tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "KS", (1, 2, 4))
     monkeypatch.setattr(experiments, "logged_values", partial(logged, states=10, actions=4))
     monkeypatch.setattr(experiments, "train_verifier", lambda *a, **k: train_verifier(*a, **k | {"steps": 2}))
-    monkeypatch.setitem(search.EXPERIMENTS, "data", partial(experiments.data_sizes, shares=(0.05,), width=1))
+    monkeypatch.setitem(search.EXPERIMENTS, "data", partial(experiments.data_sizes, sizes=(60,), width=1))
     flags = ("--problems", 4, "--n", 4, "--all", "--out", tmp_path / "out")
     told = run_main(search, "--run", out, *SMALL, *flags)
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())

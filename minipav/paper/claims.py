@@ -69,12 +69,13 @@ def slug(text):
 
 
 def collect(folder):
-    """Every claim that a summary.json below a folder of `folder` judges -> claims.json there: {key: verdict,
-    mean, lo, hi}; a folder search_NAME gives KEY_NAME."""
-    out = {}
-    for path in sorted(folder.glob("*/summary.json")):
-        name = "".join(path.parent.name.partition("_")[1:])
-        for c in read_json(path).get("claims", ()):
+    """Every claim that a summary.json in a folder of `folder` judges, and those of didactic/ -> claims.json
+    there: {key: verdict, mean, lo, hi}; a folder search_NAME gives KEY_NAME."""
+    out, plain = {}, {"didactic/summary.json": DIDACTIC, "didactic/theory.json": THEORY}
+    for path in sorted([*folder.glob("*/summary.json"), *folder.glob("*/theory.json")]):
+        name, found = "".join(path.parent.name.partition("_")[1:]), read_json(path)
+        own = plain.get(str(path.relative_to(folder)), ())
+        for c in found.get("claims") or [j for c in own if (j := judge(c, found))]:
             for what, x in c["measured"].items():
                 key = "_".join(filter(None, [c["key"], slug(what.replace(" = ", ""))]))
                 out[key + name] = {"verdict": c["verdict"], **x, "unit": c["unit"], "claim": c["claim"]}
@@ -95,7 +96,6 @@ def sentence(judged):
             f"    {judged['verdict']}: {'; '.join(values)} {judged['unit']}")
 
 
-SMALL = "the paper's smallest size is 64,000 rollouts"
 SEARCH = [
     Claim("search against PAVs beats re-ranking by the ORM at equal tokens (8 to 10 points at N = 128)",
           "Fig. 4", lambda s: ahead(s, "beam:effective", "best_of_n:orm"),
@@ -117,9 +117,11 @@ SEARCH = [
     Claim("Theorem 3.1's terms, measured beforehand, rank the provers", "Theorem 3.1", rank_correlation,
           unit="rank correlation"),
     Claim("first pits make better data than random seeds", "Fig. 11", data_gain("first pits", "n_mc = 4"),
-          untested=SMALL),
+          key="first_pits"),
     Claim("few completions a prefix are better at a small budget, many at a large one", "Fig. 6b",
-          few_then_many, untested=SMALL),
+          few_then_many, key="n_mc"),
+    Claim("exact labels make better data than 16 completions a prefix, at equal traces", "Fig. 6b, ceiling",
+          data_gain("exact, equal traces", "n_mc = 16"), key="exact_labels"),
     Claim("with the advantage a step's score mispredicts the outcome less often", "Fig. 10", error_drop)]
 
 WEAK = "at verifiers of AUC .70 to .86"

@@ -15,7 +15,7 @@ from minipav.search.beam import search_all
 from minipav.search.measure import Bench, Cell
 from minipav.tokenizer import delimiter_tokens, join, pad_token
 from minipav.traces import Traces
-from minipav.verifier import score, train_verifier
+from minipav.verifier import exact_q, score, train_verifier
 
 GRID = {"lr": (3e-4, 1e-3, 2e-3), "kl": (0.01, 0.03, 0.1)}      # of --tune, the same for every reward
 # of --sweep; ORM-RL in 480 iterations costs about what PAV-RL does in 150, its verifier's data included
@@ -154,53 +154,61 @@ def logged_values(bench, a, policy, mus, states=400, actions=16):
     return {m: x.view(-1, actions) for m, x in q_mus.items()}, q.view(-1, actions)
 
 
-def data_sizes(bench, a, mu, alpha, shares=(0.05, 0.4), width=8):
-    """Fig. 6b and 11: Q^pi trained anew, from the stronger policy, on fresh rollouts of pi (as many as a
-    share of the seeds of train.py). Each verifier sees its data at least once, and 100 batches of 128. Judged
-    by a beam by Q^pi."""
-    spec = {"shares": shares, "width": width, "problems": a.problems, "seed": a.seeds[0]}
+def data_sizes(bench, a, mu, alpha, sizes=(16000, 64000), width=8):
+    """Fig. 6b and 11: Q^pi trained anew, from pi, on fresh rollouts of pi, with the same updates. Judged by a
+    beam by Q^pi."""
+    spec = {"sizes": sizes, "width": width, "problems": a.problems, "seed": a.seeds[0]}
     return [], bench.run.stage(keyed("search/data", spec), lambda: {
-        "rows": list(train_on_sizes(bench, a, shares, width))}, spec)
+        "rows": list(train_on_sizes(bench, a, sizes, width))}, spec)
 
 
-def data_by_way(run, base, problems, seeds):
-    """{way: rollouts -> Traces}: seeds with n_mc completions of each of their prefixes (n_mc = 0: a seed's
-    own outcome is its prefixes' label), or two thirds of the rollouts for probing, and the rest for the
-    prefixes up to the first pits that were found (App. D)."""
-    def labelled(rollouts, n_mc):
-        t = seeds[:max(1, int(((1 + n_mc * seeds.last).cumsum(0) <= rollouts).sum()))]
+def data_by_way(run, base, problems, seeds, n_probe=16, most=64):
+    """{way: rollouts -> Traces}. At equal rollouts: seeds with n_mc completions of each of their prefixes
+    (n_mc = 0: a seed's own outcome is its prefixes' label); or three quarters of the rollouts for probing,
+    and the rest for the prefixes up to the first pits that were found (App. D). At equal traces, those of
+    n_mc = 16: fewer completions, and exact values."""
+    def traces(rollouts, n_mc):
+        return seeds[:max(1, int(((1 + n_mc * seeds.last).cumsum(0) <= rollouts).sum()))]
+
+    def labelled(t, n_mc):
         return monte_carlo(base, run, problems, t, t.ends >= 0, n_mc, run.seed("data", n_mc)) if n_mc else t
 
-    def with_pits(rollouts, n_probe=4, most=32):
-        t = labelled(2 * rollouts // 3, n_probe)
+    def with_pits(rollouts):
+        t = labelled(traces(3 * rollouts // 4, n_probe), n_probe)
         pit = first_pit(t.q.masked_fill(~t.labelled, float("nan")), t.reward, run.config["pit_threshold"])
         upto = torch.arange(t.ends.shape[1]) <= pit[:, None]
-        n = min(most, rollouts // 3 // max(1, int(upto.sum())))
+        n = min(most, rollouts // 4 // max(1, int(upto.sum())))
         if n == 0 or not upto.any():
             return t
         # the probe chose the pit
         again = monte_carlo(base, run, problems, t, upto, n, run.seed("data", "pits"))
         return replace(t, q=torch.where(upto, again.q, t.q), n=torch.where(upto, again.n, t.n))
-    return {f"n_mc = {n}": lambda r, n=n: labelled(r, n) for n in (0, 4, 16)} | {"first pits": with_pits}
+
+    def exact(t):
+        return replace(t, q=exact_q(run, problems, t).nan_to_num(0.0), exact=t.ends >= 0)
+    ways = {f"n_mc = {n}": lambda r, n=n: labelled(traces(r, n), n) for n in (0, 4, 16)}
+    ways["first pits"] = with_pits
+    ways |= {f"n_mc = {n}, equal traces": lambda r, n=n: labelled(traces(r, 16), n) for n in (0, 4)}
+    return ways | ({"exact, equal traces": lambda r: exact(traces(r, 16))} if run.task.exact else {})
 
 
-def train_on_sizes(bench, a, shares, width):
+def train_on_sizes(bench, a, sizes, width, steps=150):
     run, base, c, seed = bench.run, bench.model("base"), bench.run.config, bench.run.seed("data")
-    sizes, rng = [round(x * c["problems"] * c["n_cov"]) for x in shares], np.random.default_rng(seed)
     problems, test = run.problems("train", max(sizes)), run.problems("test", a.problems)
     seeds, held_out = seed_rollouts(base, run, problems, 1, seed), run.traces("base_validation")
-    ways = data_by_way(run, base, problems, seeds)
+    ways, rng = data_by_way(run, base, problems, seeds), np.random.default_rng(seed)
     for size, (way, collect) in ((size, w) for size in sizes for w in ways.items()):
         data = collect(size)
         few = seeds[torch.from_numpy(rng.permutation(len(data))[:max(1, len(data) // 6)])]
         data = Traces.cat([data, corrupted_steps(run, problems, few, rng)], pad_token(run.enc))
-        q, r = train_verifier(run.model("strong"), data, held_out, batch_size=128,
-                              steps=max(100, len(data) // 128), micro_batch=c["micro_batch"],
+        q, r = train_verifier(base, data, held_out, batch_size=128, steps=steps, micro_batch=c["micro_batch"],
                               lr_muon=c["lr_muon_verifier"], lr_adamw=c["lr_adamw_verifier"],
                               seed=run.seed("data", size), log=lambda *x: None)
         judge = Bench(run)
         judge.models = bench.models | {"q_pi": q}
         found = search_all(judge.search(Cell("beam", "q_pi")), test, width, a.seeds[0])
+        print(f"  {size} rollouts, {way}: {len(data):,} traces, AUC {r.auc:.3f}, "
+              f"beam {found.right.mean():.3f}")
         yield {"rollouts": size, "way": way, "traces": len(data), "auc": r.auc,
                "accuracy": float(found.right.mean()),
                "solved": "".join(str(int(x)) for x in found.right)}

@@ -75,7 +75,8 @@ def data_gain(a, b):
     def measure(s):
         each = s.fact("data", lambda f: {(r["rollouts"], r["way"]): 100 * r["accuracy"] for r in f["rows"]})
         sizes = sorted({n for n, _ in each[0]} if each else ())
-        return {f"{n:,} rollouts": spread(x[n, a] - x[n, b] for x in each) for n in sizes}
+        return {f"{n:,} rollouts": spread(x[n, a] - x[n, b] for x in each) for n in sizes
+                if all({(n, a), (n, b)} <= x.keys() for x in each)}
     return measure
 
 
