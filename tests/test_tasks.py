@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from minipav.tasks import countdown, make_task
-from minipav.tasks.calculator import TOP, Problem, distance, dp, transitions
+from minipav.tasks.calculator import TOP, Problem, apply, distance, dp, transitions
 from minipav.tokenizer import END, decode_rows, encode_rows, synthetic_encoding, text_encoding
 from minipav.utils import Fail
 
@@ -143,19 +143,25 @@ def test_calculator_values_equal_enumeration():
         assert np.allclose(V[i, 0, p.start], Q[i, 0, p.start][nxt[i, p.start] > 0].mean())
 
 
-def test_directed_walks_are_the_uniform_walk_given_success():
-    """Bayes by rejection: the share of first operations among successful uniform walks."""
-    task, rng = make_task("calculator", dict(H=3, min_steps=2)), np.random.default_rng(0)
-
-    def chance(p):
-        return dp(transitions([p]), np.array([p.target]), 3)[1][0, 0, p.start]
-    p = max(task.problems("train", 50, 0), key=chance)
+@pytest.mark.parametrize("skew", [1.0, 4.0])
+def test_directed_walks_are_the_other_walks_given_success(skew):
+    """Bayes by rejection: the share of first operations among successful walks. How many succeed is the exact
+    value; with a skew, + is so much likelier a first step than any other."""
+    task, rng = make_task("calculator", dict(H=3, min_steps=2, skew=skew)), np.random.default_rng(0)
+    problems = task.problems("train", 50, 0)
+    value = task.exact(problems)
+    ways = [[s for s, x in zip("+-*/", p.ops) if apply(s, p.start, x)] for p in problems]
+    i = max((i for i in range(50) if "+" in ways[i][:-1]), key=lambda i: value(i, ""))
+    p = problems[i]
     demos = task.demonstrations([p] * 4000, 0.0, rng)
     good = [d for d in demos if task.judge(p, d) == "right"]
     directed = task.demonstrations([p] * 4000, 1.0, rng)
     for first in {d.split("\n")[0] for d in directed}:
         a, b = (sum(d.startswith(first) for d in ds) / len(ds) for ds in (good, directed))
         assert abs(a - b) < 4 * (0.25 / len(good)) ** 0.5
+    assert abs(len(good) / 4000 - value(i, "")) < 4 * (0.25 / 4000) ** 0.5
+    plus = sum(d[0] == "+" for d in demos) / 4000
+    assert abs(plus - skew / (skew + len(ways[i]) - 1)) < 4 * (0.25 / 4000) ** 0.5
 
 
 def test_countdown_oracle_knows_what_is_solvable():

@@ -55,6 +55,11 @@ def transitions(problems):
     return nxt
 
 
+def weights(nxt, skew=1.0):
+    """Of each operation after which `nxt` (..., 4) comes: 0 if it is illegal, else 1, and `skew` for +."""
+    return (nxt > 0) * np.array([skew, 1, 1, 1], np.float32)
+
+
 def dp(nxt, target, H, policy=None):
     """Exact values by dynamic programming. nxt (N, TOP, 4), target (N,).
 
@@ -64,7 +69,7 @@ def dp(nxt, target, H, policy=None):
     """
     N = len(nxt)
     if policy is None:
-        policy = ((nxt > 0) / np.maximum((nxt > 0).sum(-1, keepdims=True), 1)).astype(np.float32)[:, None]
+        policy = normal(weights(nxt))[:, None]
     policy = np.broadcast_to(policy, (N, H, TOP, 4))
     Q, V = np.zeros((N, H, TOP, 4), np.float32), np.zeros((N, H + 1, TOP), np.float32)
     V[np.arange(N), :, target] = 1                              # and V at the value 0, "illegal", stays 0
@@ -73,6 +78,11 @@ def dp(nxt, target, H, policy=None):
         V[:, h] = np.einsum("nvk,nvk->nv", policy[:, h], Q[:, h])
         V[np.arange(N), h, target] = 1
     return Q, V
+
+
+def normal(w):
+    """Weights (..., 4) as chances; 0 where there are none."""
+    return (w / np.maximum(w.sum(-1, keepdims=True), 1)).astype(np.float32)
 
 
 def distance(nxt, start, H):
@@ -89,15 +99,15 @@ def distance(nxt, start, H):
     return dist
 
 
-def walk(nxt, Q, directed, value, step, target, H, rng):
-    """Walks from value (N,) at step (N,) until the target or H: actions (N, H), -1 where idle. Uniform over
-    the legal operations; where `directed` (N,), given success: pi(k | v, h) = uniform(k | v) Q(v, h, k) /
-    V(v, h)."""
+def walk(nxt, Q, directed, value, step, target, H, rng, skew=1.0):
+    """Walks from value (N,) at step (N,) until the target or H: actions (N, H), -1 where idle. By the weights
+    of the operations; where `directed` (N,), given success: pi(k | v, h) = weight(k | v) Q(v, h, k) / their
+    sum."""
     actions, value = np.full((len(nxt), H), -1), value.copy()
     for h in range(H):
         n = np.nonzero((value != target) & (step <= h))[0]
-        p = (nxt[n, value[n]] > 0).astype(np.float32)
-        q = Q[n, h, value[n]]
+        p = weights(nxt[n, value[n]], skew)
+        q = Q[n, h, value[n]] * p
         p = np.where((directed[n] & (q.sum(1) > 0))[:, None], q, p)
         k = (rng.random((len(n), 1)) * p.sum(-1, keepdims=True) >= p.cumsum(-1)).sum(-1).clip(max=3)
         actions[n, h], value[n] = k, nxt[n, value[n], k]
@@ -108,6 +118,7 @@ def walk(nxt, Q, directed, value, step, target, H, rng):
 class Calculator(Task):
     H: int = flag(8, "most steps", low=1, high=20)
     min_steps: int = flag(5, "steps that every problem needs", low=1, high=20)
+    skew: float = flag(1.0, "how much likelier + is than another operation in demonstrations", low=1, high=99)
 
     name = "calculator"
     phrases = ["from ", " reach ", " in at most ", " steps with ",
@@ -134,14 +145,18 @@ class Calculator(Task):
         offered = " ".join(f"{sign}{x}" for sign, x in zip("+-*/", problem.ops))
         return f"from {problem.start} reach {problem.target} in at most {self.H} steps with {offered}\n"
 
+    def _dp(self, nxt, target):
+        """Exact values of the walk that demonstrations take when they do not know the way."""
+        return dp(nxt, target, self.H, normal(weights(nxt, self.skew))[:, None])
+
     def _walks(self, problems, directed, value, step, rng, chunk=512):
         """The lines of a `walk` of every problem; chunks keep the tables in the processor's cache."""
         out = []
         for i in range(0, len(problems), chunk):
             s = slice(i, i + chunk)
             nxt, target = transitions(problems[s]), np.array([p.target for p in problems[s]])
-            actions = walk(nxt, dp(nxt, target, self.H)[0], directed[s], value[s], step[s], target, self.H,
-                           rng)
+            actions = walk(nxt, self._dp(nxt, target)[0], directed[s], value[s], step[s], target, self.H, rng,
+                           self.skew)
             for p, ks, v in zip(problems[s], actions, value[s].tolist()):
                 out.append([])
                 for k in ks[ks >= 0]:
@@ -174,10 +189,10 @@ class Calculator(Task):
         return "right" if values[-1] == problem.target else "planning"
 
     def exact(self, problems):
-        """Exact Q of the uniform legal walk that stops at the target: -> f(i, prefix), the chance of a right
+        """Exact Q of the weighted walk that stops at the target: -> f(i, prefix), the chance of a right
         answer of problems[i] behind the finished lines of `prefix`; at an end the outcome."""
         nxt = transitions(problems)
-        _, V = dp(nxt, np.array([p.target for p in problems]), self.H)
+        _, V = self._dp(nxt, np.array([p.target for p in problems]))
 
         def value(i, prefix):
             if prefix.endswith(END):
@@ -189,8 +204,8 @@ class Calculator(Task):
             if values[-1] != problems[i].target:
                 return float(V[i, h, values[-1]])
             # it went past the target, and has to come back
-            legal = nxt[i, values[-1]][nxt[i, values[-1]] > 0]
-            return float(V[i, h + 1, legal].mean()) if len(legal) else 0.0
+            legal = nxt[i, values[-1]]
+            return float((normal(weights(legal, self.skew)) * V[i, h + 1, legal]).sum())
         return value
 
     def corrupt(self, problems, responses, rng):
