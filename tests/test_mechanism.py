@@ -7,18 +7,19 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import WalkPolicy, fails, run_main
 
-from minipav.paper import mechanism, prediction
+from minipav.paper import mechanism, noise, prediction
 from minipav.paper.mechanism import GRID
 from minipav.paper.mechanism_report import COLUMNS, gains
 from minipav.run import Run
 from minipav.search.measure import Bench, Cell
 from minipav.search.score import SCORES, Search
-from minipav.tasks.calculator import Calculator
-from minipav.tokenizer import synthetic_encoding
+from minipav.tasks.calculator import Calculator, apply
+from minipav.tokenizer import encode_rows, synthetic_encoding
 from minipav.traces import Env
-from minipav.verifier import train_verifier
+from minipav.verifier import ExactValues, train_verifier
 
 
 def test_sums_of_squares():
@@ -61,6 +62,42 @@ def test_rollouts_stand_in_for_exact_values(smoke_run, monkeypatch):
     assert (exact.true[exact.ended] == sampled.true[sampled.ended]).all()
 
 
+def test_errors_are_inherited_up_to_a_step():
+    """Brothers share their parent's error and no fresh one; without errors the values are exact."""
+    task = Calculator(H=6, min_steps=5)
+    env, problems = Env(task, synthetic_encoding(task.phrases)), task.problems("validation", 30, 0)
+
+    def children(**sigma):
+        values = noise.Noisy(env, problems, "cpu", **sigma)
+        exact = ExactValues(env, problems, "cpu")
+        for step in range(1, 6):
+            rows = torch.arange(len(values.rows)).repeat_interleave(2 if step < 3 else 1)
+            lines = []
+            for r in rows.tolist():                             # the first legal operation, or the second
+                i, text = values.rows[r]
+                v = task.values(problems[i], task.steps(text)[:-1] if text else [])[-1]
+                ways = [(s, x, apply(s, v, x)) for s, x in zip("+-*/", problems[i].ops) if apply(s, v, x)]
+                s, x, y = ways[len(lines) % len(ways)]
+                lines.append(f"{s}{x} = {y}\n")
+            tokens, lengths = encode_rows(env.enc, lines)
+            values, exact = values.children(rows, tokens, lengths), exact.children(rows, tokens, lengths)
+            known = (exact.q < 1e-4) | (exact.q > 0.999)        # hardly any error there
+            yield step, torch.where(known, torch.nan, values.q.logit() - exact.q.logit())
+
+    def both(a, b):
+        rows = ~(a.isnan() | b.isnan())
+        assert rows.sum() > 20
+        return a[rows], b[rows]
+    for _, error in children(inherited=0.0, fresh=0.0):
+        assert error.nan_to_num().abs().max() < 1e-2
+    steps = dict(children(inherited=1.0, fresh=0.0))
+    three, four = both(steps[3], steps[4])
+    assert torch.allclose(three, four, atol=1e-2) and 1.2 < three.std() < 2.3
+    assert 0.6 < steps[1][~steps[1].isnan()].std() < 1.4
+    three, four = both(*[dict(children(inherited=0.0, fresh=1.0))[h] for h in (3, 4)])
+    assert abs(np.corrcoef(three, four)[0, 1]) < 0.4 and 0.6 < four.std() < 1.4
+
+
 def test_gains_by_hand(tmp_path):
     """alpha is that of the most right on validation; gains are test outcomes less those of Q^pi."""
     def row(split, score, alpha, quota, right, method="beam"):
@@ -89,6 +126,7 @@ def test_it_trains_searches_and_reports(smoke_run, tmp_path, monkeypatch):
     run = shutil.copytree(smoke_run[0], tmp_path / "run")
     names = ("q_pi", "base-10", "nano-500", "base-250-paper")
     flags = ("--run", run, "--device", "cpu", "--width", 2, "--problems", 6, "--validation", 6, "--verifiers")
+    monkeypatch.setattr(noise, "SIGMAS", (0.0, 3.0))
     told = run_main(mechanism, *flags, *names)
     summary = json.loads((run / "mechanism" / "summary.json").read_text())
     assert set(summary["verifiers"]) == set(names) and "mechanism.png" in told
@@ -97,5 +135,6 @@ def test_it_trains_searches_and_reports(smoke_run, tmp_path, monkeypatch):
     rows = list(csv.DictReader((run / "mechanism" / "base-10.csv").open()))
     assert sum(r["split"] == "validation" for r in rows) == 2 * (1 + sum(map(len, GRID.values())))
     assert all(len(r["right"]) == 6 for r in rows)
-    assert run_main(mechanism, *flags, *names).count("done before") == 4
+    assert run_main(mechanism, *flags, *names).count("done before") == 5
+    assert {r["x"] for r in csv.DictReader((run / "mechanism" / "noise.csv").open())} == {"0.0", "3.0"}
     assert "--verifiers" in fails(mechanism, *flags, "base-4")

@@ -20,7 +20,8 @@ from minipav.data import RECIPES, Collect
 from minipav.files import make_folder, write_csv
 from minipav.flags import flag, parse
 from minipav.model import GPT
-from minipav.paper.mechanism_report import COLUMNS, best, report
+from minipav.paper.mechanism_report import COLUMNS, NOISE, best, report
+from minipav.paper.noise import SCORES, SIGMAS, noise
 from minipav.paper.prediction import describe_beam
 from minipav.run import open_runs
 from minipav.search.beam import search_all
@@ -132,6 +133,13 @@ def measure(run, recipe, a):
     return {"auc": round(auc, 4), "before": before, "files": [path, *files]}
 
 
+def put_noise(run, a):
+    path, bench = run.out / "mechanism" / "noise_rows.csv", Bench(run)
+    with progress("errors put into exact values", len(SIGMAS) ** 2 * len(SCORES)) as bar:
+        write_csv(path, NOISE, [row for row in noise(bench, a.width, a.problems) if bar.update() or True])
+    return {"files": [path]}
+
+
 @dataclass
 class Flags:
     run: list = flag([Path("runs/calculator-seed0")], "folders of train.py, one a seed")
@@ -156,6 +164,8 @@ def main():
         for recipe in recipes:
             made[recipe.name] = run.stage(f"mechanism-{recipe.name}", partial(measure, run, recipe, a),
                                           asdict(recipe) | fixed)
+        if run.task.exact:
+            made["noise"] = run.stage("mechanism-noise", partial(put_noise, run, a), fixed)
         runs.append((run, made))
     report(runs, recipes, out)
 

@@ -8,8 +8,10 @@ from minipav.paper.figures import draw
 from minipav.paper.report import finish, judged, provenance
 from minipav.paper.statistics import bootstrap, interval, read_table, spearman
 
+SCORE_NAMES = {"q_pi": "Q^pi", "effective": "A^mu", "log_odds": "log-odds"}
 WEAK, GOOD = (0.70, 0.86), (0.86, 1.0)      # AUC of verifiers
 TEXTS = ("split", "method", "score", "quota", "right")
+NOISE = ["inherited", "fresh", "score", "alpha", "quota", "right"]
 COLUMNS = ["split", "method", "score", "alpha", "quota", "width", "accuracy", "tokens", "right"]
 
 
@@ -70,6 +72,37 @@ class Mechanism:
                 for k in next(iter(self.facts.values()))["before"][0]}
 
 
+def noise_gains(runs):
+    """{(inherited, fresh): {"score, alpha, quota": {"mean", "lo", "hi"}}} of points over the beam by Q^pi."""
+    each = []
+    for run, _ in runs:
+        rows = read_table(run.out / "mechanism" / "noise_rows.csv", NOISE, ("score", "quota", "right"))
+        right = {tuple(k): np.array(list(r), float) for *k, r in rows[NOISE].itertuples(index=False)}
+        each.append(pd.DataFrame({k: 100 * (v - right[(*k[:2], "q_pi", 0.0, "none")])
+                                  for k, v in right.items()}))
+    boot, out = bootstrap(each), {}
+    for inherited, fresh, score, alpha, quota in boot:
+        name = f"{SCORE_NAMES[score]}" + f", alpha {alpha:g}" * bool(alpha) + f", quota {quota}" * (
+            quota != "none")
+        out.setdefault((inherited, fresh), {})[name] = interval(
+            boot[inherited, fresh, score, alpha, quota].to_numpy())
+    return out
+
+
+def keep(path, tables):
+    write_whole(path, lambda p: pd.concat(tables).to_csv(
+        p, index=False, compression={"method": "gzip", "mtime": 0}))
+
+
+def noise_panels(found):
+    """A panel for each strength of fresh errors: points over the beam by Q^pi against that of inherited."""
+    for fresh in sorted({f for _, f in found}):
+        xs = sorted(i for i, f in found if f == fresh)
+        yield f"fresh errors {fresh:g}", "inherited errors (in log-odds)", "points over Q^pi", {
+            name: (xs, *([found[i, fresh][name][k] for i in xs] for k in ("mean", "lo", "hi")))
+            for name in found[xs[0], fresh] if name != "Q^pi"}
+
+
 LINES = {"A^mu": "alpha", "quota": "quota", "A^mu, both with quota": "alpha given quota"}
 
 
@@ -84,6 +117,12 @@ def report(runs, recipes, out):
     draw(out / "mechanism", "What is added to the beam by Q^pi, at verifiers from bad to good", [
         ("", "held-out AUC of the verifier", "points over Q^pi (over Q^pi with quota)",
          {k: line(g) for k, g in LINES.items()})])
+    if all("noise" in f for _, f in runs):
+        panels = list(noise_panels(noise_gains(runs)))
+        draw(out / "noise", "Exact values with errors put in, up to step 3", panels)
+        keep(out / "noise_rows.csv.gz", [read_table(
+            run.out / "mechanism" / "noise_rows.csv", NOISE, ("score", "quota", "right")
+        ).assign(run=run.config["seed"]) for run, _ in runs])
     columns = ["verifier", "auc", *(f"{g} {k}" for g in m.by[names[0]] for k in ("mean", "lo", "hi")),
                *m.facts[names[0]]["before"][0]]
     rows = []
@@ -92,15 +131,14 @@ def report(runs, recipes, out):
         rows.append([n, round(m.facts[n]["auc"], 4),
                      *(v for g in m.by[n].values() for v in interval(g).values()), *before])
     write_csv(out / "mechanism_verifiers.csv", columns, rows)
-    facts = provenance([run.out for run, _ in runs], [[f"mechanism-{r.name}" for r in recipes]] * len(runs))
+    facts = provenance([run.out for run, _ in runs], [[f"mechanism-{n}" for n in f] for _, f in runs])
     facts |= {"seeds": [run.config["seed"] for run, _ in runs], "verifiers": m.facts,
               **{low: {g: m.mean(g, *WEAK if low == "weak" else GOOD) for g in m.by[names[0]]}
                  for low in ("weak", "good")},
               "rank_correlation": {g: m.correlations(g) for g in ("alpha", "quota", "alpha given quota")}}
     tables = [read_table(run.out / "mechanism" / f"{n}.csv", COLUMNS, TEXTS).assign(
         run=run.config["seed"], verifier=n) for run, _ in runs for n in names]
-    write_whole(out / "rows.csv.gz", lambda p: pd.concat(tables).to_csv(
-        p, index=False, compression={"method": "gzip", "mtime": 0}))
+    keep(out / "rows.csv.gz", tables)
     text = [f"{'verifier':<22}{'AUC':>6}" + "".join(f"{g:>24}" for g in LINES)]
     for n in names:
         shown = (interval(m.by[n][g]) for g in LINES.values())

@@ -12,7 +12,7 @@ from minipav.search.score import Result, Step
 from minipav.tokenizer import delimiter_tokens, encode_rows, pad_token
 from minipav.traces import responses
 from minipav.utils import progress
-from minipav.verifier import ExactValues, Values
+from minipav.verifier import Values
 
 
 @dataclass
@@ -108,7 +108,7 @@ def search_batch(s, problems, prompts, lengths, slots, width, seed, offset=0):
     """-> the finished traces of the last beams (a Beam), policy tokens (P,), verifier tokens (P,)"""
     P, H, device, eot = len(prompts), s.env.task.max_steps, prompts.device, s.env.enc.eot_token
     cache, hidden = prefill(s.policy, prompts, torch.arange(P), lengths, 1)     # (P, C)
-    pi = Values(s.verifier, prompts, lengths) if s.verifier else ExactValues(s.env, problems, device)
+    pi = Values(s.verifier, prompts, lengths) if s.verifier else s.exact(s.env, problems, device)
     judges = Judges(pi, s.mu_verifier and Values(s.mu_verifier, prompts, lengths), s.K)
     tokens = pad_right(prompts, (0, slots - prompts.shape[1]), value=pad_token(s.env.enc))
     live = Beam(torch.arange(P, device=device), tokens, lengths, pi.q[:, None].expand(P, H + 1), pi.q)

@@ -7,6 +7,7 @@ import torch
 
 from minipav.advantage import effective_reward
 from minipav.utils import Fail
+from minipav.verifier import ExactValues
 
 
 @dataclass
@@ -86,7 +87,8 @@ class Search:
     env: object                     # task, encoding, sampling parameters
     policy: object
     score: Score = None
-    verifier: object = None         # of Q^pi (or the ORM); None: the task's exact values
+    verifier: object = None         # of Q^pi (or the ORM); None: exact values
+    exact: object = ExactValues     # beam: (env, problems, device) -> those values
     mu_verifier: object = None      # of Q^mu; None: mu is best-of-K of pi
     K: int = 1
     alpha: float = 0.0
