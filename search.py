@@ -69,7 +69,7 @@ def tune(bench, a, mu, cell):
         tables |= {(x, q): bench.measure(replace(
             cell, ns=(a.tuned_at,), prover=mu, alpha=x, quota=q, split="validation", problems=a.validation))
             for q in quotas for x in alphas if (x, q) not in tables}
-        chosen.append(choose(tables))
+        chosen.append(choose(dict(sorted(tables.items(), key=lambda t: t[0][0] > 0))))  # alpha 0 is simplest
     return chosen, list(tables.values())
 
 

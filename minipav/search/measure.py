@@ -111,9 +111,9 @@ def rights(path):
 
 
 def choose(tables):
-    """Of tables {choice: path}, on the same problems and samples, the simplest one first: the choice with the
-    most right, if it is ahead of the first by more than the standard error of their paired difference."""
+    """Of tables {choice: path}, on the same problems and samples, the simpler ones first: the first that is
+    behind the best by no more than the standard error of their paired difference."""
     right = {choice: rights(path) for choice, path in tables.items()}
-    first, best = next(iter(right)), max(right, key=lambda c: right[c].mean())
-    gap = right[best] - right[first]
-    return best if gap.mean() > gap.std(ddof=1) / len(gap) ** 0.5 else first
+    best = max(right.values(), key=np.mean)
+    gaps = {choice: best - x for choice, x in right.items()}
+    return next(c for c, gap in gaps.items() if gap.mean() <= gap.std(ddof=1) / len(gap) ** 0.5)
