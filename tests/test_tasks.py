@@ -164,6 +164,22 @@ def test_directed_walks_are_the_other_walks_given_success(skew):
     assert abs(plus - skew / (skew + len(ways[i]) - 1)) < 4 * (0.25 / 4000) ** 0.5
 
 
+def test_countdown_values_are_those_of_random_play():
+    """Behind a prefix: the share of right answers among random plays from there; nothing is worth a step that
+    is wrong, or one number that is left without an end."""
+    task, rng = make_task("countdown", dict(numbers=3)), np.random.default_rng(0)
+    problems = task.problems("test", 5, 0)
+    exact = task.exact(problems)
+    for i, p in enumerate(problems):
+        [one, two] = countdown.as_lines(p.numbers, p.hint)
+        for prefix, left in (("", p.numbers), (one + "\n", countdown.after(p.numbers, p.hint[0]))):
+            plays = [countdown.play(left, rng)[1] for _ in range(2000)]
+            share = sum(x == (p.target,) for x in plays) / 2000
+            assert abs(exact(i, prefix) - share) < 4 * (0.25 / 2000) ** 0.5
+        assert exact(i, f"{one}\n{two}{END}") == 1 and exact(i, f"{one}\n{two}\n") == 0
+        assert exact(i, "1 + 1 = 3 (left: 3 3)\n") == 0
+
+
 def test_countdown_oracle_knows_what_is_solvable():
     task = make_task("countdown", {})
     for p in task.problems("test", 20, 0):

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from minipav import parallel
 from minipav.data import RECIPES, Collect
 from minipav.files import make_folder, write_csv
 from minipav.flags import flag, parse
@@ -154,6 +155,8 @@ class Flags:
 def main():
     a = parse(Flags, __doc__)
     tune_process()
+    if parallel.world() > 1:
+        raise Fail("mechanism: in one process; start it without torchrun")
     if len(a.run) > 1 and a.out is None:
         raise Fail(f"--run {' '.join(map(str, a.run))}: several folders need an --out for their mean")
     out = a.out or a.run[0] / "mechanism"

@@ -9,7 +9,7 @@ Every result is an integer 1..99 and division is exact. All numbers are used: n 
 """
 import re
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import NamedTuple
 
 from minipav.flags import flag
@@ -53,15 +53,14 @@ def after(numbers, step):
     return tuple(sorted([*left, apply(*step)]))
 
 
+@lru_cache(1 << 20)
 def value(numbers, target):
-    """Exact chance that uniformly random legal steps end on the target: the brute-force oracle."""
-    @cache
-    def v(ns):
-        if len(ns) == 1:
-            return float(ns[0] == target)
-        ways = moves(ns)
-        return sum(v(after(ns, m)) for m in ways) / len(ways) if ways else 0.0
-    return v(tuple(sorted(numbers)))
+    """Exact chance that uniformly random legal steps from the ascending `numbers` end on the target: the
+    brute-force oracle."""
+    if len(numbers) == 1:
+        return float(numbers[0] == target)
+    ways = moves(numbers)
+    return sum(value(after(numbers, m), target) for m in ways) / len(ways) if ways else 0.0
 
 
 def play(numbers, rng):
@@ -127,6 +126,17 @@ class Countdown(Task):
         if len(left) <= len(lines):
             return "illegal"
         return "right" if left[-1] == (problem.target,) else "planning"
+
+    def exact(self, problems):
+        """Exact Q of uniformly random legal steps: -> f(i, prefix), the chance of a right answer of
+        problems[i] behind the finished lines of `prefix`; at an end the outcome."""
+        def q(i, prefix):
+            p, lines = problems[i], self.steps(prefix)[:-1]
+            if prefix.endswith(END):
+                return float(self.outcome(p, prefix))
+            left = self.left(p, lines)
+            return value(left[-1], p.target) if len(left) > len(lines) and len(left[-1]) > 1 else 0.0
+        return q
 
     def corrupt(self, problems, responses, rng):
         """Wrong arithmetic, on the last step often the target, or a number that is not there; then on at
