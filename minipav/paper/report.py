@@ -17,7 +17,7 @@ from minipav.flags import flag, parse
 from minipav.paper.claims import DIDACTIC, SEARCH, THEORY, collect, judge, sentence
 from minipav.paper.figures import draw, lines, name_of, search_figures, tune_figure
 from minipav.paper.quantities import ahead
-from minipav.paper.statistics import Curves, interval, load, spread
+from minipav.paper.statistics import Curves, interval, load, read_table, spread
 from minipav.run import check_files
 from minipav.utils import Fail, main_guard
 
@@ -152,6 +152,24 @@ def report_search(runs, measured, out):
            f"python rl.py --run {runs[0].out}; or --all; or other seeds, then --run RUN RUN ... --out DIR")
 
 
+def overview(folder):
+    """The three figures that say most, in one: search, the gain of A^mu, RL; what is there of them."""
+    panels = []
+    for name, start, title, *labels in (
+            ("search/fig4", "base", "search", "policy tokens a problem", "accuracy"),
+            ("mechanism/mechanism", "", "what is added to a beam of width 4", "held-out AUC of the verifier",
+             "points over the beam by Q^pi"),
+            ("rl/fig7", "ours", "RL", "iteration", "accuracy")):
+        if (folder / f"{name}.csv").exists():
+            rows = read_table(folder / f"{name}.csv", ["panel", "line", "x", "y", "lo", "hi"],
+                              ("panel", "line"))
+            rows = rows[rows.panel.str.startswith(start)]
+            panels.append((title, *labels, {k: g[["x", "y", "lo", "hi"]].to_numpy(float).T
+                                            for k, g in rows.groupby("line", sort=False)}))
+    if panels:
+        draw(folder / "overview", "", panels)
+
+
 @dataclass
 class Flags:
     runs: list = flag([], "folders of train.py, one a seed", kind=Path)
@@ -165,7 +183,8 @@ class Flags:
 def main():
     a = parse(Flags, __doc__)
     if a.collect:
-        print(f"{len(collect(a.collect))} claims in {a.collect / 'claims.json'}")
+        overview(a.collect)
+        print(f"{len(collect(a.collect))} claims in {a.collect / 'claims.json'}, and overview.png")
         return
     if a.claims and not any((a.claims / x).is_file() for x in ("summary.json", "theory.json")):
         raise Fail(f"--claims {a.claims}: neither summary.json nor theory.json is there")
