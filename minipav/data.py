@@ -22,13 +22,13 @@ class Collect:
     problems: list                  # that the seeds are of
     n_mc: int                       # completions a prefix; up to a first pit four times as many
     branches: int                   # dense: completions in all, of prefixes of right seeds
-    q_from: str                     # dense: branches are of right seeds of pi and of this policy
     prover_rollouts: int            # dense: completions of pi's prefixes by each prover
     corrupted_fraction: float       # dense: of the seeds, copied with a corrupted step
     pit_traces: int                 # wrong traces that are searched for a first pit
     pit_threshold: float            # Q above which a state is a high-value one
     seed: int
     rng: object                     # of numpy
+    q_from: str = "base"            # dense: branches are of right seeds of pi and of this policy
 
     def pick(self, n, most):
         """Random row indices, `most` at the most."""

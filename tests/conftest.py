@@ -25,8 +25,8 @@ from minipav.utils import Fail  # noqa: E402
 torch.set_num_threads(1)                # the models are tiny, and another process has the other core
 ONE_CORE = os.environ | {"OMP_NUM_THREADS": "1"}
 # flags for a train.py and an rl.py of seconds
-SMOKE = ("--smoke --device cpu --H 5 --min_steps 3 --batch_size 32 --sft_steps 20 --strong_steps 6 "
-         "--q_steps 12 --orm_steps 6 --mu_steps 4").split()
+SMOKE = ("--smoke --device cpu --dtype fp32 --H 5 --min_steps 3 --batch_size 32 --sft_steps 20 "
+         "--strong_steps 6 --q_steps 12 --orm_steps 6 --mu_steps 4").split()
 SMALL = "--device cpu --iterations 4 --batch 8 --eval_every 2 --problems 5 --eval_n 2 --n 4".split()
 
 
