@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import WalkPolicy, fails, run_main
 
-from minipav.paper import mechanism, noise, prediction
+from minipav.paper import mechanism, mechanism_report, noise, prediction
 from minipav.paper.mechanism import GRID
 from minipav.paper.mechanism_report import COLUMNS, gains
 from minipav.run import Run
@@ -113,12 +113,12 @@ def test_gains_by_hand(tmp_path):
         rows += [row(split, "advantage", 0.0, "none", "0001"), row(split, "q_pi", 0.0, "", "1111", "dvts")]
     with (tmp_path / "v.csv").open("w") as f:
         csv.writer(f).writerows([COLUMNS, *rows])
-    found, alphas = gains(tmp_path / "v.csv")
+    found, alphas, gained = gains(tmp_path / "v.csv")
     assert {k: v.tolist() for k, v in found.items()} == {
         "alpha": [0, 1, 1, 0], "quota": [0, 1, 0, 0], "alpha given quota": [0, 0, 1, 0],
         "log-odds": [0, 0, 0, 0], "log-odds given quota": [0, 0, 0, 0], "sub-trees": [0, 1, 1, 1],
         "A^mu alone": [-1, 0, 0, 1]}
-    assert alphas == (2.0, 2.0)
+    assert alphas == (2.0, 2.0) and gained == 0.5
 
 
 def test_it_trains_searches_and_reports(smoke_run, tmp_path, monkeypatch):
@@ -139,3 +139,19 @@ def test_it_trains_searches_and_reports(smoke_run, tmp_path, monkeypatch):
     assert run_main(mechanism, *flags, *names).count("done before") == 5
     assert {r["x"] for r in csv.DictReader((run / "mechanism" / "noise.csv").open())} == {"0.0", "3.0"}
     assert "--verifiers" in fails(mechanism, *flags, "base-4")
+
+
+def test_a_prediction_is_judged_on_the_run_that_did_not_choose_it():
+    """The feature that ranks the gains of the other runs best, with its sign there."""
+    m = object.__new__(mechanism_report.Mechanism)
+    gain, good, bad = [1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0], [1.0, 3.0, 2.0, 1.0]
+    m.facts = {k: {"before": [{"good": g, "bad": b}] * 2, "by_seed": [{"alpha": x}, {"alpha": x}]}
+               for k, (x, g, b) in enumerate(zip(gain, good, bad))}
+    assert m.correlations()["good"] == pytest.approx([-1, -1])
+    assert m.predicted() == {"mean": 1.0, "lo": 1.0, "hi": 1.0}
+    for f, x in zip(m.facts.values(), reversed(gain)):
+        f["by_seed"][1] = {"alpha": x}                          # the second run is the other way round
+    assert m.predicted() == {"mean": -1.0, "lo": -1.0, "hi": -1.0}
+    for f in m.facts.values():
+        f["before"], f["by_seed"] = f["before"][:1], f["by_seed"][:1]
+    assert m.predicted() is None, "of one run nothing can be said"

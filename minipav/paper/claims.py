@@ -133,6 +133,9 @@ MECHANISM = [
     Claim("the advantage adds to Q^pi where both have the quota", "not in the paper", lambda m: {
         "": m.mean("alpha given quota", 0.70, 0.86), "above .86": m.mean("alpha given quota", 0.86)},
         key="alpha_gain_given_quota"),
+    Claim("what validation problems say beforehand ranks the gains of alpha", "not in the paper",
+          lambda m: {"": m.predicted()}, lo=0.7, unit="rank correlation over the verifiers (extreme runs)",
+          key="prediction_rank_correlation"),
     Claim(f"{WEAK} log-odds progress adds to Q^pi", "not in the paper",
           lambda m: {"": m.mean("log-odds", 0.70, 0.86),
                      "given the quota": m.mean("log-odds given quota", 0.70, 0.86)}, key="log_odds_gain")]

@@ -6,7 +6,7 @@ from minipav.files import write_csv, write_whole
 from minipav.paper.claims import MECHANISM
 from minipav.paper.figures import draw
 from minipav.paper.report import finish, judged, provenance
-from minipav.paper.statistics import bootstrap, interval, read_table, spearman
+from minipav.paper.statistics import bootstrap, interval, read_table, spearman, spread
 
 SCORE_NAMES = {"q_pi": "Q^pi", "effective": "A^mu", "log_odds": "log-odds"}
 WEAK, GOOD = (0.70, 0.86), (0.86, 1.0)      # AUC of verifiers
@@ -28,8 +28,11 @@ def right_of(rows, method, score, alpha=0.0, quota="none"):
 
 
 def gains(path):
-    """{name: gain of each test problem}, alphas chosen on the validation problems."""
+    """{name: gain of each test problem}, the alphas that were chosen on validation problems (without and with
+    the quota), and what the first of them gained there."""
     rows = read_table(path, COLUMNS, TEXTS)
+    tried = rows[(rows.split == "validation") & (rows.quota == "none") & (rows.score != "log_odds")]
+    gained = tried.accuracy.max() - tried[tried.alpha == 0].accuracy.max()
     test = rows[rows.split == "test"]
 
     def chosen(score, quota):
@@ -41,7 +44,7 @@ def gains(path):
     return {"alpha": adv - q, "quota": q_quota - q, "alpha given quota": adv_quota - q_quota,
             "log-odds": odds - q, "log-odds given quota": odds_quota - q_quota,
             "sub-trees": right_of(test, "dvts", "q_pi", quota="") - q,
-            "A^mu alone": right_of(test, "beam", "advantage") - q}, (alpha, alpha_quota)
+            "A^mu alone": right_of(test, "beam", "advantage") - q}, (alpha, alpha_quota), round(gained, 4)
 
 
 class Mechanism:
@@ -52,12 +55,13 @@ class Mechanism:
         for recipe in recipes:
             found = [gains(run.out / "mechanism" / f"{recipe.name}.csv") for run, _ in runs]
             facts = [f[recipe.name] for _, f in runs]
-            boot = bootstrap([pd.DataFrame(g) for g, _ in found])
+            boot = bootstrap([pd.DataFrame(g) for g, *_ in found])
             self.by[recipe.name] = {k: 100 * boot[k].to_numpy() for k in boot}
             self.facts[recipe.name] = {
-                "auc": float(np.mean([f["auc"] for f in facts])), "alphas": [x for _, x in found],
-                "by_seed": [{k: round(100 * float(v.mean()), 2) for k, v in g.items()} for g, _ in found],
-                "before": [f["before"] for f in facts]}
+                "auc": float(np.mean([f["auc"] for f in facts])), "alphas": [x for _, x, _ in found],
+                "by_seed": [{k: round(100 * float(v.mean()), 2) for k, v in g.items()} for g, *_ in found],
+                "before": [f["before"] | {"auc": f["auc"], "validation_gain": x}
+                           for f, (*_, x) in zip(facts, found)]}
 
     def mean(self, gain, low=0.0, high=1.0):
         """Of one gain over the verifiers whose AUC lies in this range: {"mean", "lo", "hi"}, or None."""
@@ -65,11 +69,22 @@ class Mechanism:
         return interval(np.mean(some, 0)) if some else None
 
     def correlations(self, gain="alpha"):
-        """{feature: rank correlation with the gain, of each run}."""
+        """{feature: rank correlation over the verifiers with this gain on test problems, of each run}."""
         runs = len(next(iter(self.facts.values()))["before"])
         return {k: [spearman([f["before"][i][k] for f in self.facts.values()],
                              [f["by_seed"][i][gain] for f in self.facts.values()]) for i in range(runs)]
                 for k in next(iter(self.facts.values()))["before"][0]}
+
+    def predicted(self, gain="alpha"):
+        """Of each run, the correlation of the feature that does best on the other runs (with its sign there):
+        mean and extremes; None for one run."""
+        found, out = self.correlations(gain), []
+        for i in range(len(next(iter(found.values())))):
+            others = {k: np.mean(v[:i] + v[i + 1:]) for k, v in found.items() if len(v) > 1}
+            if others:
+                k = max(others, key=lambda k: abs(others[k]))
+                out.append(np.sign(others[k]) * found[k][i])
+        return spread(out) if out else None
 
 
 def noise_gains(runs):
@@ -135,7 +150,7 @@ def report(runs, recipes, out):
     facts |= {"seeds": [run.config["seed"] for run, _ in runs], "verifiers": m.facts,
               **{low: {g: m.mean(g, *WEAK if low == "weak" else GOOD) for g in m.by[names[0]]}
                  for low in ("weak", "good")},
-              "rank_correlation": {g: m.correlations(g) for g in ("alpha", "quota", "alpha given quota")}}
+              "rank_correlation": {g: m.correlations(g) for g in LINES.values()}}
     tables = [read_table(run.out / "mechanism" / f"{n}.csv", COLUMNS, TEXTS).assign(
         run=run.config["seed"], verifier=n) for run, _ in runs for n in names]
     keep(out / "rows.csv.gz", tables)
