@@ -42,8 +42,8 @@ class Flags:
     n: int = flag(128, "samples a problem for best-of-N", low=1, high=1 << 16)
     widths: list = flag([1, 2, 4, 8, 16, 32], "beam widths", low=1, high=4096)
     alpha: float = flag(None, "weight of A^mu; default: chosen on validation problems", high=1000, kind=float)
-    quota: str = flag(None, "of relatives in a beam: none, parent, grandparent or a penalty; default: none, "
-                      "and beside it one chosen on validation problems", kind=str)
+    quota: str = flag(None, "of relatives in a beam: none, parent, grandparent, state or a penalty; default: "
+                      "none, and beside it one chosen on validation problems", kind=str)
     verifier: str = flag(None, "folder in the run, such as mechanism/base-60, in the place of q_pi", kind=str)
     spread: int = flag(12, "a beam spreads its samples over its prefixes, so many at the first level; 0: 3 "
                        "behind each prefix", high=1 << 16)

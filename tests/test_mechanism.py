@@ -12,7 +12,7 @@ from conftest import WalkPolicy, fails, run_main
 
 from minipav.paper import mechanism, mechanism_report, noise, prediction
 from minipav.paper.mechanism import GRID
-from minipav.paper.mechanism_report import COLUMNS, gains
+from minipav.paper.mechanism_report import COLUMNS, gains, read
 from minipav.run import Run
 from minipav.search.measure import Bench, Cell
 from minipav.search.score import SCORES, Search
@@ -104,21 +104,25 @@ def test_gains_by_hand(tmp_path):
         return split, method, score, alpha, quota, 8, right.count("1") / 4, 0, right
     rows = []
     for split in ("validation", "test"):
-        for quota in ("none", "parent"):
+        for quota in ("none", "parent", "state"):
             rows.append(row(split, "q_pi", 0.0, quota, "1000" if quota == "none" else "1100"))
             for x in GRID["effective"]:
                 good = x == 2.0 if split == "validation" else True
                 rows.append(row(split, "effective", x, quota, "1110" if good else "1000"))
             rows += [row(split, "log_odds", x, quota, "0000") for x in GRID["log_odds"]]
         rows += [row(split, "advantage", 0.0, "none", "0001"), row(split, "q_pi", 0.0, "", "1111", "dvts")]
-    with (tmp_path / "v.csv").open("w") as f:
-        csv.writer(f).writerows([COLUMNS, *rows])
-    found, alphas, gained = gains(tmp_path / "v.csv")
-    assert {k: v.tolist() for k, v in found.items()} == {
-        "alpha": [0, 1, 1, 0], "quota": [0, 1, 0, 0], "alpha given quota": [0, 0, 1, 0],
-        "log-odds": [0, 0, 0, 0], "log-odds given quota": [0, 0, 0, 0], "sub-trees": [0, 1, 1, 1],
+    for name, quotas in (("v", ("none", "parent", "")), ("v-state", ("state",))):
+        with (tmp_path / f"{name}.csv").open("w") as f:
+            csv.writer(f).writerows([COLUMNS, *(r for r in rows if r[4] in quotas)])
+    found, alphas, gained = gains(read(tmp_path, "v"))
+    with_quota = {f"{k}quota": [0, 1, 0, 0] for k in ("", "state ")} | {
+        f"{name} given {k}quota": x for k in ("", "state ")
+        for name, x in (("alpha", [0, 0, 1, 0]), ("log-odds", [0, 0, 0, 0]))}
+    assert {k: v.tolist() for k, v in found.items()} == with_quota | {
+        "alpha": [0, 1, 1, 0], "log-odds": [0, 0, 0, 0], "sub-trees": [0, 1, 1, 1],
         "A^mu alone": [-1, 0, 0, 1]}
-    assert alphas == (2.0, 2.0) and gained == 0.5
+    assert alphas["alpha"] == alphas["alpha given quota"] == 2.0 and alphas["log-odds"] == 0
+    assert gained == 0.5
 
 
 def test_it_trains_searches_and_reports(smoke_run, tmp_path, monkeypatch):
@@ -136,7 +140,7 @@ def test_it_trains_searches_and_reports(smoke_run, tmp_path, monkeypatch):
     rows = list(csv.DictReader((run / "mechanism" / "base-10.csv").open()))
     assert sum(r["split"] == "validation" for r in rows) == 2 * (1 + sum(map(len, GRID.values())))
     assert all(len(r["right"]) == 6 for r in rows)
-    assert run_main(mechanism, *flags, *names).count("done before") == 5
+    assert run_main(mechanism, *flags, *names).count("done before") == 9
     assert {r["x"] for r in csv.DictReader((run / "mechanism" / "noise.csv").open())} == {"0.0", "3.0"}
     assert "--verifiers" in fails(mechanism, *flags, "base-4")
 

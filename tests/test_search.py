@@ -124,13 +124,13 @@ def test_top_keeps_the_best_of_each_problem():
     assert top(value, owner, 2, tier).tolist() == [1, 4, 2, 0]
 
 
-@pytest.mark.parametrize("text, levels, penalty", [("none", 1, 0.0), ("0.25", 1, 0.25),
-                                                   ("parent", 1, float("inf")),
-                                                   ("grandparent", 2, float("inf"))])
-def test_a_quota_of_relatives_equals_its_definition(text, levels, penalty):
+@pytest.mark.parametrize("text, kin, penalty", [
+    ("none", "parent", 0.0), ("0.25", "parent", 0.25), ("parent", "parent", float("inf")),
+    ("grandparent", "grandparent", float("inf")), ("state", "state", float("inf"))])
+def test_a_quota_of_relatives_equals_its_definition(text, kin, penalty):
     """Against the rule written out for one candidate at a time, on random scores, relatives and finished
     traces."""
-    assert Quota.parse(text) == (levels, penalty)
+    assert Quota.parse(text) == (kin, penalty)
     g = torch.Generator().manual_seed(0)
     rows = namedtuple("Rows", "score owner")
     for _ in range(20):
@@ -186,7 +186,7 @@ def beam(small, width, problems=None, seed=0, **fields):
 
 def test_a_wide_beam_holds_every_solution(small):
     """With room for all 16 walks of two steps the beam is exhaustive."""
-    for quota in ("none", "parent", "grandparent", "0.1"):
+    for quota in ("none", "parent", "grandparent", "state", "0.1"):
         wide = dict(alpha=0.5, K=4, C=12, spread=240, quota=Quota.parse(quota))
         assert (beam(small, 20, **wide).solved == 1).all()
     alone = beam(small, 20, small.problems[2:3], **wide)
@@ -357,6 +357,21 @@ def test_the_quota_holds_in_the_beam(small):
                 out += len(set(level[relatives][here].tolist()) - set(
                     level[relatives][here & level["kept"]].tolist()))
         return out
+
+    def twice(quota):
+        """States that are kept twice while another is not kept at all."""
+        search_all(replace(longer, quota=Quota.parse(quota), log=(log := [])), problems, 3, 0)
+        out = 0
+        for level in log[:3]:
+            b, kept = level["beam"], level["kept"].tolist()
+            texts = [longer.env.enc.decode(t[:n].tolist()) for t, n in zip(b.tokens, b.lengths)]
+            for p in range(8):
+                rows = [i for i, o in enumerate(b.owner.tolist()) if o == p]
+                all_states = {texts[i].rpartition(" = ")[2] for i in rows}
+                stayed = [texts[i].rpartition(" = ")[2] for i in rows if kept[i]]
+                out += len(set(stayed)) < min(len(stayed), len(all_states))
+        return out
+    assert twice("state") == 0 < twice("none")
     assert missed("parent", "parent") == 0 < missed("none", "parent")
     assert missed("grandparent", "grandparent") == 0 < missed("none", "grandparent")
 

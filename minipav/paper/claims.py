@@ -133,6 +133,13 @@ MECHANISM = [
     Claim("the advantage adds to Q^pi where both have the quota", "not in the paper", lambda m: {
         "": m.mean("alpha given quota", 0.70, 0.86), "above .86": m.mean("alpha given quota", 0.86)},
         key="alpha_gain_given_quota"),
+    Claim(f"{WEAK} a quota of states adds to Q^pi", "not in the paper",
+          lambda m: {"": m.mean("state quota", 0.70, 0.86), "above .86": m.mean("state quota", 0.86)},
+          key="state_quota_gain"),
+    Claim("the advantage adds to Q^pi where both have the quota of states", "not in the paper", lambda m: {
+        "": m.mean("alpha given state quota", 0.70, 0.86),
+        "above .86": m.mean("alpha given state quota", 0.86)},
+        key="alpha_gain_given_state_quota"),
     Claim("what validation problems say beforehand ranks the gains of alpha", "not in the paper",
           lambda m: {"": m.predicted()}, lo=0.7, unit="rank correlation over the verifiers (extreme runs)",
           key="prediction_rank_correlation"),

@@ -23,7 +23,7 @@ from minipav.flags import flag, parse
 from minipav.model import GPT
 from minipav.paper.mechanism_report import COLUMNS, NOISE, best, report
 from minipav.paper.noise import SCORES, SIGMAS, noise
-from minipav.paper.prediction import describe_beam
+from minipav.paper.prediction import describe_beam, same_states
 from minipav.run import open_runs
 from minipav.search.beam import search_all
 from minipav.search.dvts import dvts
@@ -56,25 +56,26 @@ VERIFIERS = [Recipe("q_pi"), *(Recipe("base", s) for s in (10, 30, 60, 120, 250)
              Recipe("scratch", 600), Recipe("nano", 500)]
 
 
-def tried(a):
+def tried(a, quotas):
     """The searches of validation problems."""
     fixed = dict(ns=(a.width,), split="validation", problems=a.validation)
-    for quota in ("none", "parent"):
+    for quota in quotas:
         yield Cell("beam", "q_pi", quota=quota, **fixed)
         for score, grid in GRID.items():
             yield from (Cell("beam", score, alpha=x, quota=quota, **fixed) for x in grid)
 
 
-def wanted(a, rows):
+def wanted(a, rows, quotas):
     """The searches of test problems: alphas as chosen on validation."""
     fixed = dict(ns=(a.width,), problems=a.problems)
-    for quota in ("none", "parent"):
+    for quota in quotas:
         yield Cell("beam", "q_pi", quota=quota, **fixed)
         for score in GRID:
             if alpha := best(rows, score, quota):
                 yield Cell("beam", score, alpha=alpha, quota=quota, **fixed)
-    yield Cell("beam", "advantage", **fixed)
-    yield Cell("dvts", "q_pi", **fixed)
+    if "none" in quotas:
+        yield Cell("beam", "advantage", **fixed)
+        yield Cell("dvts", "q_pi", **fixed)
 
 
 def data_of(run, recipe):
@@ -112,12 +113,27 @@ def verifier(run, recipe):
 
 
 def measure(run, recipe, a):
-    """One verifier's searches and what is known beforehand. -> its facts"""
-    bench, path = Bench(run), run.out / "mechanism" / f"{recipe.name}.csv"
+    """One verifier, its searches, what is known beforehand. -> facts"""
+    bench = Bench(run)
     model, auc = verifier(run, recipe)
     bench.models["q_pi"], files = model, model.save(run.out / "mechanism" / recipe.name)
     before = describe_beam(bench, Cell("beam", "q_pi", (a.width,), split="validation", problems=a.validation))
-    rows = []
+    path = searches(bench, a, ("none", "parent"), recipe.name)
+    return {"auc": round(auc, 4), "before": before, "files": [path, *files]}
+
+
+def with_states(run, recipe, a):
+    """Its searches with a quota of states, and how often a beam by Q^pi without one keeps a state twice."""
+    bench = Bench(run)
+    bench.models["q_pi"] = run.model(f"mechanism/{recipe.name}")
+    twice = same_states(bench, Cell("beam", "q_pi", (a.width,), split="validation", problems=a.validation))
+    path = searches(bench, a, ("state",), f"{recipe.name}-state")
+    return {"same_state": twice, "files": [path]}
+
+
+def searches(bench, a, quotas, name):
+    """-> the table of these searches"""
+    run, path, rows = bench.run, bench.run.out / "mechanism" / f"{name}.csv", []
 
     def search(cells):
         for cell in cells:
@@ -127,11 +143,11 @@ def measure(run, recipe, a):
                          round(float(r.right.mean()), 4), round(float(r.tokens.mean()), 1),
                          "".join(str(int(x)) for x in r.right)))
             bar.update()
-    with progress(f"{recipe.name} (AUC {auc:.3f}), beams", 24) as bar:
-        search(tried(a))
-        search(wanted(a, pd.DataFrame(rows, columns=COLUMNS)))
+    with progress(f"{name}, beams", 12 * len(quotas)) as bar:
+        search(tried(a, quotas))
+        search(wanted(a, pd.DataFrame(rows, columns=COLUMNS), quotas))
     write_csv(path, COLUMNS, rows)
-    return {"auc": round(auc, 4), "before": before, "files": [path, *files]}
+    return path
 
 
 def put_noise(run, a):
@@ -167,6 +183,10 @@ def main():
         for recipe in recipes:
             made[recipe.name] = run.stage(f"mechanism-{recipe.name}", partial(measure, run, recipe, a),
                                           asdict(recipe) | fixed)
+            if run.task.state:
+                name = f"{recipe.name}-state"
+                made[name] = run.stage(f"mechanism-{name}", partial(with_states, run, recipe, a),
+                                       asdict(recipe) | fixed)
         if run.task.exact:
             made["noise"] = run.stage("mechanism-noise", partial(put_noise, run, a), fixed)
         runs.append((run, made))

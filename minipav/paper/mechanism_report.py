@@ -27,10 +27,15 @@ def right_of(rows, method, score, alpha=0.0, quota="none"):
     return np.array(list(rows[(rows.alpha == alpha) & (rows.quota == quota)].right.iloc[0]), float)
 
 
-def gains(path):
-    """{name: gain of each test problem}, the alphas that were chosen on validation problems (without and with
-    the quota), and what the first of them gained there."""
-    rows = read_table(path, COLUMNS, TEXTS)
+def read(folder, name):
+    """Every search of a verifier, those with a quota of states too, if the task has states."""
+    paths = [folder / f"{name}.csv", folder / f"{name}-state.csv"]
+    return pd.concat([read_table(p, COLUMNS, TEXTS) for p in paths if p == paths[0] or p.exists()])
+
+
+def gains(rows):
+    """{name: gain of each test problem}, the alphas that were chosen on validation problems, and what that of
+    A^mu without a quota gained there."""
     tried = rows[(rows.split == "validation") & (rows.quota == "none") & (rows.score != "log_odds")]
     gained = tried.accuracy.max() - tried[tried.alpha == 0].accuracy.max()
     test = rows[rows.split == "test"]
@@ -38,13 +43,18 @@ def gains(path):
     def chosen(score, quota):
         alpha = best(rows, score, quota)
         return right_of(test, "beam", score if alpha else "q_pi", alpha, quota), alpha
-    q, q_quota = (right_of(test, "beam", "q_pi", 0.0, k) for k in ("none", "parent"))
-    (adv, alpha), (adv_quota, alpha_quota) = (chosen("effective", k) for k in ("none", "parent"))
-    (odds, _), (odds_quota, _) = (chosen("log_odds", k) for k in ("none", "parent"))
-    return {"alpha": adv - q, "quota": q_quota - q, "alpha given quota": adv_quota - q_quota,
-            "log-odds": odds - q, "log-odds given quota": odds_quota - q_quota,
-            "sub-trees": right_of(test, "dvts", "q_pi", quota="") - q,
-            "A^mu alone": right_of(test, "beam", "advantage") - q}, (alpha, alpha_quota), round(gained, 4)
+    q, out, alphas = right_of(test, "beam", "q_pi"), {}, {}
+    for quota, of in (("none", ""), ("parent", "quota"), ("state", "state quota")):
+        if (test.quota == quota).any():
+            base, given = right_of(test, "beam", "q_pi", 0.0, quota), f" given {of}" * bool(of)
+            if of:
+                out[of] = base - q
+            for score, name in (("effective", "alpha"), ("log_odds", "log-odds")):
+                right, alphas[name + given] = chosen(score, quota)
+                out[name + given] = right - base
+    out |= {"sub-trees": right_of(test, "dvts", "q_pi", quota="") - q,
+            "A^mu alone": right_of(test, "beam", "advantage") - q}
+    return out, alphas, round(gained, 4)
 
 
 class Mechanism:
@@ -53,19 +63,21 @@ class Mechanism:
     def __init__(self, runs, recipes):
         self.facts, self.by = {}, {}
         for recipe in recipes:
-            found = [gains(run.out / "mechanism" / f"{recipe.name}.csv") for run, _ in runs]
+            found = [gains(read(run.out / "mechanism", recipe.name)) for run, _ in runs]
             facts = [f[recipe.name] for _, f in runs]
+            states = [{"same_state": f[name]["same_state"]} if (name := f"{recipe.name}-state") in f else {}
+                      for _, f in runs]
             boot = bootstrap([pd.DataFrame(g) for g, *_ in found])
             self.by[recipe.name] = {k: 100 * boot[k].to_numpy() for k in boot}
             self.facts[recipe.name] = {
                 "auc": float(np.mean([f["auc"] for f in facts])), "alphas": [x for _, x, _ in found],
                 "by_seed": [{k: round(100 * float(v.mean()), 2) for k, v in g.items()} for g, *_ in found],
-                "before": [f["before"] | {"auc": f["auc"], "validation_gain": x}
-                           for f, (*_, x) in zip(facts, found)]}
+                "before": [f["before"] | {"auc": f["auc"], "validation_gain": x} | state
+                           for f, (*_, x), state in zip(facts, found, states)]}
 
     def mean(self, gain, low=0.0, high=1.0):
         """Of one gain over the verifiers whose AUC lies in this range: {"mean", "lo", "hi"}, or None."""
-        some = [g[gain] for n, g in self.by.items() if low <= self.facts[n]["auc"] <= high]
+        some = [g[gain] for n, g in self.by.items() if low <= self.facts[n]["auc"] <= high and gain in g]
         return interval(np.mean(some, 0)) if some else None
 
     def correlations(self, gain="alpha"):
@@ -118,7 +130,8 @@ def noise_panels(found):
             for name in found[xs[0], fresh] if name != "Q^pi"}
 
 
-LINES = {"A^mu": "alpha", "quota": "quota", "A^mu, both with quota": "alpha given quota"}
+LINES = {"A^mu": "alpha", "quota of siblings": "quota", "A^mu, both with that": "alpha given quota",
+         "quota of states": "state quota", "A^mu, both with that too": "alpha given state quota"}
 
 
 def report(runs, recipes, out):
@@ -131,7 +144,7 @@ def report(runs, recipes, out):
         return aucs, *([v[k] for v in values] for k in ("mean", "lo", "hi"))
     draw(out / "mechanism", "What is added to the beam by Q^pi, at verifiers from bad to good", [
         ("", "held-out AUC of the verifier", "points over Q^pi (over Q^pi with quota)",
-         {k: line(g) for k, g in LINES.items()})])
+         {k: line(g) for k, g in LINES.items() if g in m.by[names[0]]})])
     if all("noise" in f for _, f in runs):
         panels = list(noise_panels(noise_gains(runs)))
         draw(out / "noise", "Exact values with errors put in, up to step 3", panels)
@@ -150,15 +163,15 @@ def report(runs, recipes, out):
     facts |= {"seeds": [run.config["seed"] for run, _ in runs], "verifiers": m.facts,
               **{low: {g: m.mean(g, *WEAK if low == "weak" else GOOD) for g in m.by[names[0]]}
                  for low in ("weak", "good")},
-              "rank_correlation": {g: m.correlations(g) for g in LINES.values()}}
-    tables = [read_table(run.out / "mechanism" / f"{n}.csv", COLUMNS, TEXTS).assign(
-        run=run.config["seed"], verifier=n) for run, _ in runs for n in names]
+              "rank_correlation": {g: m.correlations(g) for g in LINES.values() if g in m.by[names[0]]}}
+    tables = [read(run.out / "mechanism", n).assign(run=run.config["seed"], verifier=n)
+              for run, _ in runs for n in names]
     keep(out / "rows.csv.gz", tables)
-    text = [f"{'verifier':<22}{'AUC':>6}" + "".join(f"{g:>24}" for g in LINES)]
+    text = [f"{'verifier':<22}{'AUC':>6}" + "".join(f"{g:>26}" for g in LINES)]
     for n in names:
-        shown = (interval(m.by[n][g]) for g in LINES.values())
+        shown = (interval(m.by[n][g]) for g in LINES.values() if g in m.by[n])
         text.append(f"{n:<22}{m.facts[n]['auc']:>6.3f}" + "".join(
-            f"{v['mean']:>+8.1f} [{v['lo']:+.1f}, {v['hi']:+.1f}]".rjust(24) for v in shown))
+            f"{v['mean']:>+8.1f} [{v['lo']:+.1f}, {v['hi']:+.1f}]".rjust(26) for v in shown))
     made = ["mechanism.png", "mechanism_verifiers.csv", "rows.csv.gz"]
     finish(out, facts, judged(MECHANISM, m), "\n".join(text), made,
            "python search.py --verifier mechanism/base-60; or other seeds, then --run RUN ... --out DIR")

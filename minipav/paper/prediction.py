@@ -9,7 +9,7 @@ import torch
 
 from minipav.advantage import rollout_from
 from minipav.search.beam import search_all
-from minipav.tokenizer import encode_rows
+from minipav.tokenizer import decode_rows, encode_rows
 from minipav.traces import label_with_outcome
 from minipav.verifier import exact_q
 
@@ -42,6 +42,20 @@ def candidates(bench, cell, n_mc=8):
                    "true": true, "kept": x["kept"], "ended": x["ended"]}
         parts.append(pd.DataFrame({k: v.cpu().numpy() for k, v in columns.items()}).assign(batch=i))
     return pd.concat(parts, ignore_index=True)
+
+
+def same_states(bench, cell):
+    """Of what a beam by Q^pi keeps, the share whose state a better one of the same level has, too."""
+    run, s = bench.run, bench.search(cell)
+    problems, s.log, twice, kept = run.problems(cell.split, cell.problems), [], 0, 0
+    search_all(s, problems, cell.ns[0], cell.seed)
+    for level in s.log:
+        b, chosen = level["beam"], level["kept"]
+        steps = [run.task.steps(t.removesuffix(run.task.delimiter))[-1] for t in decode_rows(
+            run.enc, b.tokens[chosen], b.lengths[chosen])]
+        states = {(o, run.task.state(x)) for o, x in zip(b.owner[chosen].tolist(), steps)}
+        twice, kept = twice + len(steps) - len(states), kept + len(steps)
+    return round(twice / max(1, kept), 4)
 
 
 def spread_within(x, by):

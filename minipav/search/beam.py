@@ -11,7 +11,7 @@ from minipav.sampler import decode, prefill
 from minipav.search.score import Result, Step
 from minipav.tokenizer import delimiter_tokens, encode_rows, pad_token
 from minipav.traces import responses
-from minipav.utils import progress
+from minipav.utils import Fail, progress
 from minipav.verifier import Values
 
 
@@ -74,6 +74,8 @@ beam.shaped = True                  # its results depend on Search's spread and 
 @torch.no_grad()
 def search_all(s, problems, width, seed):
     task, enc, device, start, P = s.env.task, s.env.enc, s.policy.device, time.time(), len(problems)
+    if s.quota.kin == "state" and task.state is None:
+        raise Fail(f"--quota state: task {task.name} does not say what a state is")
     if width < 1 or s.C < 1 or s.alpha < 0:
         raise ValueError(f"a beam needs width >= 1, C >= 1 and alpha >= 0, not {width}, {s.C}, {s.alpha}")
     prompts, lengths = encode_rows(enc, [task.prompt(p) for p in problems])
@@ -129,7 +131,7 @@ def search_batch(s, problems, prompts, lengths, slots, width, seed, offset=0):
         step = Step(judges.pi.q, judges.q_mu, before.pi.q[parent], before.q_mu[parent],
                     live.q_pi[parent, :level + 1], level + 1, logprob.sum(1), s.alpha)
         child = grow(live[parent], new, count, step, s.score.of(step))
-        relatives = parent if s.quota.levels == 1 else parents[parent]
+        relatives = kin(s, child.owner, parent, parents, new, count)
         best, on = prune(finished, child, stop == eot, width, relatives, s.quota.penalty)
         if s.log is not None:
             chosen = torch.isin(torch.arange(len(parent), device=device) + len(finished.owner), best)
@@ -188,6 +190,15 @@ def grow(rows, new, count, step, score):
     rows.tokens[row, rows.lengths[row] + t] = new[row, t]
     rows.q_pi[:, step.depth:] = step.q_pi[:, None]
     return replace(rows, lengths=rows.lengths + count, score=score)
+
+
+def kin(s, owner, parent, parents, new, count):
+    """(N,) a number for each child that its relatives share, by s.quota."""
+    if s.quota.kin != "state":
+        return parent if s.quota.kin == "parent" else parents[parent]
+    ids, steps = {}, responses(s.env.enc, new, count, torch.zeros_like(count))
+    states = [ids.setdefault((p, s.env.task.state(x)), len(ids)) for p, x in zip(owner.tolist(), steps)]
+    return torch.tensor(states, device=owner.device)
 
 
 def prune(finished, child, ended, width, relatives, penalty):

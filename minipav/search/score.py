@@ -56,17 +56,18 @@ SCORES = {
 
 class Quota(NamedTuple):
     """How a beam is kept from filling with relatives."""
-    levels: int = 1                 # 1: the children of one prefix are relatives; 2: its grandchildren too
-    penalty: float = 0.0            # of a child's score for every better relative
+    kin: str = "parent"             # relatives share a parent, a "grandparent", or the "state" they reach
+    penalty: float = 0.0            # of a score for every better relative
 
     @classmethod
     def parse(cls, text):
-        """"none"; "parent": every prefix's best child before any second child; "grandparent": so for those of
-        its grandchildren; a number: the penalty. Else raises Fail."""
-        hard = {"none": cls(), "parent": cls(1, float("inf")), "grandparent": cls(2, float("inf"))}
-        if text not in hard and not re.fullmatch(r"[0-9]*[.]?[0-9]+", text, re.ASCII):
-            raise Fail(f"--quota {text}: choose {', '.join(hard)}, or a penalty such as 0.1")
-        return hard.get(text) or cls(1, float(text))
+        """"none"; "parent": every prefix's best child before any second child; "grandparent": so for its
+        grandchildren; "state": every state's best; a number: the penalty for siblings. Else raises Fail."""
+        if text in ("parent", "grandparent", "state"):
+            return cls(text, float("inf"))
+        if text != "none" and not re.fullmatch(r"[0-9]*[.]?[0-9]+", text, re.ASCII):
+            raise Fail(f"--quota {text}: choose none, parent, grandparent, state, or a penalty such as 0.1")
+        return cls("parent", 0.0 if text == "none" else float(text))
 
 
 @dataclass

@@ -179,6 +179,9 @@ class Calculator(Task):
             out.append(result)
         return out
 
+    def state(self, step):
+        return step.rpartition(" = ")[2]                        # the value
+
     def judge(self, problem, response):
         lines = self.steps(response)
         if not response.endswith(END) or len(lines) > self.H:

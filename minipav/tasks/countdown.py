@@ -118,6 +118,9 @@ class Countdown(Task):
             out.append(after(out[-1], (a, sign, b)))
         return out
 
+    def state(self, step):
+        return step.rpartition("(left: ")[2]
+
     def judge(self, problem, response):
         lines = self.steps(response)
         if not response.endswith(END) or len(lines) > self.max_steps:
