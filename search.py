@@ -27,7 +27,7 @@ from minipav.search.score import SCORES, Quota
 from minipav.utils import Fail, main_guard, pick_device, tune_process
 
 ALPHAS = (0.2, 0.5, 1.0, 2.0, 5.0)      # tried beside 0; the paper's grid ends at 1
-QUOTAS = ("none", "parent", "grandparent")
+QUOTAS = ("none", "parent", "grandparent", "state")
 
 
 @dataclass
@@ -64,8 +64,9 @@ def tune(bench, a, mu, cell):
     alphas = [0.0, *ALPHAS] if a.alpha is None else [a.alpha]
     if "alpha" not in SCORES[cell.score].uses:
         alphas = [0.0]
+    known = [q for q in QUOTAS if q != "state" or bench.run.task.state]
     tables, chosen = {}, []
-    for quotas in ((a.quota,), (a.quota,)) if a.quota else (QUOTAS[:1], QUOTAS):
+    for quotas in ((a.quota,), (a.quota,)) if a.quota else (known[:1], known):
         tables |= {(x, q): bench.measure(replace(
             cell, ns=(a.tuned_at,), prover=mu, alpha=x, quota=q, split="validation", problems=a.validation))
             for q in quotas for x in alphas if (x, q) not in tables}

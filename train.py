@@ -96,7 +96,8 @@ class Flags:
     max_n: int = flag(64, "samples a problem for best-of-N", low=1, high=1 << 16)
     widths: list = flag([1, 2, 4, 8, 16, 24], "of the beams", low=1, high=4096)
     alpha: float = flag(0.2, "weight of A^mu in the effective reward (Eq. 5)", high=1000)
-    quota: str = flag("grandparent", "of relatives in a beam: none, parent, grandparent, state or a penalty")
+    quota: str = flag(None, "of relatives in a beam: none, parent, grandparent, state or a penalty; default: "
+                      "state, of a task that has states, else grandparent", kind=str)
     K: int = flag(4, "the prover of the PAV beam is best-of-K of pi (Eq. 30)", low=1, high=999999)
     max_tokens_in_flight: int = flag(None, "bound on rows x slots of the KV buffers", low=1, high=1 << 40,
                                      kind=int)
@@ -211,6 +212,7 @@ def main():
     tune_process()
     if a.q_from == "strong" and not a.prover_rollouts:
         raise Fail("--q_from strong: needs --prover_rollouts above 0")
+    a.quota = a.quota or ("state" if TASKS[a.task].state else "grandparent")
     Quota.parse(a.quota)
     few(problems=a.problems, n_cov=a.n_cov)
     few(test_problems=a.test_problems, max_n=a.max_n)

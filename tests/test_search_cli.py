@@ -31,7 +31,7 @@ def rows(path):
 def small_grid():
     with pytest.MonkeyPatch.context() as m:
         m.setattr(search, "ALPHAS", (0.5, 2.0))
-        m.setattr(search, "QUOTAS", ("none", "parent"))
+        m.setattr(search, "QUOTAS", ("none", "state"))
         yield
 
 
