@@ -134,10 +134,10 @@ def test_it_trains_searches_and_reports(smoke_run, tmp_path, monkeypatch):
     monkeypatch.setattr(noise, "SCORES", noise.SCORES[:5:2])
     told = run_main(mechanism, *flags, *names)
     summary = json.loads((run / "mechanism" / "summary.json").read_text())
-    assert set(summary["verifiers"]) == set(names) and "mechanism.png" in told
+    assert set(summary["verifiers"]) == {f"{n}-w2" for n in names} and "mechanism.png" in told
     assert {p.name for p in (run / "mechanism").iterdir()} >= {
-        "mechanism.csv", "mechanism_verifiers.csv", *(f"{n}.csv" for n in names)}
-    rows = list(csv.DictReader((run / "mechanism" / "base-10.csv").open()))
+        "mechanism.csv", "mechanism_verifiers.csv", *(f"{n}-w2.csv" for n in names)}
+    rows = list(csv.DictReader((run / "mechanism" / "base-10-w2.csv").open()))
     assert sum(r["split"] == "validation" for r in rows) == 2 * (1 + sum(map(len, GRID.values())))
     assert all(len(r["right"]) == 6 for r in rows)
     assert run_main(mechanism, *flags, *names).count("done before") == 9

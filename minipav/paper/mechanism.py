@@ -118,7 +118,7 @@ def measure(run, recipe, a):
     model, auc = verifier(run, recipe)
     bench.models["q_pi"], files = model, model.save(run.out / "mechanism" / recipe.name)
     before = describe_beam(bench, Cell("beam", "q_pi", (a.width,), split="validation", problems=a.validation))
-    path = searches(bench, a, ("none", "parent"), recipe.name)
+    path = searches(bench, a, a.quotas, f"{recipe.name}-w{a.width}")
     return {"auc": round(auc, 4), "before": before, "files": [path, *files]}
 
 
@@ -127,7 +127,7 @@ def with_states(run, recipe, a):
     bench = Bench(run)
     bench.models["q_pi"] = run.model(f"mechanism/{recipe.name}")
     twice = same_states(bench, Cell("beam", "q_pi", (a.width,), split="validation", problems=a.validation))
-    path = searches(bench, a, ("state",), f"{recipe.name}-state")
+    path = searches(bench, a, ["state"], f"{recipe.name}-w{a.width}-state")
     return {"same_state": twice, "files": [path]}
 
 
@@ -150,8 +150,8 @@ def searches(bench, a, quotas, name):
     return path
 
 
-def put_noise(run, a):
-    path, bench = run.out / "mechanism" / "noise_rows.csv", Bench(run)
+def put_noise(run, a, name):
+    path, bench = run.out / "mechanism" / f"{name}.csv", Bench(run)
     with progress("errors put into exact values", len(SIGMAS) ** 2 * len(SCORES)) as bar:
         write_csv(path, NOISE, [row for row in noise(bench, a.width, a.problems) if bar.update() or True])
     return {"files": [path]}
@@ -164,6 +164,8 @@ class Flags:
     width: int = flag(4, "of the beams", low=1, high=4096)
     problems: int = flag(500, "test problems", low=2, high=10**6)
     validation: int = flag(250, "validation problems", low=2, high=10**6)
+    quotas: list = flag(["none", "parent"], "of siblings; one of states, of a task that has them, comes last",
+                        choices=["none", "parent", "grandparent"])
     verifiers: list = flag([r.name for r in VERIFIERS], "which", choices=[r.name for r in VERIFIERS])
     device: str = flag("auto", "where it runs", choices=("auto", "cpu", "cuda", "mps"))
 
@@ -175,22 +177,25 @@ def main():
         raise Fail("mechanism: in one process; start it without torchrun")
     if len(a.run) > 1 and a.out is None:
         raise Fail(f"--run {' '.join(map(str, a.run))}: several folders need an --out for their mean")
+    if "none" not in a.quotas:
+        raise Fail(f"--quotas {' '.join(a.quotas)}: add none, which the others are held against")
     out = a.out or a.run[0] / "mechanism"
     make_folder(out)
     recipes, runs = [r for r in VERIFIERS if r.name in a.verifiers], []
     for run in open_runs(a.run, pick_device(a.device)):
         made, fixed = {}, {"width": a.width, "problems": a.problems, "validation": a.validation}
         for recipe in recipes:
-            made[recipe.name] = run.stage(f"mechanism-{recipe.name}", partial(measure, run, recipe, a),
-                                          asdict(recipe) | fixed)
+            name, spec = f"{recipe.name}-w{a.width}", asdict(recipe) | fixed
+            made[name] = run.stage(f"mechanism-{name}", partial(measure, run, recipe, a),
+                                   spec | {"quotas": a.quotas})
             if run.task.state:
-                name = f"{recipe.name}-state"
-                made[name] = run.stage(f"mechanism-{name}", partial(with_states, run, recipe, a),
-                                       asdict(recipe) | fixed)
-        if run.task.exact:
-            made["noise"] = run.stage("mechanism-noise", partial(put_noise, run, a), fixed)
+                made[f"{name}-state"] = run.stage(f"mechanism-{name}-state",
+                                                  partial(with_states, run, recipe, a), spec)
+        if run.task.exact and a.width <= 4:
+            name = f"noise-w{a.width}"
+            made[name] = run.stage(f"mechanism-{name}", partial(put_noise, run, a, name), fixed)
         runs.append((run, made))
-    report(runs, recipes, out)
+    report(runs, [f"{r.name}-w{a.width}" for r in recipes], out)
 
 
 if __name__ == "__main__":

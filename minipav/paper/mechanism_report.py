@@ -60,16 +60,16 @@ def gains(rows):
 class Mechanism:
     """Several runs' verifiers. each {verifier: {gain: (R + 1,)}}, in points."""
 
-    def __init__(self, runs, recipes):
+    def __init__(self, runs, names):
         self.facts, self.by = {}, {}
-        for recipe in recipes:
-            found = [gains(read(run.out / "mechanism", recipe.name)) for run, _ in runs]
-            facts = [f[recipe.name] for _, f in runs]
-            states = [{"same_state": f[name]["same_state"]} if (name := f"{recipe.name}-state") in f else {}
+        for name in names:
+            found = [gains(read(run.out / "mechanism", name)) for run, _ in runs]
+            facts = [f[name] for _, f in runs]
+            states = [{"same_state": f[k]["same_state"]} if (k := f"{name}-state") in f else {}
                       for _, f in runs]
             boot = bootstrap([pd.DataFrame(g) for g, *_ in found])
-            self.by[recipe.name] = {k: 100 * boot[k].to_numpy() for k in boot}
-            self.facts[recipe.name] = {
+            self.by[name] = {k: 100 * boot[k].to_numpy() for k in boot}
+            self.facts[name] = {
                 "auc": float(np.mean([f["auc"] for f in facts])), "alphas": [x for _, x, _ in found],
                 "by_seed": [{k: round(100 * float(v.mean()), 2) for k, v in g.items()} for g, *_ in found],
                 "before": [f["before"] | {"auc": f["auc"], "validation_gain": x} | state
@@ -99,11 +99,15 @@ class Mechanism:
         return spread(out) if out else None
 
 
-def noise_gains(runs):
+def noise_rows(run, name):
+    return read_table(run.out / "mechanism" / f"{name}.csv", NOISE, ("score", "quota", "right"))
+
+
+def noise_gains(runs, name):
     """{(inherited, fresh): {"score, alpha, quota": {"mean", "lo", "hi"}}} of points over the beam by Q^pi."""
     each = []
     for run, _ in runs:
-        rows = read_table(run.out / "mechanism" / "noise_rows.csv", NOISE, ("score", "quota", "right"))
+        rows = noise_rows(run, name)
         right = {tuple(k): np.array(list(r), float) for *k, r in rows[NOISE].itertuples(index=False)}
         each.append(pd.DataFrame({k: 100 * (v - right[(*k[:2], "q_pi", 0.0, "none")])
                                   for k, v in right.items()}))
@@ -134,8 +138,9 @@ LINES = {"A^mu": "alpha", "quota of siblings": "quota", "A^mu, both with that": 
          "quota of states": "state quota", "A^mu, both with that too": "alpha given state quota"}
 
 
-def report(runs, recipes, out):
-    m = Mechanism(runs, recipes)
+def report(runs, names, out):
+    """runs: [(run, {stage: its facts})]; names: of the verifiers' tables."""
+    m = Mechanism(runs, names)
     names = sorted(m.by, key=lambda n: m.facts[n]["auc"])
     aucs = [m.facts[n]["auc"] for n in names]
 
@@ -145,12 +150,10 @@ def report(runs, recipes, out):
     draw(out / "mechanism", "What is added to the beam by Q^pi, at verifiers from bad to good", [
         ("", "held-out AUC of the verifier", "points over Q^pi (over Q^pi with quota)",
          {k: line(g) for k, g in LINES.items() if g in m.by[names[0]]})])
-    if all("noise" in f for _, f in runs):
-        panels = list(noise_panels(noise_gains(runs)))
+    for name in [x for x in runs[0][1] if x.startswith("noise")]:
+        panels = list(noise_panels(noise_gains(runs, name)))
         draw(out / "noise", "Exact values with errors put in, up to step 3", panels)
-        keep(out / "noise_rows.csv.gz", [read_table(
-            run.out / "mechanism" / "noise_rows.csv", NOISE, ("score", "quota", "right")
-        ).assign(run=run.config["seed"]) for run, _ in runs])
+        keep(out / "noise_rows.csv.gz", [noise_rows(r, name).assign(run=r.config["seed"]) for r, _ in runs])
     columns = ["verifier", "auc", *(f"{g} {k}" for g in m.by[names[0]] for k in ("mean", "lo", "hi")),
                *m.facts[names[0]]["before"][0]]
     rows = []
