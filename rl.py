@@ -161,8 +161,9 @@ def trials(a, trial):
     out = [(r, trial) for r in rewards] + [(r, replace(trial, **changes)) for r, changes in SWEEPS * a.sweep]
     if any(REWARDS[r].scaled for r in rewards) and trial.alpha:
         out.append(("outcome", replace(trial, kl=trial.kl / (1 + trial.alpha))))        # their control
-    if {"pav", "outcome"} <= set(rewards) and trial.alpha:
-        times = larger(trial.alpha, Prover.parse(trial.prover).K)
+    mu = Prover.parse(trial.prover, trial.policy)
+    if {"pav", "outcome"} <= set(rewards) and trial.alpha and mu.policy == trial.policy:
+        times = larger(trial.alpha, mu.K)
         out.append(("outcome", replace(trial, kl=trial.kl / times)))    # the KL weighs as little as in PAV-RL
     return out
 

@@ -41,7 +41,8 @@ class Flags:
     policy: str = flag("base", "that is searched with", choices=("weak", "base", "strong"))
     n: int = flag(128, "samples a problem for best-of-N", low=1, high=1 << 16)
     widths: list = flag([1, 2, 4, 8, 16, 32], "beam widths", low=1, high=4096)
-    alpha: float = flag(None, "weight of A^mu; default: chosen on validation problems", high=1000, kind=float)
+    alpha: float = flag(None, "weight of A^mu; default: of beams, chosen on validation problems; else "
+                        "train.py's", high=1000, kind=float)
     quota: str = flag(None, "of relatives in a beam: none, parent, grandparent, state or a penalty; default: "
                       "none, and beside it one chosen on validation problems", kind=str)
     verifier: str = flag(None, "folder in the run, such as mechanism/base-60, in the place of q_pi", kind=str)
@@ -85,13 +86,16 @@ def measure(run, a, wanted):
             chosen[cell.score], found = tune(bench, a, mu, cell)
             tables += [("tune", t) for t in found]
     for cell in wanted:
-        how = chosen.get(cell.score, [(a.alpha or 0.0, a.quota or "none")])
+        how = chosen.get(cell.score, [(bench.run.config["alpha"] if a.alpha is None else a.alpha, "none")])
         for group, (alpha, quota) in zip(("main", "tuned")[:1 + (cell.method == "beam")], how):
             tables.append((group, bench.measure(replace(cell, prover=mu, alpha=alpha, quota=quota))))
     facts = {"chosen": chosen}
     if a.all:
-        alpha = chosen["effective"][0][0] if a.alpha is None and "effective" in chosen else a.alpha or 0.0
+        alpha = chosen["effective"][0][0] if a.alpha is None and "effective" in chosen else a.alpha
+        alpha = alpha or run.config["alpha"]                    # at 0 there is nothing to compare
         for name, experiment in EXPERIMENTS.items():
+            if a.verifier and name in ("exact", "bases", "data"):
+                continue                                        # it has no part in them
             more, facts[name] = experiment(bench, a, mu, alpha)
             tables += more
     return tables, facts
@@ -125,7 +129,7 @@ def main():
         for run in runs:
             mu, alpha = a.prover or f"bo{run.config['K']}", 0.2 if a.alpha is None else a.alpha
             show(Bench(run), Cell("beam", "effective", (4,), a.policy, mu, alpha, a.spread, a.quota or "none",
-                                  problems=a.problems, seed=a.seeds[0]), a.show)
+                                  a.verifier or "", problems=a.problems, seed=a.seeds[0]), a.show)
         return
     measured = [measure(run, a, wanted) for run in runs]
     report_search(runs, measured, a.out or runs[0].out / "search")

@@ -48,7 +48,7 @@ REWARDS = {
 
 def larger(alpha, K):
     """How much larger than outcome reward's the gradient of `pav` is under best-of-K of pi where values are
-    small: there A^BoK is K times A^pi, and Rex has that of A^pi."""
+    small, and at most: there A^BoK is K times A^pi, and Rex has the gradient of A^pi."""
     return 1 + alpha * K
 
 

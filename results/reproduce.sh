@@ -14,14 +14,14 @@ python -m minipav.paper.report --runs "${runs[@]}" --out results/train
 python search.py --run "${runs[@]}" --all --out results/search
 python -m minipav.paper.mechanism --run "${runs[@]}" --out results/mechanism
 python search.py --run "${runs[@]}" --verifier mechanism/base-60 --all --out results/search_weak
-python rl.py --run "${runs[@]}" --iterations 300 --eval_every 5 --out results/rl
+python rl.py --run "${runs[@]}" --iterations 240 --eval_every 5 --out results/rl
 
 countdown=(runs/countdown-seed{0,1,2})
 for s in 0 1 2; do train "runs/countdown-seed$s" --task countdown --seed "$s"; done
 python -m minipav.paper.report --runs "${countdown[@]}" --out results/train_countdown
 python search.py --run "${countdown[@]}" --out results/search_countdown
 python -m minipav.paper.mechanism --run "${countdown[@]}" --out results/mechanism_countdown
-python rl.py --run "${countdown[@]}" --iterations 300 --eval_every 5 --out results/rl_countdown
+python rl.py --run "${countdown[@]}" --iterations 240 --eval_every 5 --out results/rl_countdown
 
 python -m minipav.paper.didactic --out results/didactic
 python -m minipav.paper.theory --out results/didactic

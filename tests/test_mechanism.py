@@ -68,7 +68,7 @@ def test_errors_are_inherited_up_to_a_step():
     env, problems = Env(task, synthetic_encoding(task.phrases)), task.problems("validation", 30, 0)
 
     def children(**sigma):
-        values = noise.Noisy(env, problems, "cpu", **sigma)
+        values = noise.Noisy(env, problems, "cpu", **sigma, seed=0)
         exact = ExactValues(env, problems, "cpu")
         for step in range(1, 6):
             rows = torch.arange(len(values.rows)).repeat_interleave(2 if step < 3 else 1)
@@ -134,15 +134,26 @@ def test_it_trains_searches_and_reports(smoke_run, tmp_path, monkeypatch):
     monkeypatch.setattr(noise, "SCORES", noise.SCORES[:5:2])
     told = run_main(mechanism, *flags, *names)
     summary = json.loads((run / "mechanism" / "summary.json").read_text())
-    assert set(summary["verifiers"]) == {f"{n}-w2" for n in names} and "mechanism.png" in told
+    assert set(summary["verifiers"]) == set(names) and "mechanism.png" in told
     assert {p.name for p in (run / "mechanism").iterdir()} >= {
         "mechanism.csv", "mechanism_verifiers.csv", *(f"{n}-w2.csv" for n in names)}
     rows = list(csv.DictReader((run / "mechanism" / "base-10-w2.csv").open()))
     assert sum(r["split"] == "validation" for r in rows) == 2 * (1 + sum(map(len, GRID.values())))
     assert all(len(r["right"]) == 6 for r in rows)
-    assert run_main(mechanism, *flags, *names).count("done before") == 9
+    assert run_main(mechanism, *flags, *names).count("done before") == 13
     assert {r["x"] for r in csv.DictReader((run / "mechanism" / "noise.csv").open())} == {"0.0", "3.0"}
     assert "--verifiers" in fails(mechanism, *flags, "base-4")
+
+
+def test_the_papers_data_are_judged_on_their_own_problems(smoke_run, monkeypatch):
+    """An outcome that is the problem's alone: every label of a trace is what its own prompt says."""
+    monkeypatch.setattr(Calculator, "outcome", lambda self, p, response: p.start % 2)
+    run = Run.open(smoke_run[0], "cpu")
+    t = mechanism.data_of(run, mechanism.Recipe("base", 250, data="paper"))
+    starts = [int(run.enc.decode(row[:n].tolist()).split()[1]) for row, n in zip(t.tokens, t.ends[:, 0] + 1)]
+    inner = t.labelled & (torch.arange(t.ends.shape[1]) < t.last[:, None])
+    want = torch.tensor(starts)[:, None].expand_as(t.q) % 2
+    assert inner.any() and torch.equal(t.q[inner], want[inner].float()) and 0 < want[inner].float().mean() < 1
 
 
 def test_a_prediction_is_judged_on_the_run_that_did_not_choose_it():

@@ -70,7 +70,7 @@ def test_comparisons_at_equal_tokens(searched):
     for base in ("best_of_n:orm", "best_of_n:q_pi"):
         ahead = quantities.ahead(searched, "beam:effective", base)
         assert ahead == {"N = 4": x(50.0, 50.0, 50.0), "N = 8": x(20.0, 20.0, 20.0)}
-    assert quantities.token_ratio(searched) == {"": x(4.0, 4.0, 4.0)}
+    assert quantities.token_ratio()(searched) == {"": x(4.0, 4.0, 4.0)}
     level = np.full(1001, 50 * 2 ** 0.5)
     assert np.allclose(at_tokens(pav, level)[0], 0.7) and np.isnan(at_tokens(pav, np.full(1001, 49.)))[0]
     assert np.isclose(at_tokens(pav, np.full(1001, 1e6))[0], 0.8)
@@ -99,11 +99,11 @@ def test_token_ratio_where_the_orm_does_not_get_better():
     s = Made()
     assert 80 / tokens_to_reach(pav, orm.acc[:, -1])[0] == pytest.approx(2.67, abs=0.005)
 
-    assert quantities.token_ratio(s)[""]["mean"] == pytest.approx(1.33, abs=0.005)
+    assert quantities.token_ratio()(s)[""]["mean"] == pytest.approx(1.33, abs=0.005)
     s.curves["beam:effective"] = pav._replace(acc=pav.acc / 2)
-    assert quantities.token_ratio(s) == {"": x(0.0, 0.0, 0.0)}      # the beam never gets there
+    assert quantities.token_ratio()(s) == {"": x(0.0, 0.0, 0.0)}      # the beam never gets there
     s.curves.pop("beam:effective")
-    assert not quantities.token_ratio(s) and not quantities.ahead(s, "beam:effective", "best_of_n:orm")
+    assert not quantities.token_ratio()(s) and not quantities.ahead(s, "beam:effective", "best_of_n:orm")
 
 
 def test_intervals():
@@ -249,7 +249,7 @@ def test_what_the_search_claims_measure():
     assert means("Fig. 5b") == pytest.approx({"bo4 over bo1": 10, "bo4 over bo32": 5})
     assert means("Fig. 5c") == pytest.approx({"": 5}) and means("not in the paper") == {"bo4 alpha 0.5": -5}
     assert means("Theorem 3.1") == pytest.approx({"": 1})
-    assert means("Fig. 11") == pytest.approx({"2,000 rollouts": 10, "16,000 rollouts": 20})
+    assert means("Fig. 11") == pytest.approx({"2,000 rollouts": 20, "16,000 rollouts": -10})
     assert sorted(map(abs, means("Fig. 6b").values())) == pytest.approx([10, 30])
     assert means("Fig. 10") == pytest.approx({"step 1": 10, "step 2": -5})
     Made.facts = [{}]
@@ -321,5 +321,9 @@ def test_all_claims_are_collected_in_one_file(tmp_path):
         shutil.copy(ROOT / "results" / "didactic" / name, tmp_path / "didactic")
     found = json.loads(run_main(report, "--collect", tmp_path) and (tmp_path / "claims.json").read_text())
     assert {"ahead_n8", "ahead_n16", "ahead_n8_weak", "ahead_n16_weak"} < set(found)
-    assert found["ahead_n8"] == {"verdict": "partly", **x(1, 0.5, 2), "unit": "points", "claim": "so"}
-    assert len(found) > 4 + len(THEORY)
+    assert found["ahead_n8"] == {"verdict": "reproduced", **x(1, 0.5, 2), "unit": "points", "claim": "so"}
+    assert found["ahead_n16"]["verdict"] == "not reproduced" and one["verdict"] == "partly"
+    assert {"distinguishability_exponent", "improvement_exponent"} < set(found)
+    shutil.copytree(tmp_path / "search", tmp_path / "searchagain")
+    with pytest.raises(ValueError, match="ahead_n8"):
+        run_main(report, "--collect", tmp_path)

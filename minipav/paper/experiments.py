@@ -103,7 +103,7 @@ def provers(bench, a, mu, alpha):
     """Fig. 5b: best-of-K for every K; 5c: each base with each prover; and before any search, from logged
     values alone, the two terms of Theorem 3.1 for each (base, prover)."""
     out, facts, config = [], [], bench.run.config
-    for policy in trained(bench):
+    for policy in trained(bench)[:1 if a.verifier else 3]:
         mus = [f"bo{k}" for k in KS] if policy == "base" else ["bo1", f"bo{config['K']}"]
         mus += [p for p in trained(bench)[1:] if p != policy] + ["base"] * (policy != "base")
         fixed = dict(policy=policy, ns=(4, 8) if policy == "base" else (8,))
@@ -211,7 +211,7 @@ def train_on_sizes(bench, a, sizes, width, steps=150):
               f"beam {found.right.mean():.3f}")
         yield {"rollouts": size, "way": way, "traces": len(data), "auc": r.auc,
                "accuracy": float(found.right.mean()),
-               "solved": "".join(str(int(x)) for x in found.right)}
+               "right": "".join(str(int(x)) for x in found.right)}
 
 
 EXPERIMENTS = {"controls": controls, "steps": errors_by_step, "exact": exact_values, "bases": other_bases,

@@ -85,13 +85,15 @@ def paper(of, names, x="N", title="the paper, 2B", xlabel="N", ylabel="accuracy"
 # ---- search: s is a report.Searched; draw(name, title, panels)
 
 def of_base(s, search, base):
-    return s.tuned(search) if base == "base" else s.curves.get("bases", search, base)
+    return s.curves.get("main" if base == "base" else "bases", search, base)
 
 
 def search_figures(s, draw):
     """Draw every figure whose curves were measured."""
     three = {"beam, PAV": "beam:effective", "best-of-N, ORM": "best_of_n:orm", "pass@N": "pass"}
     each = {b: {k: of_base(s, v, b) for k, v in three.items()} for b in NAMES}
+    if tuned := s.curves.get("tuned", "beam:effective"):
+        each["base"]["our beam, tuned"] = tuned
     ours = [(f"{NAMES[b]} policy, {c['pass@N'].acc[0, 0]:.1%}", X, "accuracy", lines(c))
             for b, c in each.items() if all(c.values())]
     p = PAPER["fig4"]

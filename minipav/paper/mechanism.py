@@ -4,8 +4,8 @@ A^mu and by log-odds progress, with and without a quota of relatives, beside ind
     python -m minipav.paper.mechanism                                       # runs/calculator-seed0
     python -m minipav.paper.mechanism --run runs/calculator-seed? --out results/mechanism
 
-Of each verifier, RUN/mechanism/NAME has the model, NAME.csv a row for each search (`right`: a digit a
-problem), and its stage what prediction.py measures on validation problems. alpha is chosen there too; gains
+Of each verifier, RUN/mechanism/NAME has the model, NAME-wWIDTH.csv a row for each search (`right`: a digit
+a problem), and its stage what prediction.py measures on validation problems. alpha is chosen there too; gains
 are on test problems.
 """
 from dataclasses import asdict, dataclass, replace
@@ -58,7 +58,7 @@ VERIFIERS = [Recipe("q_pi"), *(Recipe("base", s) for s in (10, 30, 60, 120, 250)
 
 def tried(a, quotas):
     """The searches of validation problems."""
-    fixed = dict(ns=(a.width,), split="validation", problems=a.validation)
+    fixed = dict(ns=(a.width,), split="validation", problems=a.validation, prover=f"bo{a.K}")
     for quota in quotas:
         yield Cell("beam", "q_pi", quota=quota, **fixed)
         for score, grid in GRID.items():
@@ -67,7 +67,7 @@ def tried(a, quotas):
 
 def wanted(a, rows, quotas):
     """The searches of test problems: alphas as chosen on validation."""
-    fixed = dict(ns=(a.width,), problems=a.problems)
+    fixed = dict(ns=(a.width,), problems=a.problems, prover=f"bo{a.K}")
     for quota in quotas:
         yield Cell("beam", "q_pi", quota=quota, **fixed)
         for score in GRID:
@@ -81,10 +81,9 @@ def wanted(a, rows, quotas):
 def data_of(run, recipe):
     """Labelled traces that a verifier is trained on."""
     c = run.config
-    if recipe.data == "paper":                                  # as many rollouts as the run's own
-        problems = run.problems("train", max(2, c["problems"] // 12))
-        seeds = {"base": run.traces("seeds_base_train")}
-        seeds["base"] = seeds["base"][(seeds["base"].problem < len(problems)).nonzero()[:, 0]]
+    if recipe.data == "paper":                                  # about as many rollouts as the run's own
+        problems, seeds = run.problems("train", c["problems"]), run.traces("seeds_base_train")
+        seeds = {"base": seeds[(seeds.problem < max(2, c["problems"] // 12)).nonzero()[:, 0]]}
         collect = Collect(run, problems, n_mc=c["n_mc"], branches=0, q_from="base", prover_rollouts=0,
                           corrupted_fraction=0, pit_traces=c["pit_traces"], pit_threshold=c["pit_threshold"],
                           seed=run.seed("mechanism"), rng=np.random.default_rng(run.seed("mechanism")))
@@ -112,28 +111,18 @@ def verifier(run, recipe):
     return model, report.auc
 
 
-def measure(run, recipe, a):
-    """One verifier, its searches, what is known beforehand. -> facts"""
-    bench = Bench(run)
+def train(run, recipe):
     model, auc = verifier(run, recipe)
-    bench.models["q_pi"], files = model, model.save(run.out / "mechanism" / recipe.name)
-    before = describe_beam(bench, Cell("beam", "q_pi", (a.width,), split="validation", problems=a.validation))
-    path = searches(bench, a, a.quotas, f"{recipe.name}-w{a.width}")
-    return {"auc": round(auc, 4), "before": before, "files": [path, *files]}
+    return {"auc": round(auc, 4), "files": model.save(run.out / "mechanism" / recipe.name)}
 
 
-def with_states(run, recipe, a):
-    """Its searches with a quota of states, and how often a beam by Q^pi without one keeps a state twice."""
-    bench = Bench(run)
+def measure(run, recipe, a, quotas, name):
+    """A verifier's searches, and what a beam by Q^pi without a quota says of it on validation problems; with
+    a quota of states, how often such a beam keeps a state twice. -> facts"""
+    bench, path, rows = Bench(run), run.out / "mechanism" / f"{name}.csv", []
     bench.models["q_pi"] = run.model(f"mechanism/{recipe.name}")
-    twice = same_states(bench, Cell("beam", "q_pi", (a.width,), split="validation", problems=a.validation))
-    path = searches(bench, a, ["state"], f"{recipe.name}-w{a.width}-state")
-    return {"same_state": twice, "files": [path]}
-
-
-def searches(bench, a, quotas, name):
-    """-> the table of these searches"""
-    run, path, rows = bench.run, bench.run.out / "mechanism" / f"{name}.csv", []
+    say = same_states if quotas == ["state"] else describe_beam
+    before = say(bench, Cell("beam", "q_pi", (a.width,), split="validation", problems=a.validation))
 
     def search(cells):
         for cell in cells:
@@ -147,7 +136,7 @@ def searches(bench, a, quotas, name):
         search(tried(a, quotas))
         search(wanted(a, pd.DataFrame(rows, columns=COLUMNS), quotas))
     write_csv(path, COLUMNS, rows)
-    return path
+    return {"before": before, "files": [path]}
 
 
 def put_noise(run, a, name):
@@ -161,11 +150,12 @@ def put_noise(run, a, name):
 class Flags:
     run: list = flag([Path("runs/calculator-seed0")], "folders of train.py, one a seed")
     out: Path = flag(None, "where figure, CSVs and summary.json go; default: RUN/mechanism", kind=Path)
+    K: int = flag(4, "the prover is best-of-K of pi", low=1, high=999999)
     width: int = flag(4, "of the beams", low=1, high=4096)
     problems: int = flag(500, "test problems", low=2, high=10**6)
     validation: int = flag(250, "validation problems", low=2, high=10**6)
-    quotas: list = flag(["none", "parent"], "of siblings; one of states, of a task that has them, comes last",
-                        choices=["none", "parent", "grandparent"])
+    quotas: list = flag(["none", "parent"], "beside one of states, of a task that has them",
+                        choices=["none", "parent"])
     verifiers: list = flag([r.name for r in VERIFIERS], "which", choices=[r.name for r in VERIFIERS])
     device: str = flag("auto", "where it runs", choices=("auto", "cpu", "cuda", "mps"))
 
@@ -173,6 +163,7 @@ class Flags:
 def main():
     a = parse(Flags, __doc__)
     tune_process()
+    device = pick_device(a.device)
     if parallel.world() > 1:
         raise Fail("mechanism: in one process; start it without torchrun")
     if len(a.run) > 1 and a.out is None:
@@ -182,20 +173,22 @@ def main():
     out = a.out or a.run[0] / "mechanism"
     make_folder(out)
     recipes, runs = [r for r in VERIFIERS if r.name in a.verifiers], []
-    for run in open_runs(a.run, pick_device(a.device)):
-        made, fixed = {}, {"width": a.width, "problems": a.problems, "validation": a.validation}
+    for run in open_runs(a.run, device):
+        made, fixed = {}, {"width": a.width, "problems": a.problems, "validation": a.validation, "K": a.K}
         for recipe in recipes:
-            name, spec = f"{recipe.name}-w{a.width}", asdict(recipe) | fixed
-            made[name] = run.stage(f"mechanism-{name}", partial(measure, run, recipe, a),
-                                   spec | {"quotas": a.quotas})
+            name, spec = recipe.name, asdict(recipe)
+            made[name] = run.stage(f"mechanism-{name}", partial(train, run, recipe), spec)
+            wide = {f"{name}-w{a.width}": a.quotas}
             if run.task.state:
-                made[f"{name}-state"] = run.stage(f"mechanism-{name}-state",
-                                                  partial(with_states, run, recipe, a), spec)
+                wide[f"{name}-w{a.width}-state"] = ["state"]
+            for table, quotas in wide.items():
+                made[table] = run.stage(f"mechanism-{table}", partial(measure, run, recipe, a, quotas, table),
+                                        spec | fixed | {"quotas": quotas, "grid": GRID})
         if run.task.exact and a.width <= 4:
             name = f"noise-w{a.width}"
             made[name] = run.stage(f"mechanism-{name}", partial(put_noise, run, a, name), fixed)
         runs.append((run, made))
-    report(runs, [f"{r.name}-w{a.width}" for r in recipes], out)
+    report(runs, [r.name for r in recipes], a.width, out)
 
 
 if __name__ == "__main__":

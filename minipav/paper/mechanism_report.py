@@ -60,20 +60,20 @@ def gains(rows):
 class Mechanism:
     """Several runs' verifiers. each {verifier: {gain: (R + 1,)}}, in points."""
 
-    def __init__(self, runs, names):
+    def __init__(self, runs, names, width):
         self.facts, self.by = {}, {}
         for name in names:
-            found = [gains(read(run.out / "mechanism", name)) for run, _ in runs]
+            table = f"{name}-w{width}"
+            found = [gains(read(run.out / "mechanism", table)) for run, _ in runs]
             facts = [f[name] for _, f in runs]
-            states = [{"same_state": f[k]["same_state"]} if (k := f"{name}-state") in f else {}
-                      for _, f in runs]
+            before = [f[table]["before"] | f.get(f"{table}-state", {"before": {}})["before"] for _, f in runs]
             boot = bootstrap([pd.DataFrame(g) for g, *_ in found])
             self.by[name] = {k: 100 * boot[k].to_numpy() for k in boot}
             self.facts[name] = {
                 "auc": float(np.mean([f["auc"] for f in facts])), "alphas": [x for _, x, _ in found],
                 "by_seed": [{k: round(100 * float(v.mean()), 2) for k, v in g.items()} for g, *_ in found],
-                "before": [f["before"] | {"auc": f["auc"], "validation_gain": x} | state
-                           for f, (*_, x), state in zip(facts, found, states)]}
+                "before": [x | {"auc": f["auc"], "validation_gain": gained}
+                           for f, x, (*_, gained) in zip(facts, before, found)]}
 
     def mean(self, gain, low=0.0, high=1.0):
         """Of one gain over the verifiers whose AUC lies in this range: {"mean", "lo", "hi"}, or None."""
@@ -138,16 +138,16 @@ LINES = {"A^mu": "alpha", "quota of siblings": "quota", "A^mu, both with that": 
          "quota of states": "state quota", "A^mu, both with that too": "alpha given state quota"}
 
 
-def report(runs, names, out):
-    """runs: [(run, {stage: its facts})]; names: of the verifiers' tables."""
-    m = Mechanism(runs, names)
+def report(runs, names, width, out):
+    """runs: [(run, {stage: its facts})]; names: of the verifiers."""
+    m = Mechanism(runs, names, width)
     names = sorted(m.by, key=lambda n: m.facts[n]["auc"])
     aucs = [m.facts[n]["auc"] for n in names]
 
     def line(gain):
         values = [interval(m.by[n][gain]) for n in names]
         return aucs, *([v[k] for v in values] for k in ("mean", "lo", "hi"))
-    draw(out / "mechanism", "What is added to the beam by Q^pi, at verifiers from bad to good", [
+    draw(out / "mechanism", f"What is added to a beam of width {width} by Q^pi", [
         ("", "held-out AUC of the verifier", "points over Q^pi (over Q^pi with quota)",
          {k: line(g) for k, g in LINES.items() if g in m.by[names[0]]})])
     for name in [x for x in runs[0][1] if x.startswith("noise")]:
@@ -163,14 +163,15 @@ def report(runs, names, out):
                      *(v for g in m.by[n].values() for v in interval(g).values()), *before])
     write_csv(out / "mechanism_verifiers.csv", columns, rows)
     facts = provenance([run.out for run, _ in runs], [[f"mechanism-{n}" for n in f] for _, f in runs])
-    facts |= {"seeds": [run.config["seed"] for run, _ in runs], "verifiers": m.facts,
+    facts |= {"width": width, "seeds": [run.config["seed"] for run, _ in runs], "verifiers": m.facts,
               **{low: {g: m.mean(g, *WEAK if low == "weak" else GOOD) for g in m.by[names[0]]}
                  for low in ("weak", "good")},
               "rank_correlation": {g: m.correlations(g) for g in LINES.values() if g in m.by[names[0]]}}
-    tables = [read(run.out / "mechanism", n).assign(run=run.config["seed"], verifier=n)
+    tables = [read(run.out / "mechanism", f"{n}-w{width}").assign(run=run.config["seed"], verifier=n)
               for run, _ in runs for n in names]
     keep(out / "rows.csv.gz", tables)
-    text = [f"{'verifier':<22}{'AUC':>6}" + "".join(f"{g:>26}" for g in LINES)]
+    heads = "".join(f"{k:>26}" for k, g in LINES.items() if g in m.by[names[0]])
+    text = [f"{'verifier':<22}{'AUC':>6}{heads}"]
     for n in names:
         shown = (interval(m.by[n][g]) for g in LINES.values() if g in m.by[n])
         text.append(f"{n:<22}{m.facts[n]['auc']:>6.3f}" + "".join(

@@ -7,6 +7,7 @@ import torch
 
 from minipav.search.beam import search_all
 from minipav.search.measure import Cell
+from minipav.utils import derive_seed
 from minipav.verifier import ExactValues
 
 SIGMAS = (0.0, 1.5, 3.0)            # of errors in log-odds, inherited; half of them fresh
@@ -18,11 +19,12 @@ SCORES = [("q_pi", 0.0, "none"), ("q_pi", 0.0, "parent"), ("q_pi", 0.0, "grandpa
 
 class Noisy(ExactValues):
     """Exact values with errors in their log-odds: of each of the first LAST steps one that all descendants
-    inherit, and of every step a fresh one. What is known, at a trace's end, stays nearly so."""
+    inherit, and of every step a fresh one; what is known, at a trace's end, is changed as little as its
+    log-odds, clamped to 11.5, let it."""
 
-    def __init__(self, env, problems, device, inherited, fresh):
+    def __init__(self, env, problems, device, inherited, fresh, seed):
         self.sigma, self.fresh, self.depth = inherited, fresh, 0
-        self.generator = torch.Generator().manual_seed(len(problems))
+        self.generator = torch.Generator().manual_seed(derive_seed(seed, problems[0]))
         self.kept = torch.zeros(len(problems))
         super().__init__(env, problems, device)
 
@@ -46,11 +48,11 @@ class Noisy(ExactValues):
 
 def noise(bench, width, count):
     """Accuracy of each score on test problems, in rows (inherited, fresh, score, alpha, quota, right)."""
-    problems = bench.run.problems("test", count)
+    problems, seed = bench.run.problems("test", count), bench.run.seed("noise")
     for inherited in SIGMAS:
         for fresh in (x / 2 for x in SIGMAS):
             for score, alpha, quota in SCORES:
                 s = bench.search(Cell("beam", score, alpha=alpha, quota=quota))
-                s.verifier, s.exact = None, partial(Noisy, inherited=inherited, fresh=fresh)
+                s.verifier, s.exact = None, partial(Noisy, inherited=inherited, fresh=fresh, seed=seed)
                 right = search_all(s, problems, width, 0).right
                 yield inherited, fresh, score, alpha, quota, "".join(str(int(x)) for x in right)

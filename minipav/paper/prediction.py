@@ -15,7 +15,8 @@ from minipav.verifier import exact_q
 
 
 def true_values(run, policy, problems, b, n_mc, seed):
-    """Q^pi of a Beam's candidates, without a verifier: the task's exact values, or n_mc fresh rollouts."""
+    """Q^pi of a Beam's candidates, without a verifier: the task's exact values (of the reference policy,
+    which pi is close to), or means of n_mc fresh rollouts of pi."""
     prompt_lengths = encode_rows(run.enc, [run.task.prompt(p) for p in problems])[1][b.owner]
     t = label_with_outcome(run, problems, b.owner, b.tokens, b.lengths, prompt_lengths)
     if run.task.exact:
@@ -45,7 +46,7 @@ def candidates(bench, cell, n_mc=8):
 
 
 def same_states(bench, cell):
-    """Of what a beam by Q^pi keeps, the share whose state a better one of the same level has, too."""
+    """{same_state: of what a beam by Q^pi keeps, the share whose state another one of its level has, too}"""
     run, s = bench.run, bench.search(cell)
     problems, s.log, twice, kept = run.problems(cell.split, cell.problems), [], 0, 0
     search_all(s, problems, cell.ns[0], cell.seed)
@@ -53,9 +54,10 @@ def same_states(bench, cell):
         b, chosen = level["beam"], level["kept"]
         steps = [run.task.steps(t.removesuffix(run.task.delimiter))[-1] for t in decode_rows(
             run.enc, b.tokens[chosen], b.lengths[chosen])]
-        states = {(o, run.task.state(x)) for o, x in zip(b.owner[chosen].tolist(), steps)}
+        states = {(o, run.task.state(x), e) for o, x, e in zip(
+            b.owner[chosen].tolist(), steps, level["ended"][chosen].tolist())}
         twice, kept = twice + len(steps) - len(states), kept + len(steps)
-    return round(twice / max(1, kept), 4)
+    return {"same_state": round(twice / max(1, kept), 4)}
 
 
 def spread_within(x, by):

@@ -6,7 +6,7 @@ from minipav.paper.statistics import at_tokens, first_reach, interval, spearman,
 
 
 # ---- search: measured is a report.Searched
-def ahead(s, a, b, of="tuned"):
+def ahead(s, a, b, of="main"):
     """{N: points of search a ahead of b at the tokens of N samples}; of: "main" or "tuned" beams."""
     orm, a, b = s.main("best_of_n:orm"), *(getattr(s, of)(x) for x in (a, b))
     if not (orm and a and b):
@@ -15,17 +15,19 @@ def ahead(s, a, b, of="tuned"):
     return {f"N = {n}": interval(100 * x) for n, x in gaps.items() if n >= 4}
 
 
-def token_ratio(s):
+def token_ratio(of="main"):
     """Tokens of best-of-N by the ORM at its best over the PAV beam's at that accuracy; 0 if it never is."""
-    orm, pav = s.main("best_of_n:orm"), s.tuned("beam:effective")
-    if not (orm and pav):
-        return None
-    row, best = np.arange(len(orm.acc)), orm.acc.argmax(1)
-    return {"": interval(np.nan_to_num(orm.tokens[row, best] / tokens_to_reach(pav, orm.acc[row, best])))}
+    def measure(s):
+        orm, pav = s.main("best_of_n:orm"), getattr(s, of)("beam:effective")
+        if not (orm and pav):
+            return None
+        row, best = np.arange(len(orm.acc)), orm.acc.argmax(1)
+        return {"": interval(np.nan_to_num(orm.tokens[row, best] / tokens_to_reach(pav, orm.acc[row, best])))}
+    return measure
 
 
 def exploration(s):
-    pav, samples = s.tuned("beam:effective"), s.main("pass")
+    pav, samples = s.main("beam:effective"), s.main("pass")
     if not (pav and samples):
         return None
     gaps = [pav.solved[:, k] - at_tokens(samples, pav.tokens[:, k], beyond=False) for k in range(len(pav.n))]
@@ -107,9 +109,9 @@ def over(a, b=None, N=1):
 def sample_efficiency(orm, pav):
     """Iterations that ORM-RL needs for its best accuracy over those in which PAV-RL first has it (R + 1,); 0
     if it never does, NaN if ORM-RL is best at the start. orm, pav: Curves."""
-    best, reached = orm.n[orm.acc.argmax(1)], first_reach(pav.n, pav.acc, orm.acc.max(1))
+    best, reached = orm.acc.argmax(1), first_reach(pav.n, pav.acc, orm.acc.max(1))
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(best == 0, np.nan, np.where(np.isnan(reached), 0.0, best / reached))
+        return np.where(best == 0, np.nan, np.where(np.isnan(reached), 0.0, orm.n[best] / reached))
 
 
 def efficiency(fair=False):

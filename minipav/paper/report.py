@@ -157,7 +157,7 @@ def overview(folder):
     panels = []
     for name, start, title, *labels in (
             ("search/fig4", "base", "search", "policy tokens a problem", "accuracy"),
-            ("mechanism/mechanism", "", "what is added to a beam of width 4", "held-out AUC of the verifier",
+            ("mechanism/mechanism", "", "what is added to a narrow beam", "held-out AUC of the verifier",
              "points over the beam by Q^pi"),
             ("rl/fig7", "ours", "RL", "iteration", "accuracy")):
         if (folder / f"{name}.csv").exists():

@@ -119,7 +119,7 @@ class Countdown(Task):
         return out
 
     def state(self, step):
-        return step.rpartition("(left: ")[2]
+        return " ".join(sorted(step.rpartition("(left: ")[2].replace(")", " )").split()))
 
     def judge(self, problem, response):
         lines = self.steps(response)
