@@ -156,6 +156,7 @@ class Flags:
     validation: int = flag(250, "validation problems", low=2, high=10**6)
     quotas: list = flag(["none", "parent"], "beside one of states, of a task that has them",
                         choices=["none", "parent"])
+    noise: bool = flag(False, "also search by exact values with errors put in (noise.py)")
     verifiers: list = flag([r.name for r in VERIFIERS], "which", choices=[r.name for r in VERIFIERS])
     device: str = flag("auto", "where it runs", choices=("auto", "cpu", "cuda", "mps"))
 
@@ -184,7 +185,7 @@ def main():
             for table, quotas in wide.items():
                 made[table] = run.stage(f"mechanism-{table}", partial(measure, run, recipe, a, quotas, table),
                                         spec | fixed | {"quotas": quotas, "grid": GRID})
-        if run.task.exact and a.width <= 4:
+        if a.noise and run.task.exact:
             name = f"noise-w{a.width}"
             made[name] = run.stage(f"mechanism-{name}", partial(put_noise, run, a, name), fixed)
         runs.append((run, made))
