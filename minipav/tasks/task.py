@@ -29,7 +29,8 @@ class Task:
     demonstrations = None
     # (problems, responses, rng) -> texts, each with an illegal step put in, and the index of that step
     corrupt = None
-    # (step) -> what all that comes after it depends on, beside the number of steps, as a text
+    # (step) -> what all that comes after it depends on, if no step before was illegal, beside the number of
+    # steps: a text
     state = None
     # (problems) -> f(i, prefix of a response): exact Q of a tabular reference policy
     exact = None
