@@ -68,9 +68,12 @@ def tune(bench, a, mu, cell):
     known = [q for q in QUOTAS if q != "state" or bench.run.task.state]
     tables, chosen = {}, []
     for quotas in ((a.quota,), (a.quota,)) if a.quota else (known[:1], known):
+        if len(choices := [(x, q) for q in quotas for x in alphas]) == 1:
+            chosen += choices
+            continue
         tables |= {(x, q): bench.measure(replace(
             cell, ns=(a.tuned_at,), prover=mu, alpha=x, quota=q, split="validation", problems=a.validation))
-            for q in quotas for x in alphas if (x, q) not in tables}
+            for x, q in choices if (x, q) not in tables}
         chosen.append(choose(dict(sorted(tables.items(), key=lambda t: t[0][0] > 0))))  # alpha 0 is simplest
     return chosen, list(tables.values())
 

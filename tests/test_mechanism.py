@@ -129,7 +129,8 @@ def test_it_trains_searches_and_reports(smoke_run, tmp_path, monkeypatch):
     monkeypatch.setattr(mechanism, "train_verifier", lambda *a, **k: train_verifier(*a, **k | {"steps": 2}))
     run = shutil.copytree(smoke_run[0], tmp_path / "run")
     names = ("q_pi", "base-10", "nano-500", "base-250-paper")
-    flags = ("--run", run, "--device", "cpu", "--width", 2, "--problems", 6, "--validation", 6, "--noise", "--verifiers")
+    flags = ("--run", run, "--device", "cpu", "--width", 2, "--problems", 6, "--validation", 6, "--noise",
+             "--verifiers")
     monkeypatch.setattr(noise, "SIGMAS", (0.0, 3.0))
     monkeypatch.setattr(noise, "SCORES", noise.SCORES[:5:2])
     told = run_main(mechanism, *flags, *names)

@@ -14,6 +14,7 @@ from minipav.advantage import monte_carlo, seed_rollouts
 from minipav.files import write_tensors
 from minipav.run import Run
 from minipav.search.beam import beam
+from minipav.search.dvts import dvts
 from minipav.search.measure import Bench, Cell
 from minipav.utils import pick_device
 from minipav.verifier import score
@@ -35,7 +36,10 @@ def answers(folder):
     s = bench.search(Cell("beam", "effective", prover="weak", alpha=0.5))
     r = beam(s, problems, [2], 3)[0]
     text = torch.tensor(list("|".join(r.text).encode()) or [0])
-    return {"seeds": seeds.tokens, "q": labels.q, "cost": labels.cost, "right": r.right, "text": text,
+    by_state = beam(bench.search(Cell("beam", "q_pi", quota="state")), problems, [3], 4)[0]
+    trees = dvts(bench.search(Cell("dvts", "q_pi")), problems, [2], 3)[0]
+    return {"seeds": seeds.tokens, "by_state": by_state.right, "values": by_state.q, "trees": trees.q,
+            "q": labels.q, "cost": labels.cost, "right": r.right, "text": text,
             "solved": r.solved, "tokens": r.tokens, "read": r.verifier_tokens,
             "scores": score(run.model("q_pi"), seeds.tokens, seeds.ends).nan_to_num(-1)}
 
@@ -48,7 +52,8 @@ def test_samples_labels_scores_and_searches_are_the_same(smoke_run, tmp_path):
     two, one = load_file(tmp_path / "two"), answers(folder)
     assert one["text"].numel() > 7 and one["q"].shape[1] > 3
     for name, x in one.items():
-        same = torch.allclose(two[name], x, atol=1e-6) if name == "scores" else torch.equal(two[name], x)
+        close = name in ("scores", "values", "trees")
+        same = torch.allclose(two[name], x, atol=1e-6) if close else torch.equal(two[name], x)
         assert same, name
 
 
