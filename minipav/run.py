@@ -123,7 +123,7 @@ class Run:
                       self.log_rows)
         record = {"spec": spec, "seconds": round(time.time() - start, 1),
                   "peak_memory_gb": self.peak_memory(),
-                  "command": " ".join(["python", *sys.argv]), "commit": commit(),
+                  "command": command(), "commit": commit(),
                   "hardware": f"{hardware(self.config['device'])}, {self.config['dtype']}", **facts}
         if parallel.rank() == 0:
             record["files"] = {str(f.relative_to(self.out)): file_checksum(f) for f in facts.get("files", ())}
@@ -198,6 +198,15 @@ def open_runs(folders, device, dtype="auto"):
         if not same or [r.config["seed"] for r in runs].count(run.config["seed"]) > 1:
             raise Fail(f"--run {run.out}: the runs must differ in their seed and in nothing else")
     return runs
+
+
+def command():
+    """The command line of this process, without the folder that the code is in."""
+    path, root = Path(sys.argv[0]).resolve(), Path(__file__).resolve().parent.parent
+    name = str(path.relative_to(root)) if path.is_relative_to(root) else path.name
+    if name.startswith("minipav/"):
+        name = "-m " + name.removesuffix(".py").removesuffix("/__main__").replace("/", ".")
+    return " ".join(["python", name, *sys.argv[1:]])
 
 
 def commit():

@@ -9,6 +9,7 @@ from conftest import ROOT
 from minipav import files
 from minipav.files import read_csv, read_json, read_tensors, write_csv, write_json, write_tensors, write_whole
 from minipav.paper.statistics import read_table
+from minipav.run import command
 from minipav.utils import Fail
 
 
@@ -101,3 +102,11 @@ def test_shipped_results_are_not_damaged():
     """Every JSON of results/ is whole; most are of the code before checksums."""
     found = [p for p in (ROOT / "results").rglob("*.json")]
     assert len(found) > 5 and all(read_json(p, signed=False) for p in found)
+
+
+def test_a_command_says_nothing_of_where_the_code_is(monkeypatch):
+    for path, want in ((ROOT / "train.py", "train.py"),
+                       (ROOT / "minipav/paper/report.py", "-m minipav.paper.report"),
+                       (ROOT / "minipav/bench/__main__.py", "-m minipav.bench"), ("/x/script.py", "script.py")):
+        monkeypatch.setattr("sys.argv", [str(path), "--seed", "1"])
+        assert command() == f"python {want} --seed 1"

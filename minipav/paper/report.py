@@ -8,7 +8,6 @@ Intervals are 95% bootstrap intervals over problems, the same resampled problems
 with several runs the runs are resampled too, so that the spread over seeds is in them.
 """
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from minipav.paper.claims import DIDACTIC, SEARCH, THEORY, collect, judge, sente
 from minipav.paper.figures import draw, lines, name_of, search_figures, tune_figure
 from minipav.paper.quantities import ahead
 from minipav.paper.statistics import Curves, interval, load, read_table, spread
-from minipav.run import check_files
+from minipav.run import check_files, command
 from minipav.utils import Fail, main_guard
 
 
@@ -34,7 +33,7 @@ def provenance(runs, names):
     """What a result must be quoted with; names: of each run (a folder), the stages that it rests on."""
     records = [[stage(run, n) for n in each] for run, each in zip(runs, names)]
     every = [r for x in records for r in x]
-    return {"command": " ".join(["python", *sys.argv]), "commit": sorted({r["commit"] for r in every}),
+    return {"command": command(), "commit": sorted({r["commit"] for r in every}),
             "hardware": sorted({r["hardware"] for r in every}),
             "minutes": spread(sum(r["seconds"] for r in x) / 60 for x in records)}
 
