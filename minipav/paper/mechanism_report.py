@@ -134,8 +134,8 @@ def noise_panels(found):
             for name in found[xs[0], fresh] if name != "Q^pi"}
 
 
-LINES = {"A^mu": "alpha", "quota of siblings": "quota", "A^mu, both with that": "alpha given quota",
-         "quota of states": "state quota", "A^mu, both with that too": "alpha given state quota"}
+SHOWN = {"A^mu": "alpha", "quota of siblings": "quota", "A^mu beside it": "alpha given quota",
+         "quota of states": "state quota", "A^mu beside that": "alpha given state quota"}
 
 
 def report(runs, names, width, out):
@@ -144,12 +144,14 @@ def report(runs, names, width, out):
     names = sorted(m.by, key=lambda n: m.facts[n]["auc"])
     aucs = [m.facts[n]["auc"] for n in names]
 
+    shown = [(k, g) for k, g in SHOWN.items() if g in m.by[names[0]]]
+
     def line(gain):
         values = [interval(m.by[n][gain]) for n in names]
         return aucs, *([v[k] for v in values] for k in ("mean", "lo", "hi"))
     draw(out / "mechanism", f"What is added to a beam of width {width} by Q^pi", [
         ("", "held-out AUC of the verifier", "points over Q^pi (over Q^pi with quota)",
-         {k: line(g) for k, g in LINES.items() if g in m.by[names[0]]})])
+         {k: line(g) for k, g in (shown if len(shown) < 4 else shown[:1] + shown[3:])})])
     for name in [x for x in runs[0][1] if x.startswith("noise")]:
         panels = list(noise_panels(noise_gains(runs, name)))
         draw(out / "noise", "Exact values with errors put in, up to step 3", panels)
@@ -166,16 +168,15 @@ def report(runs, names, width, out):
     facts |= {"width": width, "seeds": [run.config["seed"] for run, _ in runs], "verifiers": m.facts,
               **{low: {g: m.mean(g, *WEAK if low == "weak" else GOOD) for g in m.by[names[0]]}
                  for low in ("weak", "good")},
-              "rank_correlation": {g: m.correlations(g) for g in LINES.values() if g in m.by[names[0]]}}
+              "rank_correlation": {g: m.correlations(g) for _, g in shown}}
     tables = [read(run.out / "mechanism", f"{n}-w{width}").assign(run=run.config["seed"], verifier=n)
               for run, _ in runs for n in names]
     keep(out / "rows.csv.gz", tables)
-    heads = "".join(f"{k:>26}" for k, g in LINES.items() if g in m.by[names[0]])
-    text = [f"{'verifier':<22}{'AUC':>6}{heads}"]
+    text = [f"{'verifier':<22}{'AUC':>6}" + "".join(f"{k:>26}" for k, _ in shown)]
     for n in names:
-        shown = (interval(m.by[n][g]) for g in LINES.values() if g in m.by[n])
+        found = (interval(m.by[n][g]) for _, g in shown)
         text.append(f"{n:<22}{m.facts[n]['auc']:>6.3f}" + "".join(
-            f"{v['mean']:>+8.1f} [{v['lo']:+.1f}, {v['hi']:+.1f}]".rjust(26) for v in shown))
+            f"{v['mean']:>+8.1f} [{v['lo']:+.1f}, {v['hi']:+.1f}]".rjust(26) for v in found))
     made = ["mechanism.png", "mechanism_verifiers.csv", "rows.csv.gz"]
     finish(out, facts, judged(MECHANISM, m), "\n".join(text), made,
            "python search.py --verifier mechanism/base-60; or other seeds, then --run RUN ... --out DIR")
