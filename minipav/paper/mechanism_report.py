@@ -2,10 +2,10 @@
 import numpy as np
 import pandas as pd
 
-from minipav.files import write_csv, write_whole
+from minipav.files import write_csv
 from minipav.paper.claims import MECHANISM
 from minipav.paper.figures import draw
-from minipav.paper.report import finish, judged, provenance
+from minipav.paper.report import finish, judged, keep, provenance
 from minipav.paper.statistics import bootstrap, interval, read_table, spearman, spread
 
 SCORE_NAMES = {"q_pi": "Q^pi", "effective": "A^mu", "log_odds": "log-odds"}
@@ -118,11 +118,6 @@ def noise_gains(runs, name):
         out.setdefault((inherited, fresh), {})[name] = interval(
             boot[inherited, fresh, score, alpha, quota].to_numpy())
     return out
-
-
-def keep(path, tables):
-    write_whole(path, lambda p: pd.concat(tables).to_csv(
-        p, index=False, compression={"method": "gzip", "mtime": 0}))
 
 
 def noise_panels(found):

@@ -11,6 +11,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
+
 from minipav.files import make_folder, read_json, write_csv, write_json, write_text, write_whole
 from minipav.flags import flag, parse
 from minipav.paper.claims import DIDACTIC, SEARCH, THEORY, collect, judge, sentence
@@ -50,6 +52,12 @@ def finish(out, summary, claims, text, made, after):
     print(f"\nin {out}: table.txt, summary.json, {', '.join(made)}\nnext: {after}")
 
 
+def keep(path, tables):
+    """All rows of these tables, compressed."""
+    gz = {"method": "gzip", "mtime": 0}
+    write_whole(path, lambda p: pd.concat(tables).to_csv(p, index=False, compression=gz))
+
+
 def drawer(out):
     """(figure(name, title, panels), the names of what it has drawn)"""
     made = []
@@ -82,8 +90,7 @@ class Searched:
 
     def write(self, out):
         """rows.csv.gz, curves.csv. -> the table as text"""
-        gz = {"method": "gzip", "mtime": 0}
-        write_whole(out / "rows.csv.gz", lambda p: self.rows.to_csv(p, index=False, compression=gz))
+        keep(out / "rows.csv.gz", [self.rows])
         header, body = ["group", "search", "prover", "n", "tokens_per_problem", "accuracy", "lo", "hi"], []
         text = [f"{'method':<28}{'N or width':>10}{'tokens/problem':>16}{'accuracy':>10}   95% interval"]
         for (group, _, method, score, prover, _), c in self.curves.by.items():

@@ -5,7 +5,7 @@ import pandas as pd
 from minipav.files import read_json, write_csv, write_text
 from minipav.paper.claims import RL
 from minipav.paper.figures import line, rl_figures
-from minipav.paper.report import drawer, finish, judged, provenance, stage
+from minipav.paper.report import drawer, finish, judged, keep, provenance, stage
 from minipav.paper.statistics import Curve, bootstrap, interval, pass_at_n, read_table, spread
 from minipav.prover import Prover
 from minipav.rewards import larger
@@ -35,9 +35,10 @@ class Trained:
                   "train_reward"]
         self.logs = {n: [read_table(run / s[n] / "log.csv", wanted)
                          for run, s in zip(self.runs, stages)] for n in self.trained}
-        self.each = []
-        for run, names in zip(self.runs, stages):
+        self.each, self.rows = [], []
+        for run, seed, names in zip(self.runs, self.seeds, stages):
             tables = {n: read_table(run / names[n] / "rows.csv", ROWS, ("iteration",)) for n in self.labels}
+            self.rows += [x.assign(training=n, run=seed) for n, x in tables.items()]
             self.each.append(pd.DataFrame({(n, *x): v for n in tables for x,
                                            v in columns_of(tables[n]).items()}))
         self.boot = bootstrap(self.each)
@@ -151,6 +152,7 @@ def report_rl(runs, stages, out):
     write_csv(out / "table.csv", header, body)
     logs = [log.assign(training=n, run=seed) for n, ls in t.logs.items() for seed, log in zip(t.seeds, ls)]
     write_text(out / "curves.csv", pd.concat(logs).to_csv(index=False))
+    keep(out / "rows.csv.gz", t.rows)
     rl_figures(t, figure)
     head = ("training", "minutes", "KL", "accuracy", "95% interval", "greedy", "pass@16", "pass@64")
     text = ["{:<28}{:>8}{:>7}{:>10}   {:<14}{:>10}{:>9}{:>9}".format(*head)]
@@ -160,5 +162,5 @@ def report_rl(runs, stages, out):
         "seeds": t.seeds, "controls": {n: t.control(n) for n in t.trained},
         "before": {n: dict(zip(("tokens", "seconds"), map(float, t.before(n)))) for n in t.trained},
         "accuracy_by_seed": {n: [round(float(x[n, "end", 1].mean()), 4) for x in t.each] for n in t.labels}}
-    finish(out, facts, judged(RL, t), "\n".join(text), [*made, "table.csv", "curves.csv"],
+    finish(out, facts, judged(RL, t), "\n".join(text), [*made, "table.csv", "curves.csv", "rows.csv.gz"],
            "python rl.py --all; or other seeds of train.py, then python rl.py --run RUN RUN ... --out DIR")
