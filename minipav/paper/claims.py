@@ -6,7 +6,6 @@ meaning of the verdicts, everywhere:
     reproduced        every interval lies in the range
     partly            some do
     not reproduced    none does
-    untested          measured outside of the range that the claim is about
 
 A claim that something is *not* different has a range around 0 (an equivalence margin), which the whole
 interval must lie in: an interval that merely touches 0 shows nothing.
@@ -46,7 +45,6 @@ class Claim:
     lo: float = 0.0
     hi: float = INF
     unit: str = "points"
-    untested: str = ""              # why what is measured here does not test it
     key: str = ""                   # its name in claims.json; several quantities: KEY_n8, KEY_n16, ...
 
 
@@ -58,8 +56,7 @@ def judge(claim, measured):
         low, high = x["lo"] is not None and x["lo"] > claim.lo, x["hi"] is not None and x["hi"] < claim.hi
         return (low or claim.lo == -INF) and (high or claim.hi == INF)
     def verdict(yes):
-        word = "reproduced" if all(yes) else "partly" if any(yes) else "not reproduced"
-        return f"untested ({claim.untested})" if claim.untested else word
+        return "reproduced" if all(yes) else "partly" if any(yes) else "not reproduced"
     return found and dict(key=claim.key or slug(claim.where), claim=claim.says, where=claim.where,
                           verdict=verdict([*map(inside, found.values())]), unit=claim.unit, measured=found,
                           each={k: verdict([inside(x)]) for k, x in found.items()}) or None

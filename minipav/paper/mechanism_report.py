@@ -3,13 +3,12 @@ import numpy as np
 import pandas as pd
 
 from minipav.files import write_csv
-from minipav.paper.claims import MECHANISM
+from minipav.paper.claims import MECHANISM, RANGES
 from minipav.paper.figures import draw
 from minipav.paper.report import finish, judged, keep, provenance
 from minipav.paper.statistics import bootstrap, interval, read_table, spearman, spread
 
 SCORE_NAMES = {"q_pi": "Q^pi", "effective": "A^mu", "log_odds": "log-odds"}
-WEAK, GOOD = (0.70, 0.86), (0.86, 1.0)      # AUC of verifiers
 TEXTS = ("split", "method", "score", "quota", "right")
 NOISE = ["inherited", "fresh", "score", "alpha", "quota", "right"]
 COLUMNS = ["split", "method", "score", "alpha", "quota", "width", "accuracy", "tokens", "right"]
@@ -161,8 +160,8 @@ def report(runs, names, width, out):
     write_csv(out / "mechanism_verifiers.csv", columns, rows)
     facts = provenance([run.out for run, _ in runs], [[f"mechanism-{n}" for n in f] for _, f in runs])
     facts |= {"width": width, "seeds": [run.config["seed"] for run, _ in runs], "verifiers": m.facts,
-              **{low: {g: m.mean(g, *WEAK if low == "weak" else GOOD) for g in m.by[names[0]]}
-                 for low in ("weak", "good")},
+              **{k: {g: m.mean(g, *r) for g in m.by[names[0]]}
+                 for k, r in zip(("weak", "good"), RANGES.values())},
               "rank_correlation": {g: m.correlations(g) for _, g in shown}}
     tables = [read(run.out / "mechanism", f"{n}-w{width}").assign(run=run.config["seed"], verifier=n)
               for run, _ in runs for n in names]
