@@ -8,8 +8,6 @@
 2 rollouts    seed rollouts, and from them the labelled traces of each policy (section 4.2, App. D)
 3 verifiers   Q^pi, the ORM, and Q^mu of both provers
 4 evaluation  re-ranking and beam search on held-out problems (section 4.1)
-
-Each stage writes into --out what the next one reads.
 """
 import dataclasses
 from dataclasses import dataclass
@@ -19,12 +17,14 @@ import numpy as np
 import torch
 
 from minipav.advantage import seed_rollouts
+from minipav.cache import tokens_in_flight
 from minipav.data import RECIPES, Collect
 from minipav.files import write_csv
 from minipav.flags import few, flag, parse
 from minipav.model import GPT, GPTConfig
 from minipav.paper.report import report_training
 from minipav.precision import pick_dtype
+from minipav.pretrained import PACKAGES, open_pretrained
 from minipav.run import Run
 from minipav.search.inspect import describe
 from minipav.search.measure import Bench, Cell
@@ -47,7 +47,9 @@ SMOKE = dict(size="nano", sft_steps=60, strong_steps=10, batch_size=64, problems
 class Flags:
     # run
     task: str = flag("calculator", "what is solved", choices=list(TASKS))
-    size: str = flag("mini", "size of policies and verifiers", choices=list(SIZES))
+    size: str = flag("mini", "size of policies and verifiers, without --init", choices=list(SIZES))
+    init: str = flag(None, f"pretrained weights: {', '.join(PACKAGES)}, a folder of the Hugging Face hub, or "
+                     "a .gguf file", kind=str)
     device: str = flag("auto", "where it runs", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = flag("auto", "of matrix products; auto: bf16 where the device is made for it",
                       choices=("auto", "fp32", "bf16"))
@@ -110,9 +112,11 @@ def policies(run, a):
     demonstrations."""
     seed = run.seed("policies")
     torch.manual_seed(seed)
-    room = 32 + 2 * run.task.max_new_tokens  # a prompt, a long prefix, a whole completion behind it
-    config = GPTConfig(vocab_size=run.enc.n_vocab, block_size=max(128, room), **SIZES[a.size])
-    model = GPT(config).to(a.device)
+    room = run.task.max_prompt_tokens + 2 * run.task.max_new_tokens     # a long prefix, a whole completion
+    if a.init:
+        model = open_pretrained(a.init).load(a.device)
+    else:
+        model = GPT(GPTConfig(run.enc.n_vocab, max(128, room), **SIZES[a.size])).to(a.device)
     model.bf16, model.checkpointing = a.dtype == "bf16", a.checkpointing
     print(f"  {sum(p.numel() for p in model.parameters()):,} parameters on {a.device}")
     show, weak_at = run.logger("base", a.sft_steps), max(1, int(a.weak_at * a.sft_steps))
@@ -127,7 +131,8 @@ def policies(run, a):
             print(f"  {name}: no SFT ({'0 steps' if steps == 0 else 'the task has no demonstrations'})")
         else:
             train_policy(model, run, fraction, steps=steps, batch_size=a.batch_size, lr_muon=a.lr_muon,
-                         lr_adamw=a.lr_adamw, seed=seed, log=log, micro_batch=a.micro_batch)
+                         lr_adamw=a.lr_adamw, seed=seed, log=log, micro_batch=a.micro_batch,
+                         keep=run.keeper(name))
         return model.save(run.out / name)
     files = model.save(run.out / "weak")
     files += train("base", a.expert_fraction, a.sft_steps, seed, log)
@@ -179,7 +184,7 @@ def verifier(run, a, name, data, init, steps, select=lambda traces: traces):
     model, r = train_verifier(
         run.model(init), train, held_out, steps=steps, batch_size=a.batch_size, lr_muon=a.lr_muon_verifier,
         lr_adamw=a.lr_adamw_verifier, seed=run.seed(name), log=run.logger(name, steps), balance=a.balance,
-        target=a.target, micro_batch=a.micro_batch)
+        target=a.target, micro_batch=a.micro_batch, keep=run.keeper(name))
     files = model.save(run.out / name)
     print(f"  Brier {r.brier:.4f}  AUC {r.auc:.3f}  cross-entropy {r.loss:.4f}\n"
           "    step    labels  predicted  observed     Brier")
@@ -208,10 +213,12 @@ def cells(a, seed):
 
 def main():
     a, dials = parse(Flags, __doc__, more=lambda known: TASKS[known.task],
-                     defaults=lambda known: SMOKE if known.smoke else {})
+                     defaults=lambda known: TASKS[known.task].defaults | (SMOKE if known.smoke else {}))
     tune_process()
     if a.q_from == "strong" and not a.prover_rollouts:
         raise Fail("--q_from strong: needs --prover_rollouts above 0")
+    if a.init and TASKS[a.task].phrases:
+        raise Fail(f"--init: for tasks in words; {a.task} has an encoding of its own")
     a.quota = a.quota or ("state" if TASKS[a.task].state else "grandparent")
     Quota.parse(a.quota)
     few(problems=a.problems, n_cov=a.n_cov)
@@ -219,10 +226,8 @@ def main():
     few(test_problems=a.test_problems, widths=max(a.widths))
     a.device, a.widths = pick_device(a.device), sorted(a.widths)
     a.dtype = pick_dtype(a.dtype, a.device)
-    if a.max_tokens_in_flight is None:  # fp32 keys and values: 0.4 GB on a CPU, 4 GB on a GPU
-        c = GPTConfig(vocab_size=1, **SIZES[a.size])
-        slot = 8 * c.n_layer * c.n_kv_head * c.n_embd // c.n_head
-        a.max_tokens_in_flight = (4 << 30 if a.device == "cuda" else 400 << 20) // slot
+    size = open_pretrained(a.init).config if a.init else GPTConfig(1, **SIZES[a.size])
+    a.max_tokens_in_flight = a.max_tokens_in_flight or tokens_in_flight(size, a.device)
     config = {k: v for k, v in vars(a).items() if k not in ("out", "resume")}
     config["dials"] = dataclasses.asdict(dials)
     run = Run(a.out or Path("runs") / f"{a.task}-seed{a.seed}", config, a.resume)

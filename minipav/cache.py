@@ -6,6 +6,14 @@ import torch
 import torch.nn.functional as F
 
 
+def tokens_in_flight(config, device):
+    """How many slots of buffers fit into three times the memory of the blocks' weights, and at least into 0.4
+    GB, on a GPU 4 GB (keys and values in fp32)."""
+    weights = 4 * config.n_layer * config.n_embd * (4 * config.n_embd + 3 * config.n_ffn)
+    slot = 8 * config.n_layer * config.n_kv_head * config.n_embd // config.n_head
+    return max(4 << 30 if device == "cuda" else 400 << 20, 3 * weights) // slot
+
+
 class KVCache:
     """Keys and values (rows, G, slots, D) of every layer, in two parts: `prefix`, P rows that were read once,
     and `new`, what R rows have added since, each behind the first lengths[r] slots of the prefix group[r]. So

@@ -1,7 +1,13 @@
 """The state of a training in one safetensors file: weights, optimizers, the curve so far, numbers and log."""
 import json
+import time
 
-from minipav.files import damaged, read_tensors, write_tensors
+import torch
+
+from minipav import parallel
+from minipav.files import damaged, read_tensors, tensor_checksum, write_tensors
+
+EVERY = 600                             # seconds between two saves of a long training, or of a long sampling
 
 
 def save(path, modules, optimizers, curve, state, rows):
@@ -33,6 +39,71 @@ def load(path, modules, optimizers):
         return tensors["curve"], state, rows
     except (RuntimeError, ValueError, KeyError, IndexError, TypeError) as e:
         raise damaged(path, " ".join(str(e).split())) from None
+
+
+class Keeper:
+    """Saves a long training every ten minutes; started again, it goes on from there to the same end."""
+
+    def __init__(self, path, log_rows):
+        self.path, self.log_rows, self.saved = path, log_rows, time.time()
+
+    def resume(self, modules, optimizers):
+        """Put back what was saved, if anything was. -> (optimizer steps done, facts)"""
+        self.what = modules, optimizers
+        if not self.path.exists():
+            return 0, {}
+        _, state, _ = load(self.path, *self.what)
+        self.log_rows[:] = state["log"]
+        return state["iteration"], state["facts"]
+
+    def save(self, step, last, **facts):
+        """After each step; the last one too, if an earlier one was saved: other trainings may follow."""
+        if time.time() - self.saved > EVERY or last and self.path.exists():
+            state = {"iteration": step, "facts": facts, "log": self.log_rows}
+            save(self.path, *self.what, torch.zeros(1, 0), state, [{"iteration": step}])
+            self.saved = time.time()
+
+
+class Partial:
+    """Saves the outputs of a long call every ten minutes; the same call, made again, goes on from there."""
+
+    def __init__(self, folder, outputs, model, *call):
+        """outputs: tensors that the call fills; call: all that they depend on, beside the model's weights.
+        Without a folder, and in one of several processes, nothing is saved."""
+        self.folder = folder if parallel.world() == 1 else None
+        self.outputs, self.saved, self.at, self.of = outputs, time.time(), 0, (model, call)
+        if self.folder and folder.exists() and self.path.exists():
+            found, _ = read_tensors(self.path)
+            self.at = int(found["0"])
+            for i, to in enumerate(outputs):
+                to.copy_(found[str(i + 1)])
+
+    @property
+    def path(self):
+        model, call = self.of
+        of = [model.norm.weight.detach().float().cpu(), *map(torch.as_tensor, call)]
+        return self.folder / f"{tensor_checksum(named(of), {})}.safetensors"
+
+    def save(self, at):
+        """The call has come to `at`."""
+        if self.folder and time.time() - self.saved > EVERY:
+            write_tensors(self.path, named([torch.tensor(at), *self.outputs]))
+            self.saved = time.time()
+
+
+class NoKeeper:
+    def resume(self, *what):
+        return 0, {}
+
+    def save(self, *what, **facts):
+        pass
+
+
+NOT_KEPT = NoKeeper()
+
+
+def named(tensors):
+    return {str(i): x for i, x in enumerate(tensors)}
 
 
 def below(tensors, prefix):

@@ -30,6 +30,10 @@ class GPTConfig:
     n_embd: int = 128
     n_ffn: int = 256               # width of the SwiGLU
     rope_theta: float = 10000.0
+    rope_factor: float = 1.0       # Llama 3: slow angles are slower by this; 1: plain rotary positions
+    rope_low: float = 1.0          # ... those that turn less often than this within rope_original positions,
+    rope_high: float = 4.0         # none that turns more often than this, and in between in part
+    rope_original: int = 8192
     norm_eps: float = 1e-6
     qkv_bias: bool = False         # Qwen2 has it, Llama does not
     tied: bool = True              # the language-model head is the embedding
@@ -53,6 +57,9 @@ def rope_tables(config):
     the sine of the first half is negative."""
     D = config.n_embd // config.n_head
     freq = config.rope_theta ** (-torch.arange(0, D, 2).float() / D)
+    turns = config.rope_original * freq / (2 * torch.pi)
+    fast = ((turns - config.rope_low) / (config.rope_high - config.rope_low)).clamp(0, 1)
+    freq = freq * (fast + (1 - fast) / config.rope_factor)
     angle = torch.arange(config.block_size).float()[:, None] * freq
     return angle.cos().repeat(1, 2), torch.cat((-angle.sin(), angle.sin()), 1)
 

@@ -13,6 +13,7 @@ import dataclasses
 import json
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from pathlib import Path
 import torch
 
 from minipav import parallel
+from minipav.checkpoint import Keeper
 from minipav.files import (
     damaged,
     file_checksum,
@@ -34,8 +36,9 @@ from minipav.files import (
 )
 from minipav.model import GPT
 from minipav.precision import pick_dtype
+from minipav.pretrained import open_pretrained, read_encoding
 from minipav.tasks import make_task
-from minipav.tokenizer import synthetic_encoding
+from minipav.tokenizer import CHAT, synthetic_encoding
 from minipav.traces import Traces
 from minipav.utils import Fail, NotFinite, derive_seed, progress
 
@@ -62,6 +65,8 @@ class Run:
                     raise Fail(f"--{k} is {v}, but the run in {out} was started with {old.get(k)}: repeat "
                                "its flags to resume it, or choose another --out")
         else:
+            if config.get("init"):
+                open_pretrained(config["init"]).describe(self.out / "init")
             write_json(path, config)
         parallel.barrier()
         self._prepare(config)
@@ -69,9 +74,12 @@ class Run:
     def _prepare(self, config):
         self.config, self.log_rows = config, []
         self.task = make_task(config["task"], config["dials"])
-        self.enc = synthetic_encoding(self.task.phrases)
+        init = self.out / "init"
+        self.enc = read_encoding(init) if config.get("init") else synthetic_encoding(self.task.phrases)
+        if lacks := [x for x in CHAT if x in self.task.template and x not in self.enc.special_tokens_set]:
+            raise Fail(f"--prompt_format {self.task.prompt_format}: this model has no {lacks[0]}")
         self.sampling = dict(top_p=None if config["top_p"] == 1 else config["top_p"],
-                             max_tokens_in_flight=config["max_tokens_in_flight"])
+                             max_tokens_in_flight=config["max_tokens_in_flight"], keep=self.out / "partial")
 
     @classmethod
     def open(cls, out, device, dtype="auto"):
@@ -128,8 +136,13 @@ class Run:
         if parallel.rank() == 0:
             record["files"] = {str(f.relative_to(self.out)): file_checksum(f) for f in facts.get("files", ())}
             write_json(path, record)
+            shutil.rmtree(self.out / "partial", ignore_errors=True)
         parallel.barrier()
         return record
+
+    def keeper(self, name):
+        """What saves a long training of this stage."""
+        return Keeper(self.out / "partial" / f"{name}.safetensors", self.log_rows)
 
     def peak_memory(self):
         if self.config["device"] == "cuda":

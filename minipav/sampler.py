@@ -10,11 +10,13 @@ the sample's number and t. So a sample does not depend on the batch it is comput
 compaction; the same seed gives the same samples on every device up to rounding in the logits.
 """
 from dataclasses import dataclass
+from zlib import crc32
 
 import torch
 
 from minipav import parallel
 from minipav.cache import KVCache
+from minipav.checkpoint import Partial
 from minipav.precision import mixed
 from minipav.utils import tokens_per_forward
 
@@ -85,13 +87,14 @@ def _nucleus(p, u, top_p):
 @torch.no_grad()
 @mixed
 def sample(model, prompts, lengths, n=1, *, which=None, max_new_tokens, stop, seed=0, logprobs=False,
-           max_tokens_in_flight=1 << 18, pad=0, compact=True, progress=None, **choice):
+           max_tokens_in_flight=1 << 18, pad=0, compact=True, progress=None, keep=None, **choice):
     """n samples behind each of B prefixes. -> Samples on the CPU
 
     Prefix b is the first lengths[b] tokens of the row which[b] (default: b) of prompts (P, T); stop: token
     ids that end a row and are kept in it; choice: temperature, top_k, top_p; max_tokens_in_flight bounds rows
     x slots of the KV buffers (not the outputs, which grow with n); progress(rows_done) is called after each
-    chunk. Raises ValueError if a prefix is empty or a row would not fit the model's block_size.
+    chunk; keep: folder in which a long call saves what it has, to go on from there. Raises ValueError if a
+    prefix is empty or a row would not fit the model's block_size.
     """
     longest = int(lengths.max()) + max_new_tokens
     which = torch.arange(len(lengths)) if which is None else which
@@ -105,7 +108,10 @@ def sample(model, prompts, lengths, n=1, *, which=None, max_new_tokens, stop, se
     order = (read[which] * len(prompts) + which).argsort(stable=True)           # short ones first
     order = order[parallel.rank()::parallel.world()]
     order = (order[:, None] * n + torch.arange(n)).flatten()
-    slots, at = read[which[order // n]] + max_new_tokens, 0
+    slots = read[which[order // n]] + max_new_tokens
+    outputs, how = [x for x in vars(out).values() if x is not None], (n, seed, max_new_tokens, choice)
+    kept = Partial(keep, outputs, model, prompts, lengths, which, crc32(repr(how).encode()))
+    at = kept.at
     stops = torch.zeros(model.config.vocab_size, dtype=torch.bool)
     stops[list(stop)] = True
     while at < len(order):
@@ -118,9 +124,10 @@ def sample(model, prompts, lengths, n=1, *, which=None, max_new_tokens, stop, se
         for name, value in zip(("tokens", "lengths", "finish_reason", "logprobs")[:3 + logprobs], result):
             getattr(out, name)[rows] = value.cpu()
         at += len(rows)
+        kept.save(at)
         if progress:
             progress(at * parallel.world())
-    parallel.exchange(order, *(x for x in vars(out).values() if x is not None))
+    parallel.exchange(order, *outputs)
     return out
 
 

@@ -1,4 +1,4 @@
-"""tiktoken encodings: our own for the synthetic tasks, built offline, and published ones by name.
+"""tiktoken encodings: our own for the synthetic tasks, and what is the same for every one.
 
 The synthetic vocabulary is: all 256 bytes (so that no input is untokenizable), the integers 10-99, every
 operation such as *2, and the phrases of the task (" reach ", " = "), each one token. <|endoftext|> and
@@ -10,9 +10,9 @@ import re
 import tiktoken
 import torch
 
-from minipav.utils import Fail
-
 END, PAD = "<|endoftext|>", "<|pad|>"
+CHAT = ("<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
+        "<|eot_id|>")
 
 
 def synthetic_encoding(phrases):
@@ -26,16 +26,6 @@ def synthetic_encoding(phrases):
     n = len(ranks)
     return tiktoken.Encoding("minipav", pat_str=pattern, mergeable_ranks=ranks,
                              special_tokens={END: n, PAD: n + 1})
-
-
-def text_encoding(name="gpt2"):
-    """A published encoding by name. tiktoken fetches it once; offline, point TIKTOKEN_CACHE_DIR at a filled
-    cache. Raises Fail if it is unknown or cannot be had."""
-    try:
-        return tiktoken.get_encoding(name)
-    except (OSError, ValueError) as e:  # unknown; the download, or what is in the cache
-        raise Fail(f"encoding {name!r} is unknown or could not be fetched ({type(e).__name__}); offline, set "
-                   "TIKTOKEN_CACHE_DIR to a folder that holds tiktoken's files") from None
 
 
 def pad_token(enc):
@@ -52,9 +42,11 @@ def delimiter_tokens(enc, delimiter):
 
 
 def encode_rows(enc, texts):
-    """Token rows (B, T) right-padded and their lengths (B,); END in a text becomes the end-of-text token."""
+    """Token rows (B, T) right-padded and their lengths (B,); END in a text becomes the end-of-text token, and
+    the marks of a chat, where the encoding has them, their tokens."""
+    special = {END, *CHAT} & enc.special_tokens_set
     # its threads cost more
-    rows = [enc.encode(t, allowed_special={END}, disallowed_special=()) for t in texts]
+    rows = [enc.encode(t, allowed_special=special, disallowed_special=()) for t in texts]
     lengths = torch.tensor([len(r) for r in rows])
     out = torch.full((len(rows), int(lengths.max())), pad_token(enc))
     out[torch.arange(out.shape[1]) < lengths[:, None]] = torch.tensor([t for r in rows for t in r])

@@ -124,6 +124,9 @@ def backward(loss, model, batch, lengths, total, micro_batch=0):
     """The gradient of loss(model, *batch) / total, a sum over rows, of which this process takes its share;
     the tokens batch[0] (B, T) are cut at the longest row. -> that loss, of all processes"""
     out = torch.zeros(1)
+    if micro_batch:                     # rows of about the same length together: little padding
+        order = lengths.argsort()
+        batch, lengths = [x[order] for x in batch], lengths[order]
     for rows in micro_batches(len(lengths), micro_batch):
         parts = batch[0][rows, :int(lengths[rows].max())], *(x[rows] for x in batch[1:])
         part = loss(model, *(x.to(model.device) for x in parts)) / float(total)

@@ -5,12 +5,13 @@ one. Every labelled step end of a trace is supervised in one forward pass, and n
 is the same network with the end of each trace as its only label (section 2).
 """
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
 from minipav import parallel
+from minipav.checkpoint import NOT_KEPT
 from minipav.sampler import prefill
 from minipav.traces import responses
 from minipav.utils import Fail, apply_step, backward, make_optimizers, schedule, tokens_per_forward
@@ -192,30 +193,35 @@ def evaluate(model, traces):
 
 
 def train_verifier(init, train, held_out, *, steps, batch_size, lr_muon, lr_adamw, seed, log, balance=False,
-                   target="bce", checks=6, micro_batch=0):
+                   target="bce", checks=6, micro_batch=0, keep=NOT_KEPT):
     """Fit a verifier that starts from `init` (a policy, or another verifier) to `train`; the checkpoint with
     the lowest cross-entropy on `held_out` (traces of other problems) is kept. -> (model, Report)
 
     log(step, steps, loss, held-out loss) is called at every step. micro_batch: rows of one backward pass (0:
-    all).
+    all); keep: of checkpoint.py.
     """
     torch.manual_seed(seed)
     same = init.config.head == "scalar" and init.config.target == target
     model = copy.deepcopy(init) if same else init.as_verifier(target, TARGETS[target].n_out)
     optimizers, generator = make_optimizers(model, lr_muon, lr_adamw), torch.Generator().manual_seed(seed)
-    weights, order, best, best_state = label_weights(train,
-                                                     balance), torch.empty(0, dtype=torch.long), None, None
+    weights, order = label_weights(train, balance), torch.empty(0, dtype=torch.long)
+    best_model = copy.deepcopy(model)
+    done, facts = keep.resume({"model": model, "best": best_model}, {"model": optimizers, "best": []})
+    best = Report(*facts["best"]) if facts.get("best") else None
     for step in range(steps):
         if len(order) < batch_size:                                             # a new pass over the data
             order = torch.cat([order, torch.randperm(len(train), generator=generator)])
         rows, order = order[:batch_size], order[batch_size:]
+        if step < done:
+            continue
         batch = train.tokens[rows], train.ends[rows], train.q[rows], train.n[rows], weights[rows]
         loss = backward(verifier_loss, model, batch, train.lengths[rows], batch[-1].sum(), micro_batch)
         apply_step(model, optimizers, schedule(step, steps))
         if step + 1 == steps or (step + 1) % max(1, steps // checks) == 0 and step >= steps // 2:
             report = evaluate(model, held_out)
             if best is None or report.loss < best.loss:
-                best, best_state = report, copy.deepcopy(model.state_dict())
+                best = report
+                best_model.load_state_dict(model.state_dict())
         log(step + 1, steps, loss, best.loss if best else float("nan"))
-    model.load_state_dict(best_state)
-    return model, best
+        keep.save(step + 1, step + 1 == steps, best=best and astuple(best))
+    return best_model, best

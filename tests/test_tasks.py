@@ -7,7 +7,7 @@ import pytest
 
 from minipav.tasks import countdown, make_task
 from minipav.tasks.calculator import TOP, Problem, apply, distance, dp, transitions
-from minipav.tokenizer import END, decode_rows, encode_rows, synthetic_encoding, text_encoding
+from minipav.tokenizer import END, decode_rows, encode_rows, synthetic_encoding
 from minipav.utils import Fail
 
 TASKS = [("calculator", dict(H=5, min_steps=3)), ("countdown", {})]
@@ -206,11 +206,9 @@ def test_tokens_are_one_per_integer_operation_newline_and_any_text_survives():
         enc.encode(END)                                                         # never by accident
 
 
-def test_bad_tasks_dials_and_encodings_are_one_line_errors():
+def test_bad_tasks_and_dials_are_one_line_errors():
     for name, dials in (("chess", {}), ("calculator", dict(H=3, min_steps=4)), ("countdown", dict(numbers=9)),
                         ("countdown", dict(H=4))):
         with pytest.raises(Fail) as e:
             make_task(name, dials)
         assert "\n" not in str(e.value) and "--" in str(e.value)
-    with pytest.raises(Fail, match="no_such_encoding"):
-        text_encoding("no_such_encoding")

@@ -2,9 +2,10 @@
 from minipav.flags import check
 from minipav.tasks.calculator import Calculator
 from minipav.tasks.countdown import Countdown
+from minipav.tasks.text import GSM8K, Math
 from minipav.utils import Fail
 
-TASKS = {"calculator": Calculator, "countdown": Countdown}
+TASKS = {"calculator": Calculator, "countdown": Countdown, "gsm8k": GSM8K, "math": Math}
 
 
 def make_task(name, dials):

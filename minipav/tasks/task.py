@@ -9,13 +9,14 @@ import zlib
 import numpy as np
 
 from minipav.tokenizer import END
-from minipav.utils import Fail
+from minipav.utils import Fail, derive_seed
 
 
 class Task:
     name: str
     phrases: list                  # the multi-character pieces of its texts that deserve a token of their own
     delimiter = "\n"               # what a step ends with: one character
+    max_prompt_tokens = 32
     max_steps: int                 # a response with more steps is wrong
     max_step_tokens: int           # room for the longest step, delimiter included
     max_new_tokens: int            # room for the longest response, END included
@@ -23,6 +24,9 @@ class Task:
     # draw(n, rng) -> about n random solvable problems, of any split
     # prompt(problem) -> the question as text, ended by the delimiter
     # judge(problem, response) -> 'right', 'planning' (each step legal, the target missed) or 'illegal'
+
+    defaults = {}                  # of flags of train.py
+    template = ""                  # of prompts, where the marks of a chat stand in it
 
     # Optional; where they are None, what needs them is left out with a word.
     # (problems, expert_fraction, rng) -> a text with END each: with that chance a right one, else legal steps
@@ -34,6 +38,10 @@ class Task:
     state = None
     # (problems) -> f(i, prefix of a response): exact Q of a tabular reference policy
     exact = None
+
+    def batches(self, size, n, seed, step):
+        """The problems of SFT's n batches from optimizer step `step` on, all together."""
+        return self.problems("train", size * n, derive_seed(seed, "sft problems", step))
 
     def outcome(self, problem, response):
         """Rex(problem, response) in {0, 1}. No eval: a line off the grammar is wrong."""

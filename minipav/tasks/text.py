@@ -1,0 +1,186 @@
+r"""Problems in words, from JSONL files: DATA/train.jsonl and DATA/test.jsonl, an object a line.
+
+    Question: A robe takes 2 bolts of blue fiber and half that much white fiber. How many in total?
+    Answer:                                                                         <- prompt
+    It takes 2/2=1 bolt of white fiber                                              <- a step is a line
+    So the total amount of fabric is 2+1=3 bolts of fabric
+    #### 3<|endoftext|>
+
+Test problems are those of test.jsonl; a tenth of train.jsonl is for validation, by a hash of the question;
+what stands in both files is a test problem.
+"""
+import json
+import re
+import zlib
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from minipav.files import read_text
+from minipav.flags import flag
+from minipav.tasks.answers import boxed, normal, number, same
+from minipav.tasks.task import Task
+from minipav.tokenizer import END
+from minipav.utils import Fail
+
+PROMPTS = {"plain": "Question: {question}\nAnswer:\n",
+           "chatml": "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n",
+           "llama3": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{question}<|eot_id|>"
+                     "<|start_header_id|>assistant<|end_header_id|>\n\n"}
+CALCULATION = re.compile(r"\d[\d.,]*\D{0,3}[-+*/x]\D{0,3}\d[^=\n]*=[^\d\n]*")
+
+
+class Problem(NamedTuple):
+    question: str
+    answer: str                     # the reference's
+    solution: str                   # lines
+
+
+@dataclass
+class Text(Task):
+    data: str = flag(None, "folder with train.jsonl and test.jsonl", kind=str)
+    prompt_format: str = flag("plain", f"{', '.join(PROMPTS)}, or a text with {{question}}")
+    max_steps: int = flag(12, "most lines", low=1, high=1000)
+    max_step_tokens: int = flag(100, "room for a line", low=1, high=1 << 16)
+    max_new_tokens: int = flag(320, "room for a response", low=1, high=1 << 16)
+
+    phrases = []                    # without --init: bytes
+    max_prompt_tokens = 1024
+    keys = ("question", "answer")   # of a problem and its solution
+    defaults = dict(sft_steps=420, batch_size=32, micro_batch=8, lr_muon=0.0, lr_adamw=5e-5, strong_steps=0,
+                    problems=3000, n_cov=4, branches=4000, pit_traces=0, prover_rollouts=0, q_steps=400,
+                    orm_steps=60, lr_muon_verifier=0.0, lr_adamw_verifier=3e-5, test_problems=300, max_n=16,
+                    widths=[1, 2, 4])
+
+    def __post_init__(self):
+        if "{question}" not in self.template:
+            raise Fail(f"--prompt_format {self.prompt_format}: choose {', '.join(PROMPTS)} or a text with "
+                       "{question} in it")
+
+    def read(self, name):
+        """The problems of a file, by question. Raises Fail, naming the line that is not one."""
+        path, found = f"{self.data}/{name}.jsonl", {}
+        for i, line in enumerate(read_text(path).splitlines()):
+            try:
+                texts = [json.loads(line)[k].replace("<|", "< |").strip() for k in self.keys]
+                solution = "\n".join(filter(None, map(str.strip, self.clean(texts[1]).splitlines())))
+                answer = self.extract(solution)
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+                raise Fail(f"{path}, line {i + 1}: not an object with the texts {' and '.join(self.keys)} "
+                           f"({type(e).__name__})") from None
+            if not answer:
+                raise Fail(f"{path}, line {i + 1}: its {self.keys[1]} has no final answer")
+            found[texts[0]] = Problem(texts[0], answer, solution)
+        return found
+
+    @cached_property
+    def splits(self):
+        if self.data is None:
+            raise Fail(f"--task {self.name}: add --data FOLDER, with train.jsonl and test.jsonl")
+        test, out = self.read("test"), {"train": [], "validation": []}
+        for p in self.read("train").values():
+            if p.question not in test:
+                out["train" if zlib.crc32(p.question.encode()) % 10 else "validation"].append(p)
+        return out | {"test": list(test.values())}
+
+    def problems(self, split, n, seed):
+        pool = self.splits[split]
+        if n > len(pool):
+            raise Fail(f"--data {self.data}: has {len(pool)} {split} problems, not {n}")
+        rng = np.random.default_rng([("train", "validation", "test").index(split), seed])
+        return [pool[i] for i in rng.permutation(len(pool))[:n]]
+
+    def batches(self, size, n, seed, step):
+        """In whole epochs, each in an order of its own."""
+        pool, out = self.splits["train"], []
+        for epoch in range(step * size // len(pool), (step + n) * size // len(pool) + 1):
+            order = np.random.default_rng([seed, epoch]).permutation(len(pool))
+            first = epoch * len(pool)
+            out += [pool[i] for i in order[max(0, step * size - first):max(0, (step + n) * size - first)]]
+        return out
+
+    @property
+    def template(self):
+        return PROMPTS.get(self.prompt_format, self.prompt_format.replace("\\n", "\n"))
+
+    def prompt(self, problem):
+        return self.template.replace("{question}", problem.question)
+
+    def demonstrations(self, problems, expert_fraction, rng):
+        """The reference solutions, all of which are right: expert_fraction has no part in it."""
+        return [p.solution + END for p in problems]
+
+    def answer(self, response):
+        found = self.extract(response.removesuffix(END)) if response.endswith(END) else None
+        return None if found is None else normal(found)
+
+    def judge(self, problem, response):
+        """'illegal' is what does not end, or has no answer."""
+        if not response.endswith(END) or len(self.steps(response)) > self.max_steps:
+            return "illegal"
+        found = self.extract(self.steps(response)[-1])
+        return "illegal" if found is None else "right" if same(found, problem.answer) else "planning"
+
+    def corrupt(self, problems, responses, rng):
+        """Another number in a calculation, half of the time its result, which the lines after it go on with;
+        the final answer comes out wrong."""
+        texts, where = [], []
+        for p, response in zip(problems, responses):
+            lines = self.steps(response)[:self.max_steps]
+            calculated = [i for i, x in enumerate(lines[:-1]) if CALCULATION.search(x)] or [len(lines) - 1]
+            at = calculated[rng.integers(len(calculated))]
+            numbers = list(re.finditer(r"\d+(?:\.\d+)?", lines[at]))
+            m = numbers[-1 if rng.random() < 0.5 else rng.integers(len(numbers))] if numbers else None
+            old, new = (m[0], self.other(m[0], rng)) if m else ("", "?")
+            line = lines[at][:m.start()] + new + lines[at][m.end():] if m else lines[at] + " ?"
+            rest = [re.sub(rf"(?<![\d.]){re.escape(old)}(?![\d]|\.\d)", new, x) if m else x
+                    for x in lines[at + 1:]]
+            text = "\n".join([*lines[:at], line, *rest]) + END
+            if self.judge(p, text) == "right":
+                text = "\n".join([*lines[:at], line, *rest[:-1], self.end(self.other(p.answer, rng))]) + END
+            texts.append(text)
+            where.append(at)
+        return texts, where
+
+    def other(self, text, rng):
+        """A number near the one that a text is, or 0."""
+        x = number(normal(text))
+        x = 0 if x is None or x.denominator > 100 else x
+        near = [x + d for d in (-10, -2, -1, 1, 2, 10) if x + d >= 0] + [2 * x, 10 * x] * (x > 0)
+        y = near[rng.integers(len(near))]
+        return str(y) if y.denominator == 1 else f"{float(y):.2f}"
+
+
+@dataclass
+class GSM8K(Text):
+    annotations: bool = flag(False, "keep the calculator annotations <<48/2=24>>, as text: no tool is called")
+
+    name = "gsm8k"
+
+    def clean(self, solution):
+        return solution if self.annotations else re.sub(r"<<[^<>\n]*>>", "", solution)
+
+    def extract(self, text):
+        """What stands behind the last ####."""
+        head, mark, tail = text.rpartition("####")
+        return tail.strip() or None if mark else None
+
+    def end(self, answer):
+        return f"#### {answer}"
+
+
+@dataclass
+class Math(Text):
+    name = "math"
+    keys = ("problem", "solution")
+
+    def clean(self, solution):
+        return solution
+
+    def extract(self, text):
+        return boxed(text)
+
+    def end(self, answer):
+        return rf"The answer is $\boxed{{{answer}}}$."

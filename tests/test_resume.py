@@ -1,0 +1,83 @@
+"""Long work that is killed goes on to the same end: trainings, and calls of the sampler."""
+import copy
+
+import pytest
+import torch
+from conftest import tiny
+
+from minipav import checkpoint
+from minipav.checkpoint import Keeper
+from minipav.data import Traces
+from minipav.sampler import sample
+from minipav.sft import _train
+from minipav.verifier import train_verifier
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture(autouse=True)
+def saves_at_every_step(monkeypatch):
+    monkeypatch.setattr(checkpoint, "EVERY", -1)
+
+
+def killed_at(k):
+    calls = []
+
+    def log(*x):
+        calls.append(x)
+        if len(calls) == k:
+            raise Killed
+    return log
+
+
+def same(a, b):
+    return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values()))
+
+
+def test_sft_and_a_verifiers_training_go_on_where_they_were_killed(tmp_path):
+    torch.manual_seed(0)
+    tokens = torch.randint(29, (24, 12))
+    lengths, none = torch.full((24,), 12), lambda *x: None
+
+    def sft(model, log, keep):
+        parts = tokens.split(4) * 2
+        batches = ((t, lengths[:4], lengths[:4] // 2) for t in parts)
+        _train(model, batches, 10, 0.01, 1e-3, log, keep=keep)
+        return model
+
+    ends = torch.tensor([[3, 7, 11]]).repeat(24, 1)
+    yes, q = torch.ones_like(ends, dtype=torch.bool), torch.rand(24, 3)
+    data = Traces(torch.arange(24), tokens, lengths, ends, q, yes.long(), yes, ~yes, q[:, 2].round(), lengths)
+
+    def verifier(model, log, keep):
+        return train_verifier(model, data, data[:8], steps=10, batch_size=8, lr_muon=0.01, lr_adamw=1e-3,
+                              seed=1, log=log, keep=keep)[0]
+    for name, train in (("sft", sft), ("verifier", verifier)):
+        rows = [1, 2]
+        want = train(tiny(), none, checkpoint.NOT_KEPT)
+        with pytest.raises(Killed):
+            train(tiny(), killed_at(8), Keeper(tmp_path / name, rows))
+        rows, seen = [], []
+        got = train(tiny(seed=5), lambda *x, to=seen: to.append(x[0]), Keeper(tmp_path / name, rows))
+        assert same(got, want) and seen == [8, 9, 10] and rows == [1, 2]
+        assert same(train(tiny(seed=6), killed_at(1), Keeper(tmp_path / name, [])), want)      # it was done
+
+
+def test_a_call_of_the_sampler_goes_on_where_it_was_killed(tmp_path):
+    model, prompts = tiny(), torch.randint(1, 29, (6, 8))
+    how = dict(n=4, max_new_tokens=10, stop=[0], seed=3, max_tokens_in_flight=80, logprobs=True)
+    lengths = torch.tensor([8, 5, 3, 8, 7, 2])
+    want, done = sample(model, prompts, lengths, **how), []
+    with pytest.raises(Killed):
+        sample(model, prompts, lengths, **how, keep=tmp_path, progress=killed_at(3))
+    got = sample(model, prompts, lengths, **how, keep=tmp_path, progress=done.append)
+    assert all(torch.equal(a, b) for a, b in zip(vars(got).values(), vars(want).values()))
+    assert done[0] > 12                                         # 12 of 24 rows were there
+    other = copy.deepcopy(model)
+    torch.nn.init.normal_(other.norm.weight)
+    for changed in (dict(model=other), dict(how=how | dict(seed=4)), dict(how=how | dict(temperature=0.5))):
+        args = changed.get("model", model), prompts, lengths
+        again = sample(*args, **changed.get("how", how), keep=tmp_path)
+        assert torch.equal(again.tokens, sample(*args, **changed.get("how", how)).tokens)
