@@ -83,6 +83,7 @@ class Countdown(Task):
     numbers: int = flag(4, "how many numbers", low=3, high=6)
 
     name = "countdown"
+    defaults = {"lr_muon_verifier": 0.005}                      # at .01 Q^pi comes out poorly on some seeds
     phrases = ["using ", " make ", " = ", " (left: ", " + ", " - ", " * ", " / "]
 
     def __post_init__(self):
