@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from minipav.advantage import seed_rollouts
+from minipav.budget import fit
 from minipav.cache import tokens_in_flight
 from minipav.data import RECIPES, Collect
 from minipav.files import write_csv
@@ -25,7 +26,7 @@ from minipav.model import GPT, GPTConfig
 from minipav.paper.report import report_training
 from minipav.precision import pick_dtype
 from minipav.pretrained import PACKAGES, open_pretrained
-from minipav.run import Run
+from minipav.run import TRAINED, Run
 from minipav.search.inspect import describe
 from minipav.search.measure import Bench, Cell
 from minipav.search.score import Quota
@@ -56,6 +57,7 @@ class Flags:
     seed: int = flag(0, "of everything; the same seed gives the same run on a machine", high=2**32 - 1)
     out: Path = flag(None, "run folder; default: runs/TASK-seedSEED", kind=Path)
     resume: bool = flag(False, "go on with the run in --out")
+    minutes: float = flag(0.0, "cut all counts so that the run takes about so long; 0: do not", high=10**6)
     smoke: bool = flag(False, "toy size, to see every stage work")
     # SFT
     expert_fraction: float = flag(0.15, "of the demonstrations: those that reach the target", high=1)
@@ -108,8 +110,7 @@ class Flags:
 # ---- 1 policies
 
 def policies(run, a):
-    """pi; the weaker prover is pi early in its training, the stronger one pi trained on with expert
-    demonstrations."""
+    """pi; the weaker prover: pi early in training; the stronger: pi trained on with expert demonstrations."""
     seed = run.seed("policies")
     torch.manual_seed(seed)
     room = run.task.max_prompt_tokens + 2 * run.task.max_new_tokens     # a long prefix, a whole completion
@@ -186,10 +187,7 @@ def verifier(run, a, name, data, init, steps, select=lambda traces: traces):
         lr_adamw=a.lr_adamw_verifier, seed=run.seed(name), log=run.logger(name, steps), balance=a.balance,
         target=a.target, micro_batch=a.micro_batch, keep=run.keeper(name))
     files = model.save(run.out / name)
-    print(f"  Brier {r.brier:.4f}  AUC {r.auc:.3f}  cross-entropy {r.loss:.4f}\n"
-          "    step    labels  predicted  observed     Brier")
-    for h, n, predicted, observed, brier in r.steps:
-        print(f"    {h:>4}{n:>10}{predicted:>11.4f}{observed:>10.4f}{brier:>10.4f}")
+    print(f"  Brier {r.brier:.4f}  AUC {r.auc:.3f}  cross-entropy {r.loss:.4f}; by step: {name}/held_out.csv")
     write_csv(run.out / name / "held_out.csv", ["step", "labels", "predicted", "observed", "brier"], r.steps)
     return {"brier": round(r.brier, 5), "auc": round(r.auc, 5), "loss": round(r.loss, 5), "files": files}
 
@@ -228,19 +226,21 @@ def main():
     a.dtype = pick_dtype(a.dtype, a.device)
     size = open_pretrained(a.init).config if a.init else GPTConfig(1, **SIZES[a.size])
     a.max_tokens_in_flight = a.max_tokens_in_flight or tokens_in_flight(size, a.device)
+    a.out = a.out or Path("runs") / f"{a.task}-seed{a.seed}"
+    if a.minutes:
+        fit(a, size, dials, a.out)
     config = {k: v for k, v in vars(a).items() if k not in ("out", "resume")}
-    config["dials"] = dataclasses.asdict(dials)
-    run = Run(a.out or Path("runs") / f"{a.task}-seed{a.seed}", config, a.resume)
+    run = Run(a.out, config | {"dials": dataclasses.asdict(dials)}, a.resume)
     run.stage("policies", lambda: policies(run, a))
     run.stage("rollouts", lambda: rollouts(run, a))
     run.stage("q_pi", lambda: verifier(run, a, "q_pi", "base", a.q_from, a.q_steps))
     run.stage("orm", lambda: verifier(run, a, "orm", "base", "q_pi", a.orm_steps, outcome_only))
-    stages = ["policies", "rollouts", "q_pi", "orm"]
-    for mu in ("weak", "strong")[:2 if a.prover_rollouts else 0]:
-        stages.append(f"q_{mu}")
+    mus = ("weak", "strong")[:2 if a.prover_rollouts else 0]
+    for mu in mus:
         run.stage(f"q_{mu}", lambda mu=mu: verifier(run, a, f"q_{mu}", mu, "q_pi", a.mu_steps))
     bench, seed = Bench(run), run.seed("evaluation")
     tables = [bench.measure(cell) for cell in cells(a, seed)]
+    stages = [*TRAINED, *(f"q_{mu}" for mu in mus)]
     made = {"tables": [str(t.relative_to(run.out)) for t in tables], "stages": stages}
     run.stage("example", lambda: describe(bench, a, seed, tables) | made)
     report_training([run.out], run.out)

@@ -235,3 +235,12 @@ def test_seeds_are_averaged_into_one_report(smoke_run, other_seed, tmp_path):
     assert {"rows.csv.gz", "curves.csv", "base", "q_pi", "accuracy.png"} <= {p.name for p in merged.iterdir()}
     changed(other_seed / "config.json", alpha=0.5)
     assert "differ" in fails(report, "--runs", run, other_seed, "--out", merged)
+
+
+def test_minutes_cut_the_counts_once_and_for_all(tmp_path):
+    flags = [*SMOKE, "--minutes", "0.0001", "--out", tmp_path / "a"]
+    said = run_main(train, *flags)
+    config = files.read_json(tmp_path / "a" / "config.json")
+    assert "--q_steps" in said and 6 <= config["q_steps"] < 12 and config["test_problems"] == 20
+    again = run_main(train, *flags, "--resume")
+    assert "of it all" not in again and files.read_json(tmp_path / "a" / "config.json") == config

@@ -1,0 +1,50 @@
+"""--minutes: how much of a run fits into a time, by the speed of one training step and of one batch."""
+import time
+from dataclasses import replace
+
+import torch
+
+from minipav.files import read_json
+from minipav.model import GPT
+from minipav.sampler import sample
+from minipav.sft import sft_loss
+from minipav.utils import backward
+
+FEWEST = dict(sft_steps=1, strong_steps=0, problems=20, branches=0, prover_rollouts=0, q_steps=6, orm_steps=1,
+              mu_steps=1, test_problems=20)
+
+
+def fit(a, config, task, out):
+    """Cut the counts of train.py's flags `a`, all by one factor, so that the run takes about a.minutes. What
+    was cut is said, and stands in the run's configuration, from which a resumed run takes it. config: of the
+    model."""
+    if (out / "config.json").exists():
+        old = read_json(out / "config.json", **dict.fromkeys(FEWEST, int))
+        return vars(a).update({k: old[k] for k in FEWEST})
+    step, token = speeds(a, config, length := task.max_new_tokens // 2)
+    seconds = dict.fromkeys(FEWEST, step) | {
+        "problems": a.n_cov * length * token, "branches": length * token,
+        "prover_rollouts": 2 * length * token,                  # by two provers
+        "test_problems": (a.max_n + 6 * sum(a.widths)) * length * token}    # 2 beams, 3 samples a place
+    share = min(1.0, 60 * a.minutes / sum(getattr(a, k) * s for k, s in seconds.items()))
+    cut = {k: max(low, int(share * getattr(a, k))) for k, low in FEWEST.items()}
+    print(f"--minutes {a.minutes:g}: {share:.0%} of it all: " + ", ".join(
+        f"--{k} {n} (of {getattr(a, k)})" for k, n in cut.items() if n < getattr(a, k)), flush=True)
+    vars(a).update(cut)
+
+
+def speeds(a, config, length):
+    """Seconds of an optimizer step, and of a sampled token in a full batch."""
+    rows, prompt = a.micro_batch or a.batch_size, 32
+    tokens, lengths = torch.ones(rows, prompt + length).long(), torch.full((rows,), prompt + length)
+    with torch.device(a.device):
+        model = GPT(replace(config, vocab_size=max(config.vocab_size, 400), block_size=prompt + length + 16))
+    model.bf16, model.checkpointing = a.dtype == "bf16", a.checkpointing
+    for _ in range(2):                                          # the first one warms up
+        start = time.time()
+        backward(sft_loss, model, (tokens, lengths, lengths - length), lengths, rows)
+        step = (time.time() - start) * a.batch_size / rows
+    n = max(1, min(128, a.max_tokens_in_flight // (prompt + 16)))
+    start = time.time()
+    sample(model, tokens[:1, :prompt], torch.tensor([prompt]), n, max_new_tokens=16, stop=[], pad=0)
+    return step, (time.time() - start) / (16 * n)
