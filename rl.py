@@ -21,7 +21,7 @@ from minipav.paper.rl_report import report_rl
 from minipav.prover import Prover
 from minipav.reinforce import Reinforce, outcomes
 from minipav.rewards import REWARDS, check_prover, larger
-from minipav.run import keyed, open_runs
+from minipav.run import keyed, open_runs, task_of
 from minipav.sft import rft
 from minipav.utils import Fail, main_guard, pick_device, progress, tune_process
 
@@ -169,7 +169,8 @@ def trials(a, trial):
 
 
 def main():
-    a, trial = parse(Flags, __doc__, more=lambda _: Trial)
+    a, trial = parse(Flags, __doc__, more=lambda _: Trial,
+                     defaults=lambda known: task_of(known.run[0]).rl_defaults)
     tune_process()
     if trial.batch % trial.group:
         raise Fail(f"--batch {trial.batch}: must be a multiple of --group {trial.group}")

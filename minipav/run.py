@@ -37,7 +37,8 @@ from minipav.files import (
 from minipav.model import GPT
 from minipav.precision import pick_dtype
 from minipav.pretrained import open_pretrained, read_encoding
-from minipav.tasks import make_task
+from minipav.tasks import TASKS, make_task
+from minipav.tasks.task import Task
 from minipav.tokenizer import CHAT, synthetic_encoding
 from minipav.traces import Traces
 from minipav.utils import Fail, NotFinite, derive_seed, progress
@@ -64,12 +65,13 @@ class Run:
                 if old.get(k) != v:
                     raise Fail(f"--{k} is {v}, but the run in {out} was started with {old.get(k)}: repeat "
                                "its flags to resume it, or choose another --out")
-        else:
-            if config.get("init"):
-                open_pretrained(config["init"]).describe(self.out / "init")
-            write_json(path, config)
+        elif config.get("init"):
+            open_pretrained(config["init"]).describe(self.out / "init")
         parallel.barrier()
         self._prepare(config)
+        if not found:
+            write_json(path, config)
+        parallel.barrier()
 
     def _prepare(self, config):
         self.config, self.log_rows = config, []
@@ -201,6 +203,12 @@ def check_files(folder, record):
 def keyed(name, spec):
     """NAME-HASH: a name of its own for what depends on `spec`, whatever today's defaults are."""
     return f"{name}-{zlib.crc32(json.dumps(spec, sort_keys=True).encode()):08x}"
+
+
+def task_of(folder):
+    """The class of a run's task; of a folder that holds no run, Task."""
+    path = Path(folder) / "config.json"
+    return TASKS.get(read_json(path, task=str)["task"], Task) if path.exists() else Task
 
 
 def open_runs(folders, device, dtype="auto"):

@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import time
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -183,24 +184,25 @@ def hostile(n, seed=0):
         yield "".join(rng.choice(pieces) for _ in range(rng.randint(1, 30)))
 
 
-def check_hostile(n):
+def check_hostile(n, data):
     same("x", r"\sqrt{x^2+1}")                                  # the process is there
+    tasks = GSM8K(data=data), replace(GSM8K(data=data), annotations=True)
     for text in hostile(n):
         for gold in ("5", "x^2+1"):
             start = time.time()
             assert not same(text, gold) or len(text) < 8, text
             assert time.time() - start < 1, text
-        for task in (GSM8K(), Math()):
+        for task in tasks:
             task.corrupt([Problem("q", "5", "")], [text + END], np.random.default_rng(0))
 
 
-def test_hostile_answers_are_wrong_in_bounded_time():
-    check_hostile(60)
+def test_hostile_answers_are_wrong_in_bounded_time(data):
+    check_hostile(60, data)
 
 
 @pytest.mark.slow
-def test_ten_thousand_hostile_answers():
-    check_hostile(10000)
+def test_ten_thousand_hostile_answers(data):
+    check_hostile(10000, data)
 
 
 @pytest.mark.skipif(not (F / "test.jsonl").exists(), reason="no GSM8K: set GSM8K to its folder")

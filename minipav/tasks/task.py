@@ -26,6 +26,7 @@ class Task:
     # judge(problem, response) -> 'right', 'planning' (each step legal, the target missed) or 'illegal'
 
     defaults = {}                  # of flags of train.py
+    rl_defaults = {}               # of flags of rl.py
     template = ""                  # of prompts, where the marks of a chat stand in it
 
     # Optional; where they are None, what needs them is left out with a word.

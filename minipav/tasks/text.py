@@ -13,7 +13,7 @@ import json
 import re
 import zlib
 from dataclasses import dataclass
-from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -53,11 +53,21 @@ class Text(Task):
                     problems=3000, n_cov=4, branches=4000, pit_traces=0, prover_rollouts=0, q_steps=400,
                     orm_steps=60, lr_muon_verifier=0.0, lr_adamw_verifier=3e-5, test_problems=300, max_n=16,
                     widths=[1, 2, 4])
+    rl_defaults = dict(lr=1e-5, value_lr=2e-5, value_lr_muon=0.0, batch=32, micro_batch=8, eval_every=10,
+                       problems=200, eval_n=1, n=16)
 
     def __post_init__(self):
         if "{question}" not in self.template:
             raise Fail(f"--prompt_format {self.prompt_format}: choose {', '.join(PROMPTS)} or a text with "
                        "{question} in it")
+        if self.data is None:
+            raise Fail(f"--task {self.name}: add --data FOLDER, with train.jsonl and test.jsonl")
+        self.data = str(Path(self.data).resolve())
+        test, self.splits = self.read("test"), {"train": [], "validation": []}
+        for p in self.read("train").values():
+            if p.question not in test:
+                self.splits["train" if zlib.crc32(p.question.encode()) % 10 else "validation"].append(p)
+        self.splits["test"] = list(test.values())
 
     def read(self, name):
         """The problems of a file, by question. Raises Fail, naming the line that is not one."""
@@ -74,16 +84,6 @@ class Text(Task):
                 raise Fail(f"{path}, line {i + 1}: its {self.keys[1]} has no final answer")
             found[texts[0]] = Problem(texts[0], answer, solution)
         return found
-
-    @cached_property
-    def splits(self):
-        if self.data is None:
-            raise Fail(f"--task {self.name}: add --data FOLDER, with train.jsonl and test.jsonl")
-        test, out = self.read("test"), {"train": [], "validation": []}
-        for p in self.read("train").values():
-            if p.question not in test:
-                out["train" if zlib.crc32(p.question.encode()) % 10 else "validation"].append(p)
-        return out | {"test": list(test.values())}
 
     def problems(self, split, n, seed):
         pool = self.splits[split]
