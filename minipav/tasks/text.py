@@ -42,9 +42,9 @@ class Problem(NamedTuple):
 class Text(Task):
     data: str = flag(None, "folder with train.jsonl and test.jsonl", kind=str)
     prompt_format: str = flag("plain", f"{', '.join(PROMPTS)}, or a text with {{question}}")
-    max_steps: int = flag(12, "most lines", low=1, high=1000)
-    max_step_tokens: int = flag(100, "room for a line", low=1, high=1 << 16)
-    max_new_tokens: int = flag(320, "room for a response", low=1, high=1 << 16)
+    max_steps: int = flag(10, "most lines", low=1, high=1000)
+    max_step_tokens: int = flag(64, "room for a line", low=1, high=1 << 16)
+    max_new_tokens: int = flag(288, "room for a response", low=1, high=1 << 16)
 
     phrases = []                    # without --init: bytes
     max_prompt_tokens = 1024
