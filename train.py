@@ -113,11 +113,9 @@ def policies(run, a):
     """pi; the weaker prover: pi early in training; the stronger: pi trained on with expert demonstrations."""
     seed = run.seed("policies")
     torch.manual_seed(seed)
-    room = run.task.max_prompt_tokens + 2 * run.task.max_new_tokens     # a long prefix, a whole completion
-    if a.init:
-        model = open_pretrained(a.init).load(a.device)
-    else:
-        model = GPT(GPTConfig(run.enc.n_vocab, max(128, room), **SIZES[a.size])).to(a.device)
+    room = run.task.room(run.enc)
+    model = open_pretrained(a.init).load(a.device, room) if a.init else GPT(
+        GPTConfig(run.enc.n_vocab, room, **SIZES[a.size])).to(a.device)
     model.bf16, model.checkpointing = a.dtype == "bf16", a.checkpointing
     print(f"  {sum(p.numel() for p in model.parameters()):,} parameters on {a.device}")
     show, weak_at = run.logger("base", a.sft_steps), max(1, int(a.weak_at * a.sft_steps))
@@ -135,7 +133,9 @@ def policies(run, a):
                          lr_adamw=a.lr_adamw, seed=seed, log=log, micro_batch=a.micro_batch,
                          keep=run.keeper(name))
         return model.save(run.out / name)
-    files = model.save(run.out / "weak")
+    files = [run.out / "weak" / name for name in ("config.json", "model.safetensors")]
+    if not run.keeper("base").path.exists():                    # else it was saved on the way
+        model.save(run.out / "weak")
     files += train("base", a.expert_fraction, a.sft_steps, seed, log)
     show = run.logger("strong", a.strong_steps)
     return {"files": files + train("strong", a.strong_expert_fraction, a.strong_steps, seed + 1, show)}
@@ -227,9 +227,9 @@ def main():
     size = open_pretrained(a.init).config if a.init else GPTConfig(1, **SIZES[a.size])
     a.max_tokens_in_flight = a.max_tokens_in_flight or tokens_in_flight(size, a.device)
     a.out = a.out or Path("runs") / f"{a.task}-seed{a.seed}"
-    if a.minutes:
-        fit(a, size, dials, a.out)
+    fit(a, size, dials, a.out)
     config = {k: v for k, v in vars(a).items() if k not in ("out", "resume")}
+    dials.check(a.problems, a.test_problems)
     run = Run(a.out, config | {"dials": dataclasses.asdict(dials)}, a.resume)
     run.stage("policies", lambda: policies(run, a))
     run.stage("rollouts", lambda: rollouts(run, a))

@@ -34,16 +34,19 @@ ALPHABET = byte_alphabet()
 
 class TextEncoding(tiktoken.Encoding):
     """With what tiktoken has not: a normal form, and bytes that no token stands for, which it panics on. They
-    are left out, as `tokenizers` does."""
+    are left out, as `tokenizers` does. end: what END is called in the model's own texts, such as those of a
+    chat; bos: what its texts begin with, if anything."""
 
-    def __init__(self, *args, normal=None, **kw):
+    def __init__(self, *args, normal=None, end=END, bos="", **kw):
         super().__init__(*args, **kw)
-        self.normal = normal
+        self.normal, self.end, self.bos = normal, end, bos
         lacks = bytes(b for b in range(256) if bytes([b]) not in self._mergeable_ranks)
         self.lacks = {b: None for b in lacks}
 
     def encode(self, text, **kw):
         text = unicodedata.normalize(self.normal, text) if self.normal else text
+        if END in kw.get("allowed_special", ()):
+            text = text.replace(self.end, END)
         if not any(b in self.lacks for b in text.encode("utf-8", "replace")):
             return super().encode(text, **kw)
         special, out = sorted(kw.get("allowed_special", ()), key=len, reverse=True), []
@@ -97,9 +100,13 @@ def encoding(path, end, n_vocab):
         names, used = {i: text for text, i in added.items()}, {*ranks.values(), *added.values()}
         names |= {i: f"<|unused {i}|>" for i in range(n_vocab) if i not in used}
         names = {i: text if text != END else "<|another end|>" for i, text in names.items()} | {end: END}
+        post = t.get("post_processor") or {}
+        parts = [p for x in post.get("processors", [post]) for p in x.get("single") or []]
+        bos = parts[0]["SpecialToken"]["id"] if parts and "SpecialToken" in parts[0] else ""
         if end in ranks.values() or max(used) >= n_vocab:
             raise ValueError(f"{max(used) + 1} tokens, the end being {end}, of a model with {n_vocab}")
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
         raise damaged(path, f"cannot use {e}") from None
+    own = next((text for text, i in added.items() if i == end), END)
     return TextEncoding(path.parent.name, pat_str=PATTERNS[name], mergeable_ranks=ranks, normal=normal,
-                        special_tokens={text: i for i, text in names.items()})
+                        end=own, bos=bos, special_tokens={text: i for i, text in names.items()})

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import torch
 
+from minipav import parallel
 from minipav.files import read_json
 from minipav.model import GPT
 from minipav.sampler import sample
@@ -18,16 +19,21 @@ def fit(a, config, task, out):
     """Cut the counts of train.py's flags `a`, all by one factor, so that the run takes about a.minutes. What
     was cut is said, and stands in the run's configuration, from which a resumed run takes it. config: of the
     model."""
+    if a.minutes == 0:
+        return
     if (out / "config.json").exists():
         old = read_json(out / "config.json", **dict.fromkeys(FEWEST, int))
-        return vars(a).update({k: old[k] for k in FEWEST})
+        vars(a).update({k: old[k] for k in FEWEST})
+        return
     step, token = speeds(a, config, length := task.max_new_tokens // 2)
     seconds = dict.fromkeys(FEWEST, step) | {
         "problems": a.n_cov * length * token, "branches": length * token,
         "prover_rollouts": 2 * length * token,                  # by two provers
         "test_problems": (a.max_n + 6 * sum(a.widths)) * length * token}    # 2 beams, 3 samples a place
-    share = min(1.0, 60 * a.minutes / sum(getattr(a, k) * s for k, s in seconds.items()))
-    cut = {k: max(low, int(share * getattr(a, k))) for k, low in FEWEST.items()}
+    share = torch.tensor(min(1.0, 60 * a.minutes / sum(getattr(a, k) * s for k, s in seconds.items())))
+    parallel.add_up(share)                                      # several processes cut alike
+    share = float(share) / parallel.world()
+    cut = {k: min(getattr(a, k), max(low, int(share * getattr(a, k)))) for k, low in FEWEST.items()}
     print(f"--minutes {a.minutes:g}: {share:.0%} of it all: " + ", ".join(
         f"--{k} {n} (of {getattr(a, k)})" for k, n in cut.items() if n < getattr(a, k)), flush=True)
     vars(a).update(cut)

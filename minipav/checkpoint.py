@@ -81,7 +81,8 @@ class Partial:
     @property
     def path(self):
         model, call = self.of
-        of = [model.norm.weight.detach().float().cpu(), *map(torch.as_tensor, call)]
+        of = [torch.stack([p.detach().double().sum() for p in model.parameters()]).cpu(), *call]
+        of = [torch.as_tensor(x) for x in of]
         return self.folder / f"{tensor_checksum(named(of), {})}.safetensors"
 
     def save(self, at):

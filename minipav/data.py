@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from minipav.advantage import first_pit, monte_carlo, rollout_from
-from minipav.tokenizer import encode_rows, pad_token
+from minipav.tokenizer import encode_rows, join, pad_token
 from minipav.traces import Traces, label_with_outcome, responses
 
 
@@ -48,7 +48,8 @@ def corrupted_steps(env, problems, traces, rng):
     chosen, prompt_lengths = [problems[i] for i in traces.problem.tolist()], traces.ends[:, 0] + 1
     texts = responses(env.enc, traces.tokens, traces.lengths, prompt_lengths)
     texts, first = env.task.corrupt(chosen, texts, rng)
-    tokens, lengths = encode_rows(env.enc, [env.task.prompt(p) + t for p, t in zip(chosen, texts)])
+    prompts = encode_rows(env.enc, [env.task.prompt(p) for p in chosen])
+    tokens, lengths = join(*prompts, *encode_rows(env.enc, texts), pad_token(env.enc))
     return label_with_outcome(env, problems, traces.problem, tokens, lengths, prompt_lengths,
                               torch.as_tensor(first) + 1, sampled=False)
 

@@ -61,6 +61,8 @@ def write_csv(path, header, rows):
 
 def write_tensors(path, tensors, metadata=None):
     """Tensors and metadata (text by name), with a checksum of them."""
+    if parallel.rank():
+        return
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     metadata = dict(metadata or {})
     meta = json.dumps(metadata | {"crc": tensor_checksum(tensors, metadata)}, sort_keys=True)

@@ -42,31 +42,33 @@ def gpt_config(path):
     """The GPTConfig of a Hugging Face config.json, and the token that ends a text. Raises Fail, naming what
     is not supported."""
     c = read_json(path, signed=False, model_type=str, vocab_size=int, hidden_size=int, intermediate_size=int,
-                  num_hidden_layers=int, num_attention_heads=int, rms_norm_eps=float,
-                  eos_token_id=(int, list))
-    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
-    rope = {"rope_theta": c.get("rope_theta", 1e4)} | rope
-    kind, heads = rope.get("rope_type", rope.get("type", "default")), c["num_attention_heads"]
-    wrong = [why for key, why in DECLINED.items() if c.get(key)]
-    wrong += [f"model_type {c['model_type']}"] * (c["model_type"] not in ("llama", "qwen2"))
-    wrong += [f"rope_type {kind}"] * (kind not in ("default", "llama3"))
-    wrong += [f"hidden_act {c.get('hidden_act')}"] * (c.get("hidden_act", "silu") != "silu")
-    wrong += ["head_dim other than hidden_size / num_attention_heads"] * (
-        (c.get("head_dim") or c["hidden_size"] // heads) * heads != c["hidden_size"])
-    if wrong:
-        raise Fail(f"{path}: not supported: {', '.join(wrong)}")
-    end = c["eos_token_id"] if isinstance(c["eos_token_id"], int) else c["eos_token_id"][0]
+                  num_hidden_layers=int, num_attention_heads=int, rms_norm_eps=float)
     try:
-        scaling = {ours: type(getattr(GPTConfig, ours))(rope[k]) for ours, k in ROPE.items()} if (
-            kind == "llama3") else {}
-        return GPTConfig(
+        rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
+        rope = {"rope_theta": c.get("rope_theta", 1e4)} | rope
+        kind, heads = rope.get("rope_type", rope.get("type", "default")), c["num_attention_heads"]
+        end = c["eos_token_id"][0] if isinstance(c["eos_token_id"], list) else c["eos_token_id"]
+        scaled = [(ours, k) for ours, k in ROPE.items() if kind == "llama3"]
+        config = GPTConfig(
             vocab_size=c["vocab_size"], block_size=min(c.get("max_position_embeddings", 2048), 4096),
             n_layer=c["num_hidden_layers"], n_head=heads, n_kv_head=c.get("num_key_value_heads") or heads,
             n_embd=c["hidden_size"], n_ffn=c["intermediate_size"], norm_eps=c["rms_norm_eps"],
             rope_theta=float(rope["rope_theta"]), qkv_bias=c["model_type"] == "qwen2",
-            tied=c.get("tie_word_embeddings", False), **scaling), end
-    except (KeyError, TypeError, ValueError, Fail) as e:
+            tied=c.get("tie_word_embeddings", False),
+            **{ours: type(getattr(GPTConfig, ours))(rope[k]) for ours, k in scaled})
+        if not 0 <= end < config.vocab_size:
+            raise ValueError(f"eos_token_id {end}")
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, Fail) as e:
         raise damaged(path, f"{type(e).__name__} {e}") from None
+    wrong = [why for key, why in DECLINED.items() if c.get(key)]
+    wrong += [f"model_type {c['model_type']}"] * (c["model_type"] not in ("llama", "qwen2"))
+    wrong += [f"rope_type {kind}"] * (kind not in ("default", "llama3"))
+    wrong += [f"hidden_act {c.get('hidden_act')}"] * (c.get("hidden_act", "silu") != "silu")
+    dim = c.get("head_dim") or config.n_embd // heads
+    wrong += [f"head_dim {dim}, which is not hidden_size / {heads}"] * (dim * heads != config.n_embd)
+    if wrong:
+        raise Fail(f"{path}: not supported: {', '.join(wrong)}")
+    return config, end
 
 
 def hf_config(config, end):
@@ -97,8 +99,9 @@ class Folder:
         if index.exists():
             files = sorted(set(read_json(index, signed=False, weight_map=dict)["weight_map"].values()))
         self.files = [self.path / str(f) for f in files]
-        if "lm_head.weight" not in [k for f in self.files for k in self.keys(f)]:
-            self.config.tied = True
+        names = [k for f in self.files for k in self.keys(f)]
+        if "tie_word_embeddings" not in read_json(self.path / "config.json", signed=False):
+            self.config.tied = "lm_head.weight" not in names
 
     def keys(self, file):
         try:
@@ -128,9 +131,12 @@ class Folder:
         except (OSError, UnicodeDecodeError) as e:
             raise damaged(self.path / "tokenizer.json", e) from None
 
-    def load(self, device="cpu"):
+    def load(self, device="cpu", room=0):
         """The model, its weights copied one by one into it. Raises Fail, naming what is missing, left over or
-        of another shape."""
+        of another shape, or if it has fewer than `room` positions."""
+        if room > self.config.block_size:
+            raise Fail(f"--init: {self.path} has {self.config.block_size} positions, and rows have up to "
+                       f"{room}: lower --max_new_tokens and --max_step_tokens")
         with torch.device(device):
             model = GPT(self.config)
         state = model.state_dict()

@@ -39,7 +39,7 @@ from minipav.precision import pick_dtype
 from minipav.pretrained import open_pretrained, read_encoding
 from minipav.tasks import TASKS, make_task
 from minipav.tasks.task import Task
-from minipav.tokenizer import CHAT, synthetic_encoding
+from minipav.tokenizer import synthetic_encoding
 from minipav.traces import Traces
 from minipav.utils import Fail, NotFinite, derive_seed, progress
 
@@ -61,6 +61,7 @@ class Run:
                 raise Fail(f"--out {out} already holds a run: add --resume to go on, or choose another --out")
             old, new = read_json(path, **CONFIG), json.loads(json.dumps(config))
             old, new = ({k: v for k, v in x.items() if k != "dials"} | x["dials"] for x in (old, new))
+            config["data_crc"] = old.get("data_crc", 0)
             for k, v in new.items():
                 if old.get(k) != v:
                     raise Fail(f"--{k} is {v}, but the run in {out} was started with {old.get(k)}: repeat "
@@ -78,8 +79,9 @@ class Run:
         self.task = make_task(config["task"], config["dials"])
         init = self.out / "init"
         self.enc = read_encoding(init) if config.get("init") else synthetic_encoding(self.task.phrases)
-        if lacks := [x for x in CHAT if x in self.task.template and x not in self.enc.special_tokens_set]:
-            raise Fail(f"--prompt_format {self.task.prompt_format}: this model has no {lacks[0]}")
+        self.task.fits(self.enc)
+        if config.setdefault("data_crc", self.task.data_crc) != self.task.data_crc:
+            raise Fail(f"--data: other problems are in {self.task.data} than when the run began")
         self.sampling = dict(top_p=None if config["top_p"] == 1 else config["top_p"],
                              max_tokens_in_flight=config["max_tokens_in_flight"], keep=self.out / "partial")
 
@@ -102,7 +104,7 @@ class Run:
             dtype = config["dtype"] if same else pick_dtype(dtype, device)
             run._prepare(config | {"device": device, "dtype": dtype})
         except Fail as e:
-            raise damaged(run.out / "config.json", e) from None
+            raise e if "data" in config["dials"] else damaged(run.out / "config.json", e) from None
         return run
 
     # ---- stages

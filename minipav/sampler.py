@@ -109,7 +109,8 @@ def sample(model, prompts, lengths, n=1, *, which=None, max_new_tokens, stop, se
     order = order[parallel.rank()::parallel.world()]
     order = (order[:, None] * n + torch.arange(n)).flatten()
     slots = read[which[order // n]] + max_new_tokens
-    outputs, how = [x for x in vars(out).values() if x is not None], (n, seed, max_new_tokens, choice)
+    outputs = [x for x in vars(out).values() if x is not None]
+    how = n, seed, max_new_tokens, choice, list(stop), pad, logprobs, model.bf16
     kept = Partial(keep, outputs, model, prompts, lengths, which, crc32(repr(how).encode()))
     at = kept.at
     stops = torch.zeros(model.config.vocab_size, dtype=torch.bool)
@@ -141,7 +142,7 @@ def prefill(model, prompts, which, lengths, room):
     T = int(lengths.max())
     tokens, at = prompts[distinct, :T].to(device), lengths.to(device) - 1
     kept = KVCache.buffers(model.config, len(tokens), T, device, model.dtype)
-    hidden, step = [], max(1, tokens_per_forward(device) // T)
+    hidden, step = [], max(1, tokens_per_forward(model) // T)
     first = torch.searchsorted(group, torch.arange(0, len(tokens) + step, step)).tolist()
     for i, a, b in zip(range(0, len(tokens), step), first, first[1:]):
         here = [(k[i:i + step], v[i:i + step]) for k, v in kept]

@@ -62,9 +62,9 @@ def tune_process():
         libc.mallopt(-1, 2**31 - 1)                     # M_TRIM_THRESHOLD: keep the heap's top
 
 
-def tokens_per_forward(device):
+def tokens_per_forward(model):
     """Tokens in one forward pass without gradients: on a CPU few enough for its caches."""
-    return 1 << 13 if torch.device(device).type == "cpu" else 1 << 19
+    return 1 << 13 if model.device.type == "cpu" else max(1 << 13, (1 << 27) // model.config.n_ffn)
 
 
 def derive_seed(seed, *names):
@@ -126,6 +126,7 @@ def backward(loss, model, batch, lengths, total, micro_batch=0):
     out = torch.zeros(1)
     if micro_batch:                     # rows of about the same length together: little padding
         order = lengths.argsort()
+        order = torch.cat([order[i::parallel.world()] for i in range(parallel.world())])        # fair shares
         batch, lengths = [x[order] for x in batch], lengths[order]
     for rows in micro_batches(len(lengths), micro_batch):
         parts = batch[0][rows, :int(lengths[rows].max())], *(x[rows] for x in batch[1:])

@@ -47,7 +47,7 @@ def score(model, tokens, ends, batch_tokens=None):
 
     Rows are scored longest first, in batches of at most batch_tokens tokens, each cut at its own longest row.
     """
-    batch_tokens, value = batch_tokens or tokens_per_forward(model.device), target_of(model).value
+    batch_tokens, value = batch_tokens or tokens_per_forward(model), target_of(model).value
     out = torch.full(ends.shape, float("nan"))
     last = ends.max(1).values + 1
     order, at = last.argsort(descending=True, stable=True)[parallel.rank()::parallel.world()], 0
@@ -203,6 +203,7 @@ def train_verifier(init, train, held_out, *, steps, batch_size, lr_muon, lr_adam
     torch.manual_seed(seed)
     same = init.config.head == "scalar" and init.config.target == target
     model = copy.deepcopy(init) if same else init.as_verifier(target, TARGETS[target].n_out)
+    del init
     optimizers, generator = make_optimizers(model, lr_muon, lr_adamw), torch.Generator().manual_seed(seed)
     weights, order = label_weights(train, balance), torch.empty(0, dtype=torch.long)
     best_model = copy.deepcopy(model)

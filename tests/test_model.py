@@ -56,7 +56,7 @@ def test_hidden_states_at_some_positions_equal_those_of_all():
 def test_ragged_rows_behind_shared_prefixes_equal_single_rows(monkeypatch):
     """Several rows behind different lengths of the same prompt, in groups of 1 to 3, read in batches of two
     prompts; then some are dropped, and of one prompt all."""
-    monkeypatch.setattr(sampler, "tokens_per_forward", lambda device: 12)
+    monkeypatch.setattr(sampler, "tokens_per_forward", lambda model: 12)
     model, idx, new = tiny(), torch.randint(29, (4, 6)), torch.randint(29, (7, 6))
     which, lengths = torch.tensor([0, 0, 0, 1, 3, 3, 2]), torch.tensor([1, 6, 4, 2, 5, 5, 6])
     cache, last = read(model, idx, lengths, which)

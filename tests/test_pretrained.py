@@ -136,7 +136,11 @@ def test_whatever_is_wrong_with_a_folder_is_named(tmp_path):
                          (dict(rope_parameters=dict(rope_type="yarn")), "rope_type yarn"),
                          (dict(head_dim=3), "head_dim"), (dict(hidden_act="gelu"), "hidden_act gelu"),
                          (dict(hidden_size="8"), "hidden_size"), (dict(num_attention_heads=7), "config.json"),
-                         (dict(rope_parameters=dict(rope_type="llama3", rope_theta=1.0)), "KeyError")):
+                         (dict(rope_parameters=dict(rope_type="llama3", rope_theta=1.0)), "KeyError"),
+                         (dict(eos_token_id=[]), "config.json"), (dict(eos_token_id=-1), "eos_token_id"),
+                         (dict(eos_token_id=["a"]), "config.json"),
+                         (dict(num_attention_heads=0), "config.json"),
+                         (dict(rope_parameters=[1]), "config.json")):
         (tmp_path / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(Fail, match=says):
             Folder(tmp_path)
@@ -197,6 +201,11 @@ def test_the_models_own_end_is_called_end(tmp_path):
     texts = ["hello 12\n" + END, "<|im_start|>user\nhell", "a <|unused"]
     assert decode_rows(enc, *encode_rows(enc, texts)) == [t.replace("<|im_end|>", END) for t in texts]
     assert encode_rows(enc, texts)[0][1, 0] == 1
+    assert encode_rows(enc, ["a<|im_end|>"])[0].tolist()[0][-1] == 2            # its own name, in a chat
+    post = dict(type="TemplateProcessing", single=[{"SpecialToken": {"id": "<|im_start|>"}}, {}])
+    t = json.loads((tmp_path / "tokenizer.json").read_text()) | {"post_processor": post}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(t))
+    assert encoding(tmp_path / "tokenizer.json", 2, n).bos == "<|im_start|>" and enc.bos == ""
 
 
 def test_tokenizers_that_are_not_supported_are_refused_by_name(tmp_path):

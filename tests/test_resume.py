@@ -3,8 +3,9 @@ import copy
 
 import pytest
 import torch
-from conftest import tiny
+from conftest import SMOKE, run_main, tiny
 
+import train
 from minipav import checkpoint
 from minipav.checkpoint import Keeper
 from minipav.data import Traces
@@ -54,15 +55,31 @@ def test_sft_and_a_verifiers_training_go_on_where_they_were_killed(tmp_path):
     def verifier(model, log, keep):
         return train_verifier(model, data, data[:8], steps=10, batch_size=8, lr_muon=0.01, lr_adamw=1e-3,
                               seed=1, log=log, keep=keep)[0]
-    for name, train in (("sft", sft), ("verifier", verifier)):
+    for name, run in (("sft", sft), ("verifier", verifier)):
         rows = [1, 2]
-        want = train(tiny(), none, checkpoint.NOT_KEPT)
+        want = run(tiny(), none, checkpoint.NOT_KEPT)
         with pytest.raises(Killed):
-            train(tiny(), killed_at(8), Keeper(tmp_path / name, rows))
+            run(tiny(), killed_at(8), Keeper(tmp_path / name, rows))
         rows, seen = [], []
-        got = train(tiny(seed=5), lambda *x, to=seen: to.append(x[0]), Keeper(tmp_path / name, rows))
+        got = run(tiny(seed=5), lambda *x, to=seen: to.append(x[0]), Keeper(tmp_path / name, rows))
         assert same(got, want) and seen == [8, 9, 10] and rows == [1, 2]
-        assert same(train(tiny(seed=6), killed_at(1), Keeper(tmp_path / name, [])), want)      # it was done
+        assert same(run(tiny(seed=6), killed_at(1), Keeper(tmp_path / name, [])), want)      # it was done
+
+
+def test_the_weaker_prover_is_there_after_a_kill(tmp_path, monkeypatch):
+    """It is saved on the way of the base policy's training."""
+    logger = train.Run.logger
+    for name in ("whole", "killed"):
+        flags = *SMOKE, "--weak_at", "0.3", "--out", tmp_path / name
+        if name == "killed":
+            with monkeypatch.context() as m, pytest.raises(Killed):
+                m.setattr(train.Run, "logger", lambda *x: killed_at(12) if x[1] == "base" else logger(*x))
+                run_main(train, *flags)
+            flags += "--resume",
+        run_main(train, *flags)
+    for model in ("weak", "base", "strong", "q_pi", "orm"):
+        files = [(tmp_path / x / model / "model.safetensors").read_bytes() for x in ("whole", "killed")]
+        assert files[0] == files[1], model
 
 
 def test_a_call_of_the_sampler_goes_on_where_it_was_killed(tmp_path):
@@ -76,7 +93,7 @@ def test_a_call_of_the_sampler_goes_on_where_it_was_killed(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(vars(got).values(), vars(want).values()))
     assert done[0] > 12                                         # 12 of 24 rows were there
     other = copy.deepcopy(model)
-    torch.nn.init.normal_(other.norm.weight)
+    torch.nn.init.normal_(other.blocks[0].mlp.up.weight)
     for changed in (dict(model=other), dict(how=how | dict(seed=4)), dict(how=how | dict(temperature=0.5))):
         args = changed.get("model", model), prompts, lengths
         again = sample(*args, **changed.get("how", how), keep=tmp_path)

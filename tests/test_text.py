@@ -29,7 +29,25 @@ CLASSES = r"""
 -0.5 | -\frac{1}{2} | -1/2 | -.5 | \frac{-1}{2} | -\frac12
 1.5 | 1\frac12 | \frac{3}{2} | 3/2 | 1\frac{1}{2}
 0.333 | .333
-1/3 | \frac13 | \frac{1}{3}
+5x | 5 x
+2x^2 | 2 x^2
+2y
+2i
+3+4
+3 1/2 | 3.5 | 3\frac12
+15.5
+5 6
+56
+12 | 12\text{ cm}^2 | 12 \mbox{ inches} | 12 cm.
+1 \text{ and } 2
+(\text{A}) | (A)
+(\text{B})
+(5,\text{north})
+(5,\text{south})
+\frac{x+1}{2} | (x+1)/(2) | \frac{1}{2}(x+1)
+\sqrt{5} | (\sqrt{5})
+[2,3)\cup(5,6) | (5,6)\cup[2,3)
+1/3 | \frac13 | \frac{1}{3} | (1/3)
 \sqrt{2} | \sqrt2 | \sqrt 2
 2\sqrt{3} | \sqrt{12} | 2\sqrt3
 \frac{\sqrt{2}}{2} | \frac{1}{\sqrt{2}} | \frac{\sqrt2}{2}
@@ -65,7 +83,7 @@ x \le 3 | x\le3
 """
 CLASSES = [[x.strip() for x in line.split("|")] for line in CLASSES.strip().splitlines()]
 EQUAL = [(a, b) for line in CLASSES for i, a in enumerate(line) for b in line[:i]]
-DIFFERENT = [(line[0], other[-1]) for i, line in enumerate(CLASSES) for other in CLASSES[:i]]
+DIFFERENT = [(a, b) for i, line in enumerate(CLASSES) for a in line for other in CLASSES[:i] for b in other]
 
 
 def write(folder, **files):
@@ -115,7 +133,9 @@ def test_a_response_is_right_if_it_ends_on_the_reference_answer(data):
         assert task.answer(text) == p.answer and task.answer(text.removesuffix(END)) is None
         for other, says in ((text.removesuffix(END), "illegal"), ("72" + END, "illegal"),
                             ("a\n" * 12 + text, "illegal"), (f"#### {p.answer}.0" + END, "right"),
-                            (f"x\n#### {p.answer}5" + END, "planning"), ("####" + END, "illegal")):
+                            (f"x\n#### {p.answer}5" + END, "planning"), ("####" + END, "illegal"),
+                            (f"\n\n x\n\n#### ${p.answer} cups\n\n" + END, "right"),
+                            (f"#### 1*{p.answer}" + END, "planning")):
             assert task.judge(p, other) == says, other
 
 
@@ -129,6 +149,7 @@ def test_a_corrupted_solution_is_wrong_from_the_corrupted_step_on(data):
         for p, old, new, k in zip(ps, demos, texts, where):
             a, b = task.steps(old), task.steps(new)
             assert a[:k] == b[:k] and a[k] != b[k] and len(a) == len(b) and task.outcome(p, new) == 0
+            assert k == 2 or a[k].rpartition("=")[2] != b[k].rpartition("=")[2]
         texts, where = task.corrupt(ps[:len(strange)], [s + END for s in strange], rng)
         assert all(task.outcome(p, t) == 0 and k < len(task.steps(t)) for p, t, k in zip(ps, texts, where))
 
@@ -138,7 +159,7 @@ def test_bad_files_and_formats_are_named(tmp_path, data):
     for rows, says in (([good, ["x"]], "line 2"), ([{"question": "a"}], "line 1"),
                        ([good, good | {"answer": "no mark"}], "line 2: its answer"),
                        ([good | {"answer": 3}], "line 1")):
-        with pytest.raises(Fail, match=rf"train\.jsonl, {says}"):
+        with pytest.raises(Fail, match=rf"(train|test)\.jsonl, {says}"):
             GSM8K(data=write(tmp_path, train=rows, test=[good])).problems("train", 1, 0)
     (tmp_path / "test.jsonl").write_bytes(b"\xff\xfe")
     for folder, says in ((str(tmp_path), r"test\.jsonl"), (str(tmp_path / "no"), "does not exist"),
@@ -164,10 +185,10 @@ def test_math_takes_the_last_box(tmp_path):
 
 def test_equal_answers_are_equal_and_others_are_not():
     pytest.importorskip("math_verify")
-    assert len(EQUAL) > 100 and len(DIFFERENT) > 500
+    assert len(EQUAL) > 150 and len(DIFFERENT) > 5000
     wrong = [(a, b) for a, b in EQUAL if not (same(a, b) and same(b, a))]
     wrong += [(a, b) for a, b in DIFFERENT if same(a, b, symbolic=False)]
-    wrong += [(a, b) for a, b in DIFFERENT[::7] if same(a, b) or same(b, a)]
+    wrong += [(a, b) for a, b in DIFFERENT[::97] if same(a, b) or same(b, a)]
     assert not wrong
     assert not same(None, "5") and not same("", "5") and not same("$", "$")
 
@@ -191,7 +212,7 @@ def check_hostile(n, data):
         for gold in ("5", "x^2+1"):
             start = time.time()
             assert not same(text, gold) or len(text) < 8, text
-            assert time.time() - start < 1, text
+            assert time.time() - start < 3, text                # less than 1 on a quiet machine
         for task in tasks:
             task.corrupt([Problem("q", "5", "")], [text + END], np.random.default_rng(0))
 
@@ -253,7 +274,9 @@ def test_wrong_flags_of_language_models_are_named(tmp_path, data, trained):
     for flags, says in (("--task gsm8k", "--data"),
                         ("--task gsm8k --data {data} --init nowhere", "--init nowhere"),
                         ("--init smollm2", "tasks in words"),
-                        ("--task gsm8k --data {data} --prompt_format chatml", "im_start")):
+                        ("--task gsm8k --data {data} --problems 9999", "--problems"),
+                        ("--task gsm8k --smoke --data {data} --test_problems 62", "--test_problems"),
+                        ("--task gsm8k --smoke --data {data} --prompt_format chatml", "im_start")):
         flags = flags.format(data=data).split()
         assert says in fails(ROOT / "train.py", "--out", tmp_path / "x", *flags)
         shutil.rmtree(tmp_path / "x", ignore_errors=True)

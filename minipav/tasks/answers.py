@@ -15,16 +15,18 @@ from fractions import Fraction
 from functools import lru_cache
 
 LONGEST = 200                           # characters of an answer that is looked into; longer ones are texts
-SECONDS = 0.6                           # of an expression
+SECONDS = 0.6, 5.0                      # of an expression: of processor time, and in all
+UNIT = re.compile(r"(?<=[\d}])(?:\\[,;! ]|[\s~])*(?:\\(?:text|mbox|mathrm)\{\s*[^{}\d]*\}(?:\^\{?[23]\}?)?"
+                  r"|(?<=\d)\s+(?!pi\b|and\b|or\b)[a-zA-Z]{2,}[a-zA-Z .]*)$")      # 5\text{ cm}^2, 5 clips
+WORDS = re.compile(r"\\(?:text|mbox|mathrm|textbf|textit)\{([^{}]*)\}")
+MIXED = re.compile(r"(?<![\d.])(\d+)\s+(\d+)/(\d+)$")
 DROPPED = re.compile(r"\\(?:left|right|q?quad|displaystyle)(?![a-z])|(?<!\\)\\[!,;:\s$%]|[\s$~%]"
                      r"|\^\{?\\circ\}?|\\degree|^\\?[a-zA-Z]=|\.$")
-WORDS = re.compile(r"\\(?:text|mbox|mathrm|textbf|textit)\{([^{}]*)\}")
 SHORT = [(re.compile(r"\\[dtc]frac"), r"\\frac"), (re.compile(r"\\frac(\d)(\d)"), r"\\frac{\1}{\2}"),
          (re.compile(r"\\frac(\d)\{"), r"\\frac{\1}{"),
          (re.compile(r"\\frac\{([^{}]*)\}(\d)"), r"\\frac{\1}{\2}"),
          (re.compile(r"\\sqrt(\w)"), r"\\sqrt{\1}"), (re.compile(r"(?<![\d.])\.(?=\d)"), "0.")]
 NUMBER = r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?"
-UNIT = r"(?:[a-zA-Z]+(?:\^\{?[23]\}?)?\.?)?"
 
 
 def boxed(text):
@@ -46,9 +48,9 @@ def normal(text):
     """An answer in a normal form: without spaces, units, signs of currency and percent."""
     if len(text) > LONGEST:
         return text
-    # "\\text{odd}" is an answer, in "5\\text{ cm}" it is a unit
-    words = WORDS.sub(lambda m: m[1] if m.start() == 0 else "", text.strip())
-    out = DROPPED.sub("", words.rstrip(". "))
+    out = WORDS.sub(r"\1", UNIT.sub("", text.strip().rstrip(". ")))
+    out = re.sub(r"(?<=\d)\s+(?=\d)", ";", MIXED.sub(r"\1\\frac{\2}{\3}", out))         # 5 6 is not 56
+    out = DROPPED.sub("", out)
     for pattern, new in SHORT:
         out = pattern.sub(new, out)
     return out
@@ -59,10 +61,10 @@ def number(text):
     """The Fraction that an answer in normal form is, or None."""
     if len(text) > LONGEST:
         return None
-    if m := re.fullmatch(rf"({NUMBER}){UNIT}", text, re.ASCII):
-        return Fraction(m[1].replace(",", "").rstrip("."))
-    m = (re.fullmatch(rf"(-?)()({NUMBER})/({NUMBER}){UNIT}", text, re.ASCII)
-         or re.fullmatch(rf"(-?)(\d*)\\frac\{{({NUMBER})\}}\{{({NUMBER})\}}{UNIT}", text, re.ASCII))
+    if re.fullmatch(NUMBER, text, re.ASCII):
+        return Fraction(text.replace(",", "").rstrip("."))
+    m = (re.fullmatch(rf"(-?)()({NUMBER})/({NUMBER})", text, re.ASCII)
+         or re.fullmatch(rf"(-?)(\d*)\\frac\{{({NUMBER})\}}\{{({NUMBER})\}}", text, re.ASCII))
     if m:
         sign, whole, a, b = m.groups()
         a, b = (Fraction(x.replace(",", "").rstrip(".")) for x in (a, b))
@@ -80,9 +82,11 @@ def same(answer, gold, symbolic=True):
     x, y = number(a), number(b)
     if x is not None and y is not None:
         return x == y
-    brackets = [(x[0], x[-1]) for x in (a, b) if x[:1] in tuple("([\\") and x[-1] in ")]}"]
-    if not (symbolic and a and b and max(len(a), len(b)) <= LONGEST) or len(set(brackets)) == 2:
-        return False                                            # (1, 2) is no set
+    if not (symbolic and a and b and max(len(a), len(b)) <= LONGEST):
+        return False
+    lists = [re.fullmatch(r"(\(|\[|\\\{)[^()\[\]]*,[^()\[\]]*(\)|\]|\\\})", x) for x in (a, b)]
+    if all(lists) and len({m.groups() for m in lists}) == 2:    # (1,2) is not {1,2}, [0,1) not (0,1)
+        return False
     return bool(re.search(r"[\\^()\[\]{},+*/<>-]", a + b)) and expressions(a, b)
 
 
@@ -92,9 +96,15 @@ def expressions(a, b):
     server = _server()
     if server is None:
         return False
-    server.stdin.write(json.dumps([a, b]) + "\n")
-    server.stdin.flush()
-    return server.stdout.readline() == "1\n"
+    try:
+        server.stdin.write(json.dumps([a, b]) + "\n")
+        server.stdin.flush()
+        said = server.stdout.readline()
+    except BrokenPipeError:
+        said = ""
+    if not said:
+        raise RuntimeError("the process of math-verify is dead")
+    return said == "1\n"
 
 
 @lru_cache(1)
@@ -106,7 +116,8 @@ def _server():
 
 
 def serve():
-    """Answer questions on stdin, a line each, in forks that live for SECONDS and have 2 GB."""
+    """Answer questions on stdin, a line each, in forks that live for SECONDS and have 2 GB: their ends are
+    the default ones of the timers' signals."""
     import resource
     import signal
 
@@ -116,7 +127,8 @@ def serve():
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
-            signal.setitimer(signal.ITIMER_REAL, SECONDS)                       # by default the signal kills
+            for timer, seconds in zip((signal.ITIMER_PROF, signal.ITIMER_REAL), SECONDS):
+                signal.setitimer(timer, seconds)
             resource.setrlimit(resource.RLIMIT_AS, (2 << 30,) * 2)
             equal = False
             try:

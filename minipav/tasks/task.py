@@ -16,7 +16,6 @@ class Task:
     name: str
     phrases: list                  # the multi-character pieces of its texts that deserve a token of their own
     delimiter = "\n"               # what a step ends with: one character
-    max_prompt_tokens = 32
     max_steps: int                 # a response with more steps is wrong
     max_step_tokens: int           # room for the longest step, delimiter included
     max_new_tokens: int            # room for the longest response, END included
@@ -27,7 +26,7 @@ class Task:
 
     defaults = {}                  # of flags of train.py
     rl_defaults = {}               # of flags of rl.py
-    template = ""                  # of prompts, where the marks of a chat stand in it
+    data_crc = 0                   # of the files that the problems are from
 
     # Optional; where they are None, what needs them is left out with a word.
     # (problems, expert_fraction, rng) -> a text with END each: with that chance a right one, else legal steps
@@ -39,6 +38,16 @@ class Task:
     state = None
     # (problems) -> f(i, prefix of a response): exact Q of a tabular reference policy
     exact = None
+
+    def fits(self, enc):
+        """Raises Fail if its prompts do not fit this encoding."""
+
+    def room(self, enc):
+        """Tokens of the longest row: a prompt, a long prefix, and a whole completion behind it."""
+        return max(128, 32 + 2 * self.max_new_tokens)
+
+    def check(self, problems, test_problems):
+        """Raises Fail, naming the flag of train.py, if there are fewer problems than so many."""
 
     def batches(self, size, n, seed, step):
         """The problems of SFT's n batches from optimizer step `step` on, all together."""

@@ -13,6 +13,7 @@ import json
 import re
 import zlib
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,14 +23,15 @@ from minipav.files import read_text
 from minipav.flags import flag
 from minipav.tasks.answers import boxed, normal, number, same
 from minipav.tasks.task import Task
-from minipav.tokenizer import END
+from minipav.tokenizer import CHAT, END, encode_rows
 from minipav.utils import Fail
 
 PROMPTS = {"plain": "Question: {question}\nAnswer:\n",
            "chatml": "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n",
            "llama3": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{question}<|eot_id|>"
                      "<|start_header_id|>assistant<|end_header_id|>\n\n"}
-CALCULATION = re.compile(r"\d[\d.,]*\D{0,3}[-+*/x]\D{0,3}\d[^=\n]*=[^\d\n]*")
+# of a calculation: the number behind its last =
+RESULT = re.compile(r"\d[^=]*[-+*/x][^=]*\d[^=]*=(?:.*=)?[^\d=]*(\d[\d,]*(?:\.\d+)?)")
 
 
 class Problem(NamedTuple):
@@ -42,12 +44,11 @@ class Problem(NamedTuple):
 class Text(Task):
     data: str = flag(None, "folder with train.jsonl and test.jsonl", kind=str)
     prompt_format: str = flag("plain", f"{', '.join(PROMPTS)}, or a text with {{question}}")
-    max_steps: int = flag(10, "most lines", low=1, high=1000)
+    max_steps: int = flag(12, "most lines", low=1, high=1000)
     max_step_tokens: int = flag(64, "room for a line", low=1, high=1 << 16)
     max_new_tokens: int = flag(288, "room for a response", low=1, high=1 << 16)
 
     phrases = []                    # without --init: bytes
-    max_prompt_tokens = 1024
     keys = ("question", "answer")   # of a problem and its solution
     defaults = dict(sft_steps=420, batch_size=32, micro_batch=8, lr_muon=0.0, lr_adamw=5e-5, strong_steps=0,
                     problems=3000, n_cov=4, branches=4000, pit_traces=0, prover_rollouts=0, q_steps=400,
@@ -69,10 +70,35 @@ class Text(Task):
                 self.splits["train" if zlib.crc32(p.question.encode()) % 10 else "validation"].append(p)
         self.splits["test"] = list(test.values())
 
+    def fits(self, enc):
+        known, bos = enc.special_tokens_set | {getattr(enc, "end", END)}, getattr(enc, "bos", "")
+        if lacks := [x for x in CHAT if x in self.template and x not in known]:
+            raise Fail(f"--prompt_format {self.prompt_format}: this model has no {lacks[0]}")
+        if not self.template.startswith(bos):
+            raise Fail(f"--prompt_format {self.prompt_format}: this model's texts begin with {bos}; begin "
+                       f"your own with it, such as '{bos}{{question}}\\n'")
+
+    def room(self, enc):
+        every = [p for split in self.splits.values() for p in split]
+        prompt, solution = (int(encode_rows(enc, texts)[1].max()) for texts in (
+            [self.prompt(p) for p in every], [p.solution for p in every]))
+        beam = (self.max_steps + 1) * self.max_step_tokens
+        return prompt + max(solution + 1, 2 * self.max_new_tokens, beam)
+
+    def check(self, problems, test_problems):
+        for name, n, split in (("problems", problems, "train"), ("test_problems", test_problems, "test"),
+                               ("problems", max(20, problems // 20), "validation")):
+            if n > (have := len(self.splits[split])):
+                raise Fail(f"--{name}: needs {n} {split} problems, and {self.data} has {have}")
+
     def read(self, name):
         """The problems of a file, by question. Raises Fail, naming the line that is not one."""
         path, found = f"{self.data}/{name}.jsonl", {}
-        for i, line in enumerate(read_text(path).splitlines()):
+        text = read_text(path)
+        self.data_crc = zlib.crc32(text.encode(), self.data_crc)
+        for i, line in enumerate(text.split("\n")):
+            if not line.strip():
+                continue
             try:
                 texts = [json.loads(line)[k].replace("<|", "< |").strip() for k in self.keys]
                 solution = "\n".join(filter(None, map(str.strip, self.clean(texts[1]).splitlines())))
@@ -112,6 +138,10 @@ class Text(Task):
         """The reference solutions, all of which are right: expert_fraction has no part in it."""
         return [p.solution + END for p in problems]
 
+    def steps(self, response):
+        """Its lines that are not empty."""
+        return list(filter(str.strip, super().steps(response))) or [""]
+
     def answer(self, response):
         found = self.extract(response.removesuffix(END)) if response.endswith(END) else None
         return None if found is None else normal(found)
@@ -120,26 +150,26 @@ class Text(Task):
         """'illegal' is what does not end, or has no answer."""
         if not response.endswith(END) or len(self.steps(response)) > self.max_steps:
             return "illegal"
-        found = self.extract(self.steps(response)[-1])
-        return "illegal" if found is None else "right" if same(found, problem.answer) else "planning"
+        found = self.extract(response.removesuffix(END))
+        return "illegal" if not found else "right" if same(found, problem.answer) else "planning"
 
     def corrupt(self, problems, responses, rng):
-        """Another number in a calculation, half of the time its result, which the lines after it go on with;
-        the final answer comes out wrong."""
+        """Another result of a calculation, with which the rest of the text goes on, or of the last line; the
+        final answer comes out wrong."""
         texts, where = [], []
         for p, response in zip(problems, responses):
             lines = self.steps(response)[:self.max_steps]
-            calculated = [i for i, x in enumerate(lines[:-1]) if CALCULATION.search(x)] or [len(lines) - 1]
-            at = calculated[rng.integers(len(calculated))]
-            numbers = list(re.finditer(r"\d+(?:\.\d+)?", lines[at]))
-            m = numbers[-1 if rng.random() < 0.5 else rng.integers(len(numbers))] if numbers else None
-            old, new = (m[0], self.other(m[0], rng)) if m else ("", "?")
-            line = lines[at][:m.start()] + new + lines[at][m.end():] if m else lines[at] + " ?"
-            rest = [re.sub(rf"(?<![\d.]){re.escape(old)}(?![\d]|\.\d)", new, x) if m else x
-                    for x in lines[at + 1:]]
-            text = "\n".join([*lines[:at], line, *rest]) + END
-            if self.judge(p, text) == "right":
-                text = "\n".join([*lines[:at], line, *rest[:-1], self.end(self.other(p.answer, rng))]) + END
+            found = [(i, m) for i, x in enumerate(lines[:-1]) if (m := RESULT.search(x))]
+            at, m = found[rng.integers(len(found))] if found else (len(lines) - 1, None)
+            rest = "\n".join(lines[at:])
+            if m:
+                new = self.other(m[1], rng)
+                later = re.sub(rf"(?<![\d.,]){re.escape(m[1])}(?!\d|[.,]\d)", new, rest[m.end():])
+                rest = rest[:m.start(1)] + new + later
+            text = "\n".join([*lines[:at], rest]) + END
+            if m is None or self.judge(p, text) == "right":
+                head = self.steps(text)[:-1]
+                text = "\n".join([*head, self.end(self.other(p.answer, rng))]) + END
             texts.append(text)
             where.append(at)
         return texts, where
@@ -163,9 +193,9 @@ class GSM8K(Text):
         return solution if self.annotations else re.sub(r"<<[^<>\n]*>>", "", solution)
 
     def extract(self, text):
-        """What stands behind the last ####."""
-        head, mark, tail = text.rpartition("####")
-        return tail.strip() or None if mark else None
+        """The number behind the last ####, which must be worked out: 12*6 is 12."""
+        m = re.match(r"\s*(\$?\s*-?\s*\$?\s*[\d.,]*\d)", text.rpartition("####")[2], re.ASCII)
+        return m[1] if m and "####" in text else None
 
     def end(self, answer):
         return f"#### {answer}"
@@ -175,6 +205,11 @@ class GSM8K(Text):
 class Math(Text):
     name = "math"
     keys = ("problem", "solution")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if find_spec("math_verify") is None:
+            raise Fail("--task math: needs pip install -r requirements-text.txt")
 
     def clean(self, solution):
         return solution
