@@ -144,6 +144,21 @@ def report_training(runs, out):
            f"python -m minipav.paper.report --runs {runs[0]} ... --out DIR for their mean")
 
 
+def headline(s):
+    """The numbers that are quoted first, with intervals: one sample of the policy, the best of all searches
+    (the oracle aside), pass@N, and the points by which the tuned beam is ahead of the ORM."""
+    oracle, greedy, out = s.main("pass"), s.main("greedy"), {"problems": int(s.rows.problem.max()) + 1}
+    if greedy and oracle:
+        out |= {"sft_greedy": interval(greedy.acc[:, 0]), "sft_sampled": interval(oracle.acc[:, 0]),
+                f"pass_at_{oracle.n[-1]}": interval(oracle.acc[:, -1])}
+    each = {(f"{name_of(f'{k[2]}:{k[3]}')}, {k[0]}", int(n)): c.acc[:, i] for k, c in s.curves.by.items()
+            if k[0] in (s.group, "tuned") and k[1] == "base" and k[2] != "pass" for i, n in enumerate(c.n)}
+    if each:
+        name, n = max(each, key=lambda k: each[k][0])
+        out["best_search"] = {"what": name, "n": n} | interval(each[name, n])
+    return out | {"best_beam_minus_orm_points": ahead(s, "beam:effective", "best_of_n:orm", "tuned")}
+
+
 def report_search(runs, measured, out):
     """Of the searches of search.py: measured has the tables and facts of each run."""
     tables = {run.config["seed"]: t for run, (t, _) in zip(runs, measured)}
@@ -152,7 +167,7 @@ def report_search(runs, measured, out):
     search_figures(s, figure)
     names = [[str(p.relative_to(run.out)).removesuffix(".csv") for _, p in t] for run,
              (t, _) in zip(runs, measured)]
-    facts = provenance([run.out for run in runs], names) | {
+    facts = provenance([run.out for run in runs], names) | headline(s) | {
         "seeds": list(tables), "chosen": [f.get("chosen") for _, f in measured],
         "experiments": [{k: x for k, x in f.items() if k != "chosen"} for _, f in measured]}
     finish(out, facts, judged(SEARCH, s), s.write(out), [*made, "curves.csv", "rows.csv.gz"],
