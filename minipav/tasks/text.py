@@ -114,7 +114,8 @@ class Text(Task):
     def problems(self, split, n, seed):
         pool = self.splits[split]
         if n > len(pool):
-            raise Fail(f"--data {self.data}: has {len(pool)} {split} problems, not {n}")
+            raise Fail(f"--data {self.data}: has {len(pool)} {split} problems, not {n}: lower --problems or "
+                       "--validation")
         rng = np.random.default_rng([("train", "validation", "test").index(split), seed])
         return [pool[i] for i in rng.permutation(len(pool))[:n]]
 
