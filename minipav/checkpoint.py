@@ -42,15 +42,16 @@ def load(path, modules, optimizers):
 
 
 class Keeper:
-    """Saves a long training every ten minutes; started again, it goes on from there to the same end."""
+    """Saves a long training every ten minutes; started again, it goes on from there to the same end. Without
+    a path nothing is saved."""
 
-    def __init__(self, path, log_rows):
+    def __init__(self, path=None, log_rows=()):
         self.path, self.log_rows, self.saved = path, log_rows, time.time()
 
     def resume(self, modules, optimizers):
         """Put back what was saved, if anything was. -> (optimizer steps done, facts)"""
         self.what = modules, optimizers
-        if not self.path.exists():
+        if self.path is None or not self.path.exists():
             return 0, {}
         _, state, _ = load(self.path, *self.what)
         self.log_rows[:] = state["log"]
@@ -58,7 +59,7 @@ class Keeper:
 
     def save(self, step, last, **facts):
         """After each step; the last one too, if an earlier one was saved: other trainings may follow."""
-        if time.time() - self.saved > EVERY or last and self.path.exists():
+        if self.path and (time.time() - self.saved > EVERY or last and self.path.exists()):
             state = {"iteration": step, "facts": facts, "log": self.log_rows}
             save(self.path, *self.what, torch.zeros(1, 0), state, [{"iteration": step}])
             self.saved = time.time()
@@ -92,15 +93,7 @@ class Partial:
             self.saved = time.time()
 
 
-class NoKeeper:
-    def resume(self, *what):
-        return 0, {}
-
-    def save(self, *what, **facts):
-        pass
-
-
-NOT_KEPT = NoKeeper()
+NOT_KEPT = Keeper()
 
 
 def named(tensors):
