@@ -22,7 +22,7 @@ countdown=(runs/countdown-seed{0,1,2})
 for s in 0 1 2; do train "runs/countdown-seed$s" --task countdown --seed "$s"; done
 python -m minipav.paper.report --runs "${countdown[@]}" --out results/train_countdown
 python search.py --run "${countdown[@]}" --out results/search_countdown
-python -m minipav.paper.mechanism --run "${countdown[@]}" --out results/mechanism_countdown
+python -m minipav.paper.mechanism --run "${countdown[@]}" --verifiers base-30 base-60 q_pi --out results/mechanism_countdown
 python rl.py --run "${countdown[@]}" --iterations 240 --eval_every 5 --out results/rl_countdown
 
 python -m minipav.paper.didactic --out results/didactic
