@@ -14,6 +14,10 @@ from minipav.sft import _train
 from minipav.verifier import train_verifier
 
 
+LESS = ("--weak_at 0.3 --problems 40 --branches 40 --pit_traces 0 --prover_rollouts 40 --test_problems 8 "
+        "--max_n 2 --widths 1")
+
+
 class Killed(BaseException):
     pass
 
@@ -70,7 +74,7 @@ def test_the_weaker_prover_is_there_after_a_kill(tmp_path, monkeypatch):
     """It is saved on the way of the base policy's training."""
     logger = train.Run.logger
     for name in ("whole", "killed"):
-        flags = *SMOKE, "--weak_at", "0.3", "--out", tmp_path / name
+        flags = *SMOKE, *LESS.split(), "--out", tmp_path / name
         if name == "killed":
             with monkeypatch.context() as m, pytest.raises(Killed):
                 m.setattr(train.Run, "logger", lambda *x: killed_at(12) if x[1] == "base" else logger(*x))

@@ -189,7 +189,7 @@ def test_equal_answers_are_equal_and_others_are_not():
     assert len(EQUAL) > 150 and len(DIFFERENT) > 5000
     wrong = [(a, b) for a, b in EQUAL if not (same(a, b) and same(b, a))]
     wrong += [(a, b) for a, b in DIFFERENT if same(a, b, symbolic=False)]
-    wrong += [(a, b) for a, b in DIFFERENT[::97] if same(a, b) or same(b, a)]
+    wrong += [(a, b) for a, b in DIFFERENT[::397] if same(a, b) or same(b, a)]
     assert not wrong
     assert not same(None, "5") and not same("", "5") and not same("$", "$")
 
