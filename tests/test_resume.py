@@ -13,7 +13,6 @@ from minipav.sampler import sample
 from minipav.sft import _train
 from minipav.verifier import train_verifier
 
-
 LESS = ("--weak_at 0.3 --problems 40 --branches 40 --pit_traces 0 --prover_rollouts 40 --test_problems 8 "
         "--max_n 2 --widths 1")
 
