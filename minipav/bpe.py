@@ -40,14 +40,14 @@ class TextEncoding(tiktoken.Encoding):
     def __init__(self, *args, normal=None, end=END, bos="", **kw):
         super().__init__(*args, **kw)
         self.normal, self.end, self.bos = normal, end, bos
-        lacks = bytes(b for b in range(256) if bytes([b]) not in self._mergeable_ranks)
-        self.lacks = {b: None for b in lacks}
+        self.lacks = bytes(b for b in range(256) if bytes([b]) not in self._mergeable_ranks)
 
     def encode(self, text, **kw):
         text = unicodedata.normalize(self.normal, text) if self.normal else text
         if END in kw.get("allowed_special", ()):
             text = text.replace(self.end, END)
-        if not any(b in self.lacks for b in text.encode("utf-8", "replace")):
+        data = text.encode("utf-8", "replace")
+        if len(data.translate(None, self.lacks)) == len(data):
             return super().encode(text, **kw)
         special, out = sorted(kw.get("allowed_special", ()), key=len, reverse=True), []
         for part in re.split(f"({'|'.join(map(re.escape, special))})", text) if special else [text]:
@@ -55,7 +55,7 @@ class TextEncoding(tiktoken.Encoding):
                 out.append(self._special_tokens[part])
                 continue
             for piece in regex.findall(self._pat_str, part):
-                kept = bytes(b for b in piece.encode("utf-8", "replace") if b not in self.lacks)
+                kept = piece.encode("utf-8", "replace").translate(None, self.lacks)
                 out += self._encode_single_piece(kept) if kept else []
         return out
 

@@ -50,8 +50,10 @@ class Keeper:
 
     def resume(self, modules, optimizers):
         """Put back what was saved, if anything was. -> (optimizer steps done, facts)"""
+        if self.path is None:
+            return 0, {}
         self.what = modules, optimizers
-        if self.path is None or not self.path.exists():
+        if not self.path.exists():
             return 0, {}
         _, state, _ = load(self.path, *self.what)
         self.log_rows[:] = state["log"]

@@ -43,7 +43,6 @@ def boxed(text):
     return None
 
 
-@lru_cache(1 << 16)
 def normal(text):
     """An answer in a normal form: without spaces, units, signs of currency and percent."""
     if len(text) > LONGEST:
@@ -56,7 +55,6 @@ def normal(text):
     return out
 
 
-@lru_cache(1 << 16)
 def number(text):
     """The Fraction that an answer in normal form is, or None."""
     if len(text) > LONGEST:
