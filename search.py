@@ -17,6 +17,7 @@ from minipav import parallel
 from minipav.files import make_folder
 from minipav.flags import few, flag, parse
 from minipav.paper.experiments import EXPERIMENTS
+from minipav.paper.prediction import predict
 from minipav.paper.report import report_search
 from minipav.prover import Prover, check_head
 from minipav.run import open_runs
@@ -50,6 +51,7 @@ class Flags:
                        "behind each prefix", high=1 << 16)
     prover: str = flag(None, "boK (bo1 is pi itself), weak, strong or a folder; default: the run's best-of-K",
                        kind=str)
+    predict: bool = flag(False, "say from validation problems, before any test, whether A^mu will help")
     problems: int = flag(500, "test problems", low=1, high=10**6)
     validation: int = flag(500, "validation problems on which a beam is tuned", low=2, high=10**6)
     tuned_at: int = flag(8, "... at this width", low=1, high=4096)
@@ -88,11 +90,14 @@ def measure(run, a, wanted):
         if cell.method == "beam" and cell.score not in chosen:
             chosen[cell.score], found = tune(bench, a, mu, cell)
             tables += [("tune", t) for t in found]
+    facts = {"chosen": chosen}
+    if a.predict:
+        beams = Cell("beam", "q_pi", (a.tuned_at,), split="validation", problems=a.validation)
+        facts["prediction"] = predict(bench, beams, [path for _, path in tables])
     for cell in wanted:
         how = chosen.get(cell.score, [(bench.run.config["alpha"] if a.alpha is None else a.alpha, "none")])
         for group, (alpha, quota) in zip(("main", "tuned")[:1 + (cell.method == "beam")], how):
             tables.append((group, bench.measure(replace(cell, prover=mu, alpha=alpha, quota=quota))))
-    facts = {"chosen": chosen}
     if a.all:
         alpha = chosen["effective"][0][0] if a.alpha is None and "effective" in chosen else a.alpha
         alpha = alpha or run.config["alpha"]                    # at 0 there is nothing to compare

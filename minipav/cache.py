@@ -7,11 +7,13 @@ import torch.nn.functional as F
 
 
 def tokens_in_flight(config, device):
-    """How many slots of buffers fit into three times the memory of the blocks' weights, and at least into 0.4
-    GB, on a GPU 4 GB (keys and values in fp32)."""
-    weights = 4 * config.n_layer * config.n_embd * (4 * config.n_embd + 3 * config.n_ffn)
+    """How many slots of buffers (keys and values in fp32) fit into a quarter of a GPU's memory; elsewhere
+    into three times that of the blocks' weights, and at least into 0.4 GB."""
     slot = 8 * config.n_layer * config.n_kv_head * config.n_embd // config.n_head
-    return max(4 << 30 if device == "cuda" else 400 << 20, 3 * weights) // slot
+    if device == "cuda":
+        return torch.cuda.get_device_properties().total_memory // 4 // slot
+    weights = 4 * config.n_layer * config.n_embd * (4 * config.n_embd + 3 * config.n_ffn)
+    return max(400 << 20, 3 * weights) // slot
 
 
 class KVCache:
@@ -22,7 +24,7 @@ class KVCache:
 
     def __init__(self, prefix, group, lengths, room=1):
         """prefix: (keys, values) of each layer; group (R,) ascending; room: slots for new tokens."""
-        self.prefix, self.lengths, self.count, k = prefix, lengths, 0, prefix[0][0]
+        self.prefix, self.lengths, self.count, self.end, k = prefix, lengths, 0, None, prefix[0][0]
         shape = (len(group), k.shape[1], room, k.shape[3])
         self.new = [(k.new_empty(shape), k.new_empty(shape)) for _ in prefix]
         self._lay_out(group)
@@ -47,20 +49,39 @@ class KVCache:
         hidden = torch.arange(k.shape[2], device=group.device) >= self.lengths[:, None]         # (R, S)
         self.mask = k.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))[:, None, None]
 
+    def widen(self, end):
+        """From here on a step adds one token and reads the first `end` new slots, filled or not; the number
+        of those that are is on the device: so one step's kernels are the next one's (graphs.py)."""
+        if self.end is None:
+            for buffer in (x for pair in self.new for x in pair):
+                buffer[:, :, self.count:] = 0           # whatever memory held before, not NaN
+            self.count = torch.full((1,), self.count, device=self.lengths.device)
+        k = self.new[0][0]
+        self.end = min(end, k.shape[2])
+        empty = torch.arange(self.end, device=k.device) >= self.count
+        self.ahead = k.new_zeros(self.end).masked_fill_(empty, float("-inf"))
+
     def append(self, layer, k, v):
         """The keys and values (R, T, G, D) of the next T tokens of every row."""
+        if self.end is not None and layer == 0:
+            self.ahead.index_fill_(0, self.count, 0.0)
         for buffer, x in zip(self.new[layer], (k, v)):
-            buffer[:, :, self.count:self.count + k.shape[1]] = x.transpose(1, 2)
+            if self.end is None:
+                buffer[:, :, self.count:self.count + k.shape[1]] = x.transpose(1, 2)
+            else:
+                buffer.index_copy_(2, self.count, x.transpose(1, 2).to(buffer.dtype))
 
     def attend(self, layer, q):
         """What the queries q (R, T, H, D) of the tokens appended last read. -> (R, T, H * D)"""
         (R, T, H, D), (k, v), (new_k, new_v) = q.shape, self.prefix[layer], self.new[layer]
-        G, S, end = k.shape[1], k.shape[2], self.count + T
+        G, S, end = k.shape[1], k.shape[2], self.end or self.count + T
         # the H / G query heads of a group stand as (H / G) * T queries of one head
         q = (q.to(k.dtype) * D ** -0.5).view(R, T, G, H // G, D).permute(0, 2, 3, 1, 4).reshape(R, G, -1, D)
         old = self._apart(self._together(q) @ k.transpose(2, 3), H // G * T) + self.mask        # (R, G, N, S)
         new = q @ new_k[:, :, :end].transpose(2, 3)                             # (R, G, N, end)
-        if T > 1:
+        if self.end is not None:
+            new = new + self.ahead
+        elif T > 1:
             later = torch.ones(T, end, dtype=torch.bool, device=q.device).triu(self.count + 1)
             new = new.masked_fill(later.repeat(H // G, 1), float("-inf"))
         w = torch.cat((old, new), -1).softmax(-1, dtype=torch.float32).to(v.dtype)

@@ -3,7 +3,7 @@
 What makes it fast, in the order of the code: requests are sorted by length and cut into chunks that fit
 `max_tokens_in_flight`; each distinct row of prompts is read once, and all samples behind it, or behind a part
 of it, share its keys and values (KVCache); every row stops by itself at any of several stop tokens; stopped
-rows are compacted away.
+rows are compacted away; on a GPU a step is recorded once and replayed (graphs.py).
 
 What makes it exact: the randomness of a sample's t-th token is one uniform number, a hash of the call's seed,
 the sample's number and t. So a sample does not depend on the batch it is computed in, on the chunks or on
@@ -17,10 +17,12 @@ import torch
 from minipav import parallel
 from minipav.cache import KVCache
 from minipav.checkpoint import Partial
+from minipav.graphs import Recorded
 from minipav.precision import mixed
 from minipav.utils import tokens_per_forward
 
 LENGTH = -1                         # Samples.finish_reason of a row that met no stop token
+SPAN = 64                           # on a GPU: tokens for which shapes stay, and one recorded step serves
 
 
 @dataclass
@@ -38,7 +40,8 @@ def uniform(seed, row, t):
     def signed(x):
         x %= 1 << 64
         return x - (1 << 64) if x >> 63 else x
-    x = row * signed(0x9E3779B97F4A7C15) + signed(seed * 0xD1B54A32D192ED03 + t * 0x8CB92BA72F3D8DD7)
+    x = row * signed(0x9E3779B97F4A7C15) + signed(seed * 0xD1B54A32D192ED03)
+    x = x + torch.as_tensor(t, device=row.device) * signed(0x8CB92BA72F3D8DD7)
     for _ in range(2):
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
             x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * signed(factor)
@@ -71,10 +74,11 @@ def choose(logits, u, temperature=1.0, top_k=None, top_p=None):
         return token
     need = top_p * (1.0 if top_k is None else p.sum(-1))
     outside = torch.where(p > p.gather(1, token[:, None]), p, 0.0).sum(-1) >= need
-    if p.is_cuda:                   # asking which would wait for the GPU: for all of them
-        return torch.where(outside, _nucleus(p, rest, top_p), token)
-    rows = outside.nonzero()[:, 0]
-    token[rows] = _nucleus(p[rows], rest[rows], top_p)
+    if p.device.type == "cpu":
+        rows = outside.nonzero()[:, 0]
+    else:   # to ask how many would wait for the GPU: 1 - top_p of the rows at most, and never 4 times as many
+        rows = outside.int().topk(min(len(p), 64 + int(4 * (1 - top_p) * len(p)))).indices
+    token[rows] = torch.where(outside[rows], _nucleus(p[rows], rest[rows], top_p), token[rows])
     return token
 
 
@@ -163,10 +167,12 @@ def decode(model, cache, hidden, ids, seed, max_new, stops, pad=0, compact=False
     if logprobs:
         logp = torch.zeros(R, max_new, device=device)
     row, alive = torch.arange(R, device=device), torch.ones(R, dtype=torch.bool, device=device)
-    every = 1 if device.type == "cpu" else 4  # asking who is alive waits for the GPU
-    for t in range(max_new):
+    token, t = torch.zeros_like(row), torch.zeros(1, dtype=torch.long, device=device)
+
+    def draw(hidden):
+        """The t-th token of every row (rows,), noted down."""
         logits = model.head(hidden)                                             # (rows, V)
-        token = choose(logits, uniform(seed, ids, t), **choice)                 # (rows,)
+        token.copy_(choose(logits, uniform(seed, ids, t), **choice))
         tokens[row, t] = torch.where(alive, token, pad)
         if logprobs:
             chosen = logits.float().log_softmax(-1).gather(1, token[:, None])[:, 0]
@@ -174,16 +180,24 @@ def decode(model, cache, hidden, ids, seed, max_new, stops, pad=0, compact=False
         count[row] += alive
         stopped = alive & stops[token]
         reason[row] = torch.where(stopped, token, reason[row])
-        alive = alive & ~stopped
-        if t + 1 == max_new:
-            break
-        if t % every == 0:
+        alive.logical_and_(~stopped)
+        t.add_(1)
+
+    step = Recorded(lambda: draw(model.trunk(token[:, None], cache)[:, 0]), device)
+    ask = 1 if device.type == "cpu" else 8  # asking who is alive waits for the GPU
+    span = SPAN if step.on else ask
+    draw(hidden)
+    for i in range(max_new - 1):
+        if i % ask == 0:
             living = int(alive.sum())
             if living == 0:
                 break
-            if compact and living < 0.8 * len(row):                             # dead rows leave the batch
+            if compact and i % span == 0 and living < 0.8 * len(row):           # dead rows leave the batch
                 keep = alive.nonzero()[:, 0]
                 cache.keep(keep)
                 token, ids, row, alive = token[keep], ids[keep], row[keep], alive[keep]
-        hidden = model.trunk(token[:, None], cache)[:, 0]
+        if step.on and i % span == 0:
+            cache.widen(i + span)
+            step.renew()
+        step()
     return tokens, count, reason, logp

@@ -1,11 +1,12 @@
 """The sampler: exact, reproducible, and the same whatever the batch."""
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import tiny
 
-from minipav import sampler
+from minipav import graphs, sampler
 from minipav.sampler import LENGTH, choose, sample, uniform
 
 STOP = 3
@@ -171,3 +172,18 @@ def test_rows_that_do_not_fit_are_refused():
     model = tiny()
     with pytest.raises(ValueError, match="block_size"):
         run(model, max_new_tokens=40)
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_recorded_step_samples_the_same(monkeypatch, compact):
+    """As on a GPU, whose steps all have one shape, with a recording that runs the step."""
+    model = tiny(std=0.2, block_size=96)
+    kw = dict(n=20, top_p=0.9, max_new_tokens=80, max_tokens_in_flight=2000, compact=compact)
+    want, widths = run(model, **kw), []
+    widen = sampler.KVCache.widen
+    monkeypatch.setattr(sampler.KVCache, "widen", lambda self, end: widths.append(end) or widen(self, end))
+    monkeypatch.setattr(graphs, "wanted", lambda device: True)
+    monkeypatch.setattr(graphs, "record", lambda step: SimpleNamespace(replay=step))
+    got = run(model, **kw)
+    assert same(got, want) and torch.allclose(got.logprobs, want.logprobs, atol=1e-4)
+    assert {64, 128} == set(widths)

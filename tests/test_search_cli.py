@@ -40,7 +40,7 @@ def run(smoke_run, right_at_times, small_grid, tmp_path_factory):
     """(a smoke run of train.py, searched; what search.py printed)"""
     out = tmp_path_factory.mktemp("searched") / "run"
     shutil.copytree(smoke_run[0], out)
-    return out, run_main(search, "--run", out, *SMALL)
+    return out, run_main(search, "--run", out, *SMALL, "--predict")
 
 
 # ---- what it leaves
@@ -88,7 +88,7 @@ def test_budgets_hold_for_every_method(run):
 def test_what_was_measured_is_not_measured_again(run):
     out, summary = run[0], json.loads((run[0] / "search" / "summary.json").read_text())
     before = {p: p.stat().st_mtime_ns for p in out.glob("search/*-*.csv")}
-    again = run_main(search, "--run", out, *SMALL)
+    again = run_main(search, "--run", out, *SMALL, "--predict")
     after = json.loads((out / "search" / "summary.json").read_text())
     tried = len(search.QUOTAS) * (2 + len(search.ALPHAS))
     assert again.count("done before") >= tried + 8 and before == {p: p.stat().st_mtime_ns for p in before}
@@ -110,6 +110,18 @@ def test_alpha_and_quota_are_chosen_on_validation_problems(run):
             *((0.0, q) for q in search.QUOTAS), *((x, q) for q in search.QUOTAS for x in alphas[1:])]}
         plain = {k: v for k, v in tried.items() if k[1] == "none"}
         assert [tuple(x) for x in how] == [choose(plain), choose(tried)]
+
+
+def test_the_prediction_is_made_on_validation_problems(run):
+    found = json.loads((run[0] / "search" / "summary.json").read_text())["prediction"][0]
+    [record] = [json.loads(p.read_text()) for p in (run[0] / "stages").glob("prediction*")]
+    assert record["spec"]["cell"]["split"] == "validation" and record["prediction"] == found
+    right = {float(r[0]["alpha"]): [float(x["right"]) for x in r] for r in (
+        rows(run[0] / "search" / f"{name}.csv") for name in record["spec"]["tables"])
+        if (r[0]["score"], r[0]["quota"]) == ("effective", "none")}
+    gains = {f"alpha = {x:g}": 100 * (sum(r) - sum(right[0])) / len(r) for x, r in right.items() if x}
+    assert gains == {k: pytest.approx(mean, abs=0.01) for k, (mean, _) in found["points"].items()}
+    assert found["ancestors"] >= 1 and -1 <= found["shared_error"] <= 1
 
 
 def test_the_choice_is_the_simplest_within_a_standard_error_of_the_best(tmp_path):

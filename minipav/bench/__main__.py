@@ -1,15 +1,17 @@
 """How fast is it, and how far from what this machine can do?
 
     python -m minipav.bench                      # 0.5M and 4M parameters: 9 minutes on 2 cores
-    python -m minipav.bench --sizes 30M 135M     # for a fast machine; not run yet
+    python -m minipav.bench --sizes 30M 0.5B --rows 64 512 4096                 # on a GPU: rollouts alone
     python -m minipav.bench --quick              # the smallest, within a minute
     python -m minipav.bench --against FOLDER     # another checkout: the ratio of its training steps to ours
 
 Random weights; everything is timed in turns, several rounds, after a warm-up; medians. `generate` is that of
-transformers (if installed) for the same shape, its best of dynamic and static cache and of fp32 and bf16.
+transformers (if installed) for the same shape, its best of dynamic and static cache and of fp32 and bf16;
+on a GPU in bf16, compiled if static.
 The floor of rollouts is the time of their products at this machine's matrix rate, or that of reading weights
 and cache at its copy rate, whichever is larger, both rates measured in the same run.
 """
+import itertools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,9 @@ from minipav.utils import main_guard, pick_device, tune_process
 class Flags:
     sizes: list = flag(["0.5M", "4M"], "of the models, by parameters", choices=list(SIZES))
     rounds: int = flag(5, "timings of each; the median counts", low=1)
+    rows: list = flag([], "time rollouts alone, of this many samples at once", kind=int, low=1)
+    generate: list = flag(["dynamic", "static"], "caches of transformers' generate",
+                          choices=["dynamic", "static"])
     quick: bool = flag(False, "0.5M, a quarter of the prompts, 3 rounds")
     against: Path = flag(None, "folder of another checkout, to time its training steps too", kind=Path)
     device: str = flag("auto", "where it runs", choices=("auto", "cpu", "cuda"))
@@ -40,10 +45,12 @@ def report(size, case, t, rate, copied, a):
     """What summary.json says of a size."""
     floor = rollout_floor(case.c, case.B, case.n, case.P, case.T, rate, copied, 2 if a.dtype == "bf16" else 4)
     found = {"share_of_floor": floor / t["rollouts"],
-             "labelling_ratio": t["labelling, nothing shared"] / t["labelling"],
              "matrix_gflops": rate / 1e9, "copy_gb_s": copied / 1e9}
-    if generate := [t[k] for k in t if k.startswith("generate")]:
-        found["ratio_to_generate"] = min(generate) / t["rollouts"]
+    if generate := {k: t[k] for k in t if k.startswith("generate")}:
+        found["ratio_to_generate"] = min(generate.values()) / t["rollouts"]
+        found |= {f"ratio_to_{k}".replace(" ", "_"): x / t["rollouts"] for k, x in generate.items()}
+    if "labelling" in t:
+        found["labelling_ratio"] = t["labelling, nothing shared"] / t["labelling"]
     if a.against:
         found |= {f"{k}_step_ratio": t[f"{k} step, against"] / t[f"{k} step"] for k in ("sft", "verifier")}
     print("  " + "   ".join(f"{k} {x:.2f}" for k, x in found.items()), flush=True)
@@ -61,8 +68,9 @@ def main():
     dtype = torch.bfloat16 if a.dtype == "bf16" else torch.float32
     rows, facts = [], {"command": " ".join(["python -m minipav.bench", *sys.argv[1:]]), "commit": commit(),
                        "hardware": hardware(a.device), "dtype": a.dtype}
-    for size in a.sizes:
-        case, (rate, copied) = Case(size, a), rates(a.device, dtype, a.rounds)
+    for size, samples in itertools.product(a.sizes, a.rows or [None]):
+        case, (rate, copied) = Case(size, a, samples), rates(a.device, dtype, a.rounds)
+        size += f" x {samples}" if samples else ""
         print(f"{size}: products {rate / 1e9:.0f} GFLOP/s, copies {copied / 1e9:.0f} GB/s")
         t = seconds(case.functions, a.rounds, a.device)
         for name in t:
@@ -71,7 +79,7 @@ def main():
             print(f"  {name:<36}{rows[-1][-1]:>9,} tokens/s")
         for k, x in report(size, case, t, rate, copied, a).items():
             facts.setdefault(k, {})[size] = x
-        if size == "135M":
+        if (size, "sft step") in [r[:2] for r in rows] and size == "135M":
             facts["train_135M_tokens_per_s"] = rows[[r[:2] for r in rows].index((size, "sft step"))][-1]
         write_csv(a.out / "bench.csv", ["size", "what", "tokens", "seconds", "tokens_per_s"], rows)
         write_json(a.out / "summary.json", facts)

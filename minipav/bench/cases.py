@@ -19,11 +19,13 @@ SIZES = {"0.5M": (dict(vocab_size=402), 256, 8, 24, 32, 256, 48),
          "4M": (dict(vocab_size=402, n_layer=6, n_head=8, n_embd=256, n_ffn=640), 64, 8, 48, 64, 128, 48),
          "30M": (dict(vocab_size=16384, n_layer=8, n_head=8, n_embd=512, n_ffn=1408), 32, 8, 64, 64, 16, 128),
          "135M": (dict(vocab_size=49152, n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_ffn=1536),
-                  32, 4, 100, 32, 8, 200)}
+                  32, 4, 100, 32, 8, 200),
+         "0.5B": (dict(vocab_size=151936, n_layer=24, n_head=14, n_kv_head=2, n_embd=896, n_ffn=4864),
+                  32, 8, 100, 64, 8, 200)}
 STEP = 10                           # tokens of a reasoning step
 
 
-def generators(c, x, n, T, device):
+def generators(c, x, n, T, device, caches):
     """transformers' generate, for a model of the same shape: {name: function}."""
     try:
         import transformers
@@ -34,12 +36,14 @@ def generators(c, x, n, T, device):
         vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.n_ffn, num_hidden_layers=c.n_layer,
         num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, max_position_embeddings=c.block_size,
         rms_norm_eps=c.norm_eps, tie_word_embeddings=True, pad_token_id=0)
-    for dtype in (torch.float32, torch.bfloat16)[:1 + (pick_dtype("auto", device) == "bf16")]:
+    fast = pick_dtype("auto", device) == "bf16"
+    for dtype in (torch.float32, torch.bfloat16)[fast and device == "cuda":1 + fast]:
         hf = transformers.LlamaForCausalLM(config).to(device, dtype).eval()
-        for cache in (None, "static"):
+        for cache in caches:
             kw = dict(do_sample=True, num_return_sequences=n, max_new_tokens=T, min_new_tokens=T, top_k=0,
-                      attention_mask=torch.ones_like(x), cache_implementation=cache)
-            out[f"generate {cache or 'dynamic'} {dtype}"] = (
+                      attention_mask=torch.ones_like(x),
+                      cache_implementation=None if cache == "dynamic" else cache)
+            out[f"generate {cache} {str(dtype)[6:]}"] = (
                 lambda hf=hf, kw=kw: torch.no_grad()(hf.generate)(x, **kw))
     return out
 
@@ -66,14 +70,14 @@ def checkout(folder):
 class Case:
     """What is timed at one size: functions by name."""
 
-    def __init__(self, size, a):
+    def __init__(self, size, a, samples=None):
         shape, self.B, self.n, self.P, self.T, self.rows, self.length = SIZES[size]
         self.c, self.a = GPTConfig(block_size=512, **shape), a
         torch.manual_seed(0)
         self.model = GPT(self.c).to(a.device)
         self.model.bf16 = a.dtype == "bf16"
         self.verifier = self.model.as_verifier()
-        self.B //= 4 if a.quick else 1
+        self.B = max(1, samples // self.n) if samples else self.B // (4 if a.quick else 1)
         self.prompts = torch.randint(1, 400, (self.B, self.P))
         self.tokens = torch.randint(1, 400, (self.rows, self.length))
         self.lengths = torch.full((self.rows,), self.length)
@@ -81,13 +85,17 @@ class Case:
         self.functions = {
             "rollouts": self.rollouts, "labelling": self.labelling,
             "labelling, nothing shared": lambda: self.labelling(False), "beam level": self.beam_level,
-            "scoring": lambda: score(self.verifier, self.tokens, self.ends), "rl step": self.rl()}
+            "scoring": lambda: score(self.verifier, self.tokens, self.ends)}
         ours = sft_loss, verifier_loss, make_optimizers, apply_step, GPT, GPTConfig
-        self.functions |= {f"{k} step": f for k, f in self.training(*ours, True).items()}
+        if samples:
+            self.functions = {"rollouts": self.rollouts}
+        else:
+            self.functions["rl step"] = self.rl()
+            self.functions |= {f"{k} step": f for k, f in self.training(*ours, True).items()}
         if a.against:
             old = self.training(*checkout(a.against), False)
             self.functions |= {f"{k} step, against": f for k, f in old.items()}
-        self.functions |= generators(self.c, self.prompts.to(a.device), self.n, self.T, a.device)
+        self.functions |= generators(self.c, self.prompts.to(a.device), self.n, self.T, a.device, a.generate)
 
     def count(self, name):
         """Tokens that a call works on."""
@@ -98,7 +106,7 @@ class Case:
 
     def rollouts(self):
         sample(self.model, self.prompts, torch.full((self.B,), self.P), self.n, max_new_tokens=self.T,
-               stop=[0], max_tokens_in_flight=1 << 20)
+               stop=[0], max_tokens_in_flight=1 << 21)
 
     def labelling(self, shared=True, n_mc=16, length=200, traces=2):
         """n_mc completions of a step's length behind every step of a trace: read once, or each time."""
@@ -108,7 +116,7 @@ class Case:
         if not shared:
             rows, lengths = rows[which].repeat_interleave(n_mc, 0), lengths.repeat_interleave(n_mc)
         sample(self.model, rows, lengths, n_mc if shared else 1, which=which if shared else None,
-               max_new_tokens=STEP, stop=[0], max_tokens_in_flight=1 << 20)
+               max_new_tokens=STEP, stop=[0], max_tokens_in_flight=1 << 21)
 
     @torch.no_grad()
     def beam_level(self, C=3):

@@ -4,11 +4,17 @@ In a beam, A^mu of a best-of-K prover acts through the penalty on the parent's v
 it changes no order. It can help as far as (i) relatives share the verifier's errors, and (ii) the beam fills
 with relatives. Both are read off the candidates of a beam by Q^pi.
 """
+from dataclasses import asdict
+from pathlib import Path
+
 import pandas as pd
 import torch
 
 from minipav.advantage import rollout_from
+from minipav.files import read_csv
+from minipav.run import keyed
 from minipav.search.beam import search_all
+from minipav.search.measure import COLUMNS, rights
 from minipav.tokenizer import decode_rows, encode_rows
 from minipav.traces import label_with_outcome
 from minipav.verifier import exact_q
@@ -58,6 +64,22 @@ def same_states(bench, cell):
             b.owner[chosen].tolist(), steps, level["ended"][chosen].tolist())}
         twice, kept = twice + len(steps) - len(states), kept + len(steps)
     return {"same_state": round(twice / max(1, kept), 4)}
+
+
+def predict(bench, cell, tables):
+    """What describe_beam says of a beam by Q^pi, and by how many points (mean, standard error) the beams of
+    its tuning with A^mu, without a quota, were ahead of the one without; all of it on validation problems.
+    Done once. -> the facts"""
+    def work():
+        first = {path: read_csv(path, COLUMNS)[0] for path in tables}
+        right = {float(r["alpha"]): rights(path) for path, r in first.items()
+                 if (r["score"], r["quota"]) == ("effective", "none")}
+        gains = {alpha: 100 * (x - right[0]) for alpha, x in right.items() if alpha}
+        return {"prediction": describe_beam(bench, cell) | {"points": {
+            f"alpha = {alpha:g}": (round(x.mean(), 2), round(x.std(ddof=1) / len(x) ** 0.5, 2))
+            for alpha, x in gains.items()}}}
+    spec = {"cell": asdict(cell), "tables": [Path(t).stem for t in tables]}
+    return bench.run.stage(keyed("prediction", spec), work, spec)["prediction"]
 
 
 def spread_within(x, by):

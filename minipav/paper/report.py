@@ -169,6 +169,7 @@ def report_search(runs, measured, out):
              (t, _) in zip(runs, measured)]
     facts = provenance([run.out for run in runs], names) | headline(s) | {
         "seeds": list(tables), "chosen": [f.get("chosen") for _, f in measured],
+        "prediction": [f.pop("prediction", None) for _, f in measured],
         "experiments": [{k: x for k, x in f.items() if k != "chosen"} for _, f in measured]}
     finish(out, facts, judged(SEARCH, s), s.write(out), [*made, "curves.csv", "rows.csv.gz"],
            f"python rl.py --run {runs[0].out}; or --all; or other seeds, then --run RUN RUN ... --out DIR")

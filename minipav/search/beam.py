@@ -55,7 +55,8 @@ def beam(s, problems, widths, seed):
     problem's live prefixes (s.spread 0: C behind each), drops duplicates, scores, and keeps the best `width`
     of each problem, relatives only as far as s.quota lets them. A finished trace stays in the beam with its
     score frozen. The answer is the finished trace with the highest Q^pi. The problems go in batches whose KV
-    buffers have at most max_tokens_in_flight slots.
+    buffers have at most max_tokens_in_flight slots (on a GPU: would have if rows were a quarter as long as
+    they can be; a batch that does not fit its memory is halved).
     """
     out = []
     with progress(f"beam, {s.score.label}", sum(widths)) as bar:
@@ -83,14 +84,24 @@ def search_all(s, problems, width, seed):
     # the live caches of policy and verifiers, each twice while a level's survivors are copied
     models = 1 + (s.verifier is not None) + (s.mu_verifier is not None)
     row = 2 * models * (slots + s.C * task.max_step_tokens)
-    batch = max(1, min(s.env.sampling.get("max_tokens_in_flight", 1 << 18) // (width * row),
-                       -(-P // parallel.world())))
+    if device.type == "cuda":       # rows are seldom so long, and if they are, it is told
+        row //= 4
+    batch = max(1, s.env.sampling.get("max_tokens_in_flight", 1 << 18) // (width * row))
     r = Result(*torch.zeros(4, P), [""] * P, torch.full((P,), -1.0))
-    mine = range(parallel.rank() * batch, P, parallel.world() * batch)
-    for i in mine:
-        at = slice(i, i + batch)
-        finished, r.tokens[at], r.verifier_tokens[at] = search_batch(
-            s, problems[at], prompts[at].to(device), lengths[at].to(device), slots, width, seed, i)
+    mine = parallel.share(P)
+    end, logged = mine.start, len(s.log or ())
+    while end < mine.stop:
+        at = slice(end, min(end + batch, mine.stop))
+        try:
+            finished, r.tokens[at], r.verifier_tokens[at] = search_batch(
+                s, problems[at], prompts[at].to(device), lengths[at].to(device), slots, width, seed, end)
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                raise
+            batch //= 2
+            del (s.log or [])[logged:]
+            continue
+        i, end, logged = end, at.stop, len(s.log or ())
         if len(finished.owner) == 0:
             continue
         best = set(top(finished.q_pi[:, -1], finished.owner, 1).tolist())
@@ -100,7 +111,7 @@ def search_all(s, problems, width, seed):
             r.solved[p] = max(r.solved[p], right)
             if row in best:
                 r.text[p], r.right[p], r.q[p] = text, right, finished.q_pi[row, -1]
-    rows = [p for i in mine for p in range(i, min(P, i + batch))]
+    rows = range(mine.start, mine.stop)
     parallel.exchange(rows, r.right, r.solved, r.tokens, r.verifier_tokens, r.q)
     parallel.exchange_list(rows, r.text)
     return replace(r, seconds=time.time() - start)
