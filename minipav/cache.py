@@ -111,6 +111,12 @@ class KVCache:
         self.new = [(k[rows], v[rows]) for k, v in self.new]
         self._lay_out(group)
 
+    def put(self, rows, other, which):
+        """These rows get the new tokens of those rows of a cache that went on with some of them."""
+        for pair, others in zip(self.new, other.new):
+            for x, y in zip(pair, others):
+                x[rows] = y[which]
+
     def branch(self, parent, room):
         """A cache of rows behind the rows `parent` (ascending), which have added nothing."""
         return KVCache(self.prefix, self.group[parent], self.lengths[parent], room)

@@ -9,6 +9,7 @@ What makes it exact: the randomness of a sample's t-th token is one uniform numb
 the sample's number and t. So a sample does not depend on the batch it is computed in, on the chunks or on
 compaction; the same seed gives the same samples on every device up to rounding in the logits.
 """
+import copy
 from dataclasses import dataclass
 from zlib import crc32
 
@@ -22,7 +23,7 @@ from minipav.precision import mixed
 from minipav.utils import tokens_per_forward
 
 LENGTH = -1                         # Samples.finish_reason of a row that met no stop token
-SPAN = 64                           # on a GPU: tokens for which shapes stay, and one recorded step serves
+SPAN = 32                           # on a GPU: tokens for which shapes stay, and one recorded step serves
 
 
 @dataclass
@@ -154,50 +155,69 @@ def prefill(model, prompts, which, lengths, room):
     return KVCache(kept, group.to(device), at + 1, room), torch.cat(hidden)
 
 
+class Drawn:
+    """What R rows have drawn. row, ids, token, alive (rows,) are of those still in the batch; all of it is
+    written in place (graphs.py)."""
+
+    def __init__(self, ids, max_new, pad, logprobs):
+        R, device = len(ids), ids.device
+        self.tokens = torch.full((R, max_new), pad, device=device)
+        self.count, self.reason = torch.zeros_like(ids), torch.full_like(ids, LENGTH)
+        self.logp = torch.zeros(R, max_new, device=device) if logprobs else None
+        self.row, self.ids, self.pad = torch.arange(R, device=device), ids, pad
+        self.token, self.alive = torch.zeros_like(ids), torch.ones(R, dtype=torch.bool, device=device)
+        self.t = torch.zeros(1, dtype=torch.long, device=device)
+
+    def draw(self, logits, stops, seed, **choice):
+        """The t-th token of every row, from logits (rows, V)."""
+        row, alive = self.row, self.alive
+        self.token.copy_(choose(logits, uniform(seed, self.ids, self.t), **choice))
+        self.tokens[row, self.t] = torch.where(alive, self.token, self.pad)
+        if self.logp is not None:
+            chosen = logits.float().log_softmax(-1).gather(1, self.token[:, None])[:, 0]
+            self.logp[row, self.t] = torch.where(alive, chosen, 0.0)
+        self.count[row] += alive
+        stopped = alive & stops[self.token]
+        self.reason[row] = torch.where(stopped, self.token, self.reason[row])
+        alive.logical_and_(~stopped)
+        self.t.add_(1)
+
+    def keep(self, rows):
+        self.row, self.ids, self.token, self.alive = (
+            x[rows] for x in (self.row, self.ids, self.token, self.alive))
+
+
 @torch.no_grad()
 @mixed
-def decode(model, cache, hidden, ids, seed, max_new, stops, pad=0, compact=False, logprobs=False, **choice):
+def decode(model, cache, hidden, ids, seed, max_new, stops, pad=0, compact=True, logprobs=False, whole=False,
+           **choice):
     """Sample up to max_new tokens behind the rows of the cache, whose last token has the hidden state
     `hidden` (R, C). ids (R,): of the samples, for their randomness; stops (V,): which tokens end a row. ->
-    tokens (R, max_new), lengths (R,), finish reasons (R,), log-probabilities (R, max_new) or None. Without
-    compaction the cache then holds every new token but the last one of each row."""
-    R, device = len(hidden), hidden.device
-    tokens, reason = torch.full((R, max_new), pad, device=device), torch.full((R,), LENGTH, device=device)
-    count, logp = torch.zeros(R, dtype=torch.long, device=device), None
-    if logprobs:
-        logp = torch.zeros(R, max_new, device=device)
-    row, alive = torch.arange(R, device=device), torch.ones(R, dtype=torch.bool, device=device)
-    token, t = torch.zeros_like(row), torch.zeros(1, dtype=torch.long, device=device)
-
-    def draw(hidden):
-        """The t-th token of every row (rows,), noted down."""
-        logits = model.head(hidden)                                             # (rows, V)
-        token.copy_(choose(logits, uniform(seed, ids, t), **choice))
-        tokens[row, t] = torch.where(alive, token, pad)
-        if logprobs:
-            chosen = logits.float().log_softmax(-1).gather(1, token[:, None])[:, 0]
-            logp[row, t] = torch.where(alive, chosen, 0.0)
-        count[row] += alive
-        stopped = alive & stops[token]
-        reason[row] = torch.where(stopped, token, reason[row])
-        alive.logical_and_(~stopped)
-        t.add_(1)
-
-    step = Recorded(lambda: draw(model.trunk(token[:, None], cache)[:, 0]), device)
-    ask = 1 if device.type == "cpu" else 8  # asking who is alive waits for the GPU
+    tokens (R, max_new), lengths (R,), finish reasons (R,), log-probabilities (R, max_new) or None. whole: the
+    cache then holds every new token but the last one of each row."""
+    d, every = Drawn(ids, max_new, pad, logprobs), cache if whole else None
+    step = Recorded(lambda: d.draw(model.head(model.trunk(d.token[:, None], cache)[:, 0]), stops, seed,
+                                   **choice), hidden.device)
+    ask = 1 if hidden.device.type == "cpu" else 8           # asking who is alive waits for the GPU
     span = SPAN if step.on else ask
-    draw(hidden)
+    d.draw(model.head(hidden), stops, seed, **choice)
     for i in range(max_new - 1):
         if i % ask == 0:
-            living = int(alive.sum())
+            living = int(d.alive.sum())
             if living == 0:
                 break
-            if compact and i % span == 0 and living < 0.8 * len(row):           # dead rows leave the batch
-                keep = alive.nonzero()[:, 0]
-                cache.keep(keep)
-                token, ids, row, alive = token[keep], ids[keep], row[keep], alive[keep]
+            if compact and i % span == 0 and living < 0.8 * len(d.row):         # dead rows leave the batch
+                if cache is every:
+                    cache = copy.copy(cache)
+                elif whole:
+                    every.put(d.row[~d.alive], cache, ~d.alive)
+                living = d.alive.nonzero()[:, 0]
+                cache.keep(living)
+                d.keep(living)
         if step.on and i % span == 0:
             cache.widen(i + span)
             step.renew()
         step()
-    return tokens, count, reason, logp
+    if whole and cache is not every:
+        every.put(d.row, cache, slice(None))
+    return d.tokens, d.count, d.reason, d.logp

@@ -186,4 +186,23 @@ def test_a_recorded_step_samples_the_same(monkeypatch, compact):
     monkeypatch.setattr(graphs, "record", lambda step: SimpleNamespace(replay=step))
     got = run(model, **kw)
     assert same(got, want) and torch.allclose(got.logprobs, want.logprobs, atol=1e-4)
-    assert {64, 128} == set(widths)
+    assert {32, 64, 96} == set(widths)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_cache_holds_what_its_rows_sampled_although_they_left_the_batch(monkeypatch, recorded):
+    monkeypatch.setattr(graphs, "wanted", lambda device: recorded)
+    monkeypatch.setattr(graphs, "record", lambda step: SimpleNamespace(replay=step))
+    model, sizes = tiny(std=0.2, block_size=96), []
+    keep = sampler.KVCache.keep
+    monkeypatch.setattr(sampler.KVCache, "keep", lambda *a: sizes.append(len(a[1])) or keep(*a))
+    tokens, lengths = prompts(model)
+    which = torch.arange(4).repeat_interleave(20)
+    cache, hidden = sampler.prefill(model, tokens, which, lengths[which], 80)
+    stops = torch.zeros(29, dtype=torch.bool).index_fill_(0, torch.tensor([STOP]), True)
+    new, count, *_ = sampler.decode(model, cache, hidden, torch.arange(80), 1, 80, stops, whole=True)
+    assert len(sizes) > 1 and sizes[-1] < 40
+    got = model.trunk(new.gather(1, count[:, None] - 1), cache.fold(torch.arange(80), count - 1))[:, 0]
+    for row in range(80):
+        text = torch.cat([tokens[which[row], :lengths[which[row]]], new[row, :count[row]]])
+        assert torch.allclose(got[row], model.trunk(text[None])[0, -1], atol=1e-4)

@@ -130,7 +130,7 @@ class Case:
         cache, hidden, values = self.level
         parent, ids = torch.arange(R, device=device).repeat_interleave(C), torch.arange(R * C, device=device)
         grown, stops = cache.branch(parent, STEP), torch.zeros(self.c.vocab_size, dtype=torch.bool).to(device)
-        new, count, *_ = decode(self.model, grown, hidden[parent], ids, 0, STEP, stops)
+        new, count, *_ = decode(self.model, grown, hidden[parent], ids, 0, STEP, stops, whole=True)
         best = torch.arange(0, R * C, C, device=device)
         grown.fold(best, count[best] - 1), values.children(parent, new, count)[best]
 

@@ -180,7 +180,7 @@ def expand(s, live, cache, hidden, place, times, seed):
     stops[delimiter_tokens(enc, task.delimiter)] = True
     grown = cache.branch(parent, task.max_step_tokens)
     new = decode(s.policy, grown, hidden[parent], ids, seed, task.max_step_tokens, stops.to(device),
-                 pad_token(enc), logprobs=True, top_p=s.env.sampling.get("top_p"))
+                 pad_token(enc), logprobs=True, whole=True, top_p=s.env.sampling.get("top_p"))
     return (parent, *new), grown
 
 
