@@ -90,6 +90,8 @@ class Reinforce:
                 lrs = c["lr_muon_verifier"] / 4, c["lr_adamw_verifier"] / 4
                 self.optimizers["verifier"] = make_optimizers(self.verifier, *lrs)
                 self.old = run.traces(f"{a.policy}_train")
+        if self.reward.values == "attention":
+            self.orm = run.model("orm")
         if self.reward.values == "rollouts":
             self.mu_policy = run.model(self.mu.policy)
         self.curve = torch.zeros(0, a.problems)  # accuracy on each problem, by evaluation
@@ -150,7 +152,7 @@ class Reinforce:
         self.state["tokens"] += tokens + int((traces.lengths - traces.ends[:, 0] - 1).sum())
         if not torch.isfinite(q_mu[traces.ends >= 0]).all():
             self.stop(i, traces, q_mu)
-        if self.a.trust_verifier:
+        if self.a.trust_verifier or not self.reward.known:
             q_mu = q_mu.masked_fill(traces.ends < 0, float("nan"))
         else:
             q_mu = rewards.with_terminal_values(q_mu, traces, self.run.task.max_steps)

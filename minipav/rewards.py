@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import pad as pad_right
 
 from minipav.advantage import advantage, effective_reward, q_best_of_k, rollout_from
+from minipav.attention import BETA, attention_share, uniform_share
 from minipav.prover import check_head
 from minipav.search.best_of_n import pass_at_n
 from minipav.utils import Fail
@@ -22,6 +23,7 @@ class Reward:
     values: str = None              # where Q^mu comes from: one of VALUES, or nowhere
     uses: tuple = ()                # the flags of rl.py that it depends on, beside those of the loop
     baseline: bool = True           # False: the return is an advantage of pi itself and needs none
+    known: bool = True              # known values (Rex at the end) take the place of Q^mu's there
     scaled: bool = False  # 1 + alpha times outcome reward's gradient: to be held against it at so small a KL
 
 
@@ -31,6 +33,10 @@ def pav(rex, q, adv, alpha):
 
 def summed(rex, q, adv, alpha):
     return rex + alpha * adv.nan_to_num(0.0).flip(1).cumsum(1).flip(1)          # of A^mu from this step on
+
+
+def spread_out(rex, share, gain, alpha):
+    return rex * (1 - BETA * (share - gain))    # of r_t (attention.py), from the step's first token on
 
 
 VERIFIER = ("alpha", "prover", "refresh", "trust_verifier")
@@ -43,7 +49,11 @@ REWARDS = {
     "q_bonus": Reward(lambda rex, q, adv, alpha: rex + alpha * q, "verifier", VERIFIER),  # App. G's control
     "pav_sum": Reward(summed, "verifier", VERIFIER, scaled=True),               # outcome reward again
     # mu = pi: outcome reward in expectation
-    "pav_pi": Reward(pav, "current", ("alpha", "n_mc"), scaled=True)}
+    "pav_pi": Reward(pav, "current", ("alpha", "n_mc"), scaled=True),
+    # relatives: what the group says of a trace's outcome; the outcome over the tokens, by attention, evenly
+    "grpo": Reward(lambda rex, z, adv, alpha: z, "group", baseline=False, known=False),
+    "abc": Reward(spread_out, "attention", known=False),
+    "uniform": Reward(spread_out, "evenly", known=False)}
 
 
 def larger(alpha, K):
@@ -117,7 +127,17 @@ def by_rollouts(mu, K, env, problems, traces, n_mc, seed, **sampling):
     return q, int(done.cost.sum())
 
 
-VALUES = {"verifier": by_verifier, "exact": by_exact,
+def by_group(loop, problems, traces, seed):
+    """GRPO's advantage (arXiv 2402.03300), for every step of a trace: its outcome minus its group's mean,
+    over the standard deviation. Ours: no clipping (each batch is used once), no division by length."""
+    group = traces.reward.view(-1, loop.a.group)
+    z = (group - group.mean(1, keepdim=True)) / (group.std(1, keepdim=True) + 1e-4)
+    return z.flatten()[:, None].expand(traces.ends.shape), 0
+
+
+VALUES = {"verifier": by_verifier, "group": by_group,
+          "attention": lambda l, problems, traces, seed: (attention_share(l.orm, traces), 0),
+          "evenly": lambda l, problems, traces, seed: (uniform_share(traces), 0), "exact": by_exact,
           "rollouts": lambda l, problems, traces, seed: by_rollouts(
               l.mu_policy, l.mu.K, l.run, problems, traces, l.a.n_mc, seed),
           "current": lambda l, problems, traces, seed: by_rollouts(
@@ -131,6 +151,8 @@ def check_prover(reward, mu, a):
         raise Fail(f"--prover {a.prover}: only boK has exact values, or a verifier to --refresh; use boK")
     if values in ("verifier", "rollouts"):
         check_head(mu.policy, "scalar" if values == "verifier" else "lm")
+    if values == "group" and a.group < 2:
+        raise Fail(f"--group {a.group}: {reward} compares traces of a problem; take 2 or more")
     if values == "rollouts" and a.n_mc < mu.K:
         raise Fail(f"--n_mc {a.n_mc}: best-of-{mu.K} needs at least {mu.K} completions a prefix")
 
