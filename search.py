@@ -67,7 +67,8 @@ def tune(bench, a, mu, cell):
     alphas = [0.0, *ALPHAS] if a.alpha is None else [a.alpha]
     if "alpha" not in SCORES[cell.score].uses:
         alphas = [0.0]
-    known = [q for q in QUOTAS if q != "state" or bench.run.task.state]
+    shaped = getattr(METHODS[cell.method], "shaped", False)                     # by a quota
+    known = [q for q in QUOTAS if q != "state" or bench.run.task.state] if shaped else ["none"]
     tables, chosen = {}, []
     for quotas in ((a.quota,), (a.quota,)) if a.quota else (known[:1], known):
         if len(choices := [(x, q) for q in quotas for x in alphas]) == 1:
@@ -80,6 +81,10 @@ def tune(bench, a, mu, cell):
     return chosen, list(tables.values())
 
 
+def known_as(cell):
+    return cell.score if cell.method == "beam" else f"{cell.method}:{cell.score}"
+
+
 def measure(run, a, wanted):
     """Tune the beams among the wanted searches, measure all. -> [(group, table)], {experiment: facts}"""
     bench, mu, tables, chosen = Bench(run), a.prover or f"bo{run.config['K']}", [], {}
@@ -87,15 +92,16 @@ def measure(run, a, wanted):
     if a.verifier:
         bench.models["q_pi"] = bench.model(a.verifier)
     for cell in wanted:
-        if cell.method == "beam" and cell.score not in chosen:
-            chosen[cell.score], found = tune(bench, a, mu, cell)
+        if getattr(METHODS[cell.method], "budgets", "n") == "widths" and known_as(cell) not in chosen:
+            chosen[known_as(cell)], found = tune(bench, a, mu, cell)
             tables += [("tune", t) for t in found]
     facts = {"chosen": chosen}
     if a.predict:
         beams = Cell("beam", "q_pi", (a.tuned_at,), split="validation", problems=a.validation)
         facts["prediction"] = predict(bench, beams, [path for _, path in tables])
     for cell in wanted:
-        how = chosen.get(cell.score, [(bench.run.config["alpha"] if a.alpha is None else a.alpha, "none")])
+        alpha = bench.run.config["alpha"] if a.alpha is None else a.alpha
+        how = chosen.get(known_as(cell), [(alpha, "none")])
         for group, (alpha, quota) in zip(("main", "tuned")[:1 + (cell.method == "beam")], how):
             tables.append((group, bench.measure(replace(cell, prover=mu, alpha=alpha, quota=quota))))
     if a.all:

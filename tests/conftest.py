@@ -97,8 +97,8 @@ class WalkPolicy(torch.nn.Module):
             return [w for w, v in zip(words, nxt[value]) if v]
         if line in words:
             return [str(nxt[value][words.index(line)])]
-        stop = parse(line)[2] == problem.target or len(done) + 1 == self.task.H
-        return [END] if stop else ["\n"]
+        ran = parse(line)                                       # None: padding
+        return ["\n"] if ran and ran[2] != problem.target and len(done) + 1 < self.task.H else [END]
 
 
 class Says(WalkPolicy):

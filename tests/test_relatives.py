@@ -1,19 +1,28 @@
 """The relatives of PAV (docs/relatives.md): each against the formula that it is named after."""
+import importlib
+from types import SimpleNamespace
+
 import pytest
 import torch
-from conftest import make_traces, tiny
+from conftest import WalkPolicy, make_traces, tiny
 
 from minipav import rewards
 from minipav.attention import attention_share, last_attention, uniform_share
 from minipav.prover import Prover
 from minipav.rewards import REWARDS, VALUES, check_prover
+from minipav.search import METHODS
+from minipav.search.score import SCORES, Search
+from minipav.tasks import make_task
+from minipav.tokenizer import synthetic_encoding
+from minipav.traces import Env
 from minipav.utils import Fail
+
+backtrack, mcts = (importlib.import_module(f"minipav.search.{m}") for m in ("backtrack", "mcts"))
 
 
 @pytest.fixture
 def some():
-    """Three traces of a prompt of 2 tokens and steps of 3, 2 and 4; the third has one step only; right, wrong,
-    right."""
+    """Three traces, right, wrong, right: a prompt of 2 tokens and steps of 3, 2, 4; the third has one."""
     tokens = torch.randint(4, 29, (3, 11), generator=torch.Generator().manual_seed(1))
     ends = torch.tensor([[1, 4, 6, 10], [1, 4, 6, 10], [1, 5, -1, -1]])
     return make_traces(tokens, torch.tensor([11, 11, 6]), ends, reward=torch.tensor([1.0, 0.0, 1.0]))
@@ -31,19 +40,22 @@ def test_the_attention_is_what_the_last_block_reads():
     model.trunk(tokens)
     [h.remove() for h in hooks]
     w = last_attention(model, tokens, lengths)
-    assert torch.allclose(at.wo((w[:, :, None] * seen["v"]).sum(1)), seen["out"][torch.arange(4), lengths - 1], atol=1e-5)
+    want = seen["out"][torch.arange(4), lengths - 1]
+    assert torch.allclose(at.wo((w[:, :, None] * seen["v"]).sum(1)), want, atol=1e-5)
     assert torch.allclose(w.sum(1), torch.ones(4)) and (w[torch.arange(9) >= lengths[:, None]] == 0).all()
 
 
-@pytest.mark.parametrize("shares", [lambda t: attention_share(tiny(head="scalar"), t), uniform_share])
+@pytest.mark.parametrize("shares", [lambda t: attention_share(tiny(head="scalar"), t), uniform_share],
+                         ids=["attention", "uniform"])
 def test_what_is_redistributed_is_the_outcome(some, shares):
-    """The per-token rewards of ABC's formula: weights sum to 1 on the response, the total is the outcome, and the return
-    of a step is all of it from its first token on."""
-    share = shares(some)
-    steps = rewards.step_returns(REWARDS["abc"], some.reward, share.masked_fill(some.ends < 0, float("nan")), 1.0)
-    for row, (n, length) in enumerate(((3, 11), (3, 11), (1, 6))):
-        assert share[row, 0] == 0 and share[row, n] == pytest.approx(1) and (share[row, :n + 1].diff() > 0).all()
-        r = 0.5 * share[row, :n + 1].diff() * some.reward[row]                  # beta a_t R, of a step's tokens
+    """ABC's formula: the weights sum to 1 on the response, the total is the outcome, and the return of a step
+    is all of it from its first token on."""
+    share, nan = shares(some), float("nan")
+    steps = rewards.step_returns(REWARDS["abc"], some.reward, share.masked_fill(some.ends < 0, nan), 1.0)
+    for row, n in enumerate((3, 3, 1)):
+        of_step = share[row, :n + 1].diff()
+        assert share[row, 0] == 0 and of_step.sum() == pytest.approx(1) and (of_step > 0).all()
+        r = 0.5 * of_step * some.reward[row]                                # beta a_t R, of a step's tokens
         r[-1] += 0.5 * some.reward[row]                                         # (1 - beta) R at the end
         assert r.sum() == pytest.approx(float(some.reward[row]))
         assert torch.allclose(steps[row, :n], r.flip(0).cumsum(0).flip(0)) and (steps[row, n:] == 0).all()
@@ -52,15 +64,108 @@ def test_what_is_redistributed_is_the_outcome(some, shares):
 
 
 def test_grpo_is_the_groups_standard_score(some):
-    class loop:
-        class a:
-            group = 3
-    z, tokens = VALUES["group"](loop, None, some, 0)
-    mean, std = 2 / 3, (2 * (1 / 3) ** 2 / 2 + (2 / 3) ** 2 / 2) ** 0.5         # of 1, 0, 1, n - 1 in the denominator
+    z, tokens = VALUES["group"](SimpleNamespace(a=SimpleNamespace(group=3)), None, some, 0)
+    mean, std = 2 / 3, (2 * (1 / 3) ** 2 / 2 + (2 / 3) ** 2 / 2) ** 0.5         # of 1, 0, 1; n - 1 = 2
     want = [(1 - mean) / (std + 1e-4), -mean / (std + 1e-4), (1 - mean) / (std + 1e-4)]
     assert z[:, 0].tolist() == pytest.approx(want) and z.shape == some.ends.shape and tokens == 0
     got = rewards.step_returns(REWARDS["grpo"], some.reward, z.masked_fill(some.ends < 0, float("nan")), 1.0)
     assert got[2].tolist() == pytest.approx([want[2], 0, 0]) and not REWARDS["grpo"].baseline
-    loop.a.group = 1
     with pytest.raises(Fail, match="--group 1"):
-        check_prover("grpo", Prover.parse("bo4", "base"), type("a", (), dict(group=1, policy="base", prover="bo4")))
+        check_prover("grpo", Prover.parse("bo4", "base"), SimpleNamespace(group=1, policy="base"))
+
+
+# ---- searches
+
+def hand_made(**fields):
+    """A tree of one problem: 0 has the children 1 and 2, 1 the children 3 and 4; and room for more."""
+    tree = SimpleNamespace(problems=["x"], device=torch.device("cpu"), H=4,
+                           parent=torch.tensor([0, 0, 0, 1, 1]), owner=torch.zeros(9).long(),
+                           ended=torch.zeros(9).long(), **fields)
+    children = torch.full((9, mcts.WIDEST + mcts.BRANCH), -1)
+    children[0, :2], children[1, :2] = torch.tensor([1, 2]), torch.tensor([3, 4])
+    return tree, children, torch.tensor([0.3, 0.5, 0.2, 0.1, 0.9]), torch.tensor([7.0, 4.0, 2.0, 2.0, 1.0])
+
+
+@pytest.mark.parametrize("puct", [False, True])
+def test_the_choice_is_that_of_the_formula(puct):
+    tree, children, V, visits = hand_made(logprob=torch.log(torch.tensor([1, 0.2, 0.7, 0.5, 0.4])))
+    samples, closed = torch.tensor([9.0, 9, 0, 0, 0]), torch.zeros(9).bool()
+    p = tree.logprob.exp() ** 1.25
+
+    def value(i):
+        parent = visits[tree.parent[i]]
+        uct = 0.7 * (2 * parent.log() / visits[i]) ** 0.5
+        return V[i] + (p[i] * parent ** 0.5 / (1 + visits[i]) if puct else uct)
+    for start in (V, torch.tensor([0.3, 0.2, 0.9, 0.1, 0.9])):
+        V = start
+        want = max((1, 2), key=value)
+        want = want if want == 2 else max((3, 4), key=value)
+        state = visits, children, samples, closed, puct
+        assert mcts.select(tree, torch.tensor([0]), V, *state).tolist() == [want]
+    samples[0] = 2.0                                            # fewer than the root of 7 visits
+    assert mcts.select(tree, torch.tensor([0]), V, visits, children, samples, closed, puct).tolist() == [0]
+
+
+def test_a_subtree_that_leads_nowhere_is_closed():
+    tree, children, V, visits = hand_made()
+    samples, closed = torch.tensor([9.0, 12, 0, 0, 0]), torch.zeros(9).bool()
+    closed[[3, 4]] = True                                       # finished
+    V[1] = 2.0
+    got = mcts.select(tree, torch.tensor([0]), V, visits, children, samples, closed, False)
+    assert got.tolist() == [2] and closed.nonzero()[:, 0].tolist() == [1, 3, 4]
+    samples[1], closed[1] = 9.0, False                          # it has some patience left
+    assert mcts.select(tree, torch.tensor([0]), V, visits, children, samples, closed, False).tolist() == [1]
+
+
+def test_the_back_up_is_the_visit_weighted_mean():
+    tree, children, V, visits = hand_made()
+    mcts.back_up(tree, torch.tensor([1]), V, visits, children)
+    one = (2 * 0.1 + 1 * 0.9) / 3
+    assert V[1] == pytest.approx(one) and V[0] == pytest.approx((5 * one + 2 * 0.2) / 7)
+    assert visits.tolist() == [8, 5, 2, 2, 1] and V[2:].tolist() == pytest.approx([0.2, 0.1, 0.9])
+
+
+def test_the_quality_value_is_that_of_the_formula():
+    tree, _, V, _ = hand_made(depth=torch.tensor([0, 1, 1, 2, 2]),
+                              path=torch.tensor([[.1], [.6], [.2], [.9], [0.]]))
+    got = mcts.worth(tree, torch.tensor([3, 4]), V)             # v = .5, two steps left: w = .5 / 3 (2 q - 1)
+    assert got.tolist() == pytest.approx([0.5 + 0.5 / 3 * 0.8, 0.5 - 0.5 / 3])
+    assert mcts.worth(tree, torch.tensor([4]), torch.tensor([0, 0.1, 0])).tolist() == [0]       # .1 - .3
+
+
+def test_backtracking_leaves_a_bad_first_step():
+    """The first steps are bad, neutral, bad, and what is behind the neutral one is bad: back at the prompt a
+    fourth step is positive, and so is the trace behind it."""
+    steps = {0: [(1, .1), (2, .6), (3, .2), (7, 1.2)], 2: [(4, .1), (5, .2), (6, .1)],
+             7: [(9, 1.4), (8, 1.3)]}
+    tree = SimpleNamespace(problems=["x"], s=SimpleNamespace(C=3), device=torch.device("cpu"), H=4,
+                           owner=torch.zeros(20).long(), parent=torch.zeros(20).long(), still=torch.ones(20),
+                           score=torch.zeros(20), ended=torch.zeros(20).long(), path=torch.ones(20, 1))
+    visited = []
+
+    def grow(nodes, n):
+        [here] = nodes.tolist()
+        visited.append(here)
+        child, tree.score[child] = steps[here].pop(0)
+        tree.parent[child], tree.ended[child], tree.path[9] = here, child >= 8, 0.8    # 9 is not good enough
+        return torch.tensor([child])
+    tree.grow = grow
+    for _ in backtrack.walk(tree, [6, 100]):
+        pass
+    assert visited == [0, 0, 0, 2, 2, 2, 0, 7, 7]
+
+
+@pytest.mark.parametrize("method", ["backtrack", "mcts", "puct", "mcts_quality"])
+def test_with_exact_values_a_larger_budget_finds_more(method):
+    """To within two points of what there is to find, where the policy is right once in a hundred times."""
+    task = make_task("calculator", dict(H=5, min_steps=3))
+    problems = [p for p in task.problems("test", 40, 0) if task.exact([p])(0, "") > 0.01][:25]
+    env = Env(task, synthetic_encoding(task.phrases))
+    s = Search(env, WalkPolicy(env, problems), SCORES["exact"])
+    few, more, many = METHODS[method](s, problems, [1, 8, 96], 0)
+    assert few.right.mean() + 0.1 < more.right.mean() < many.right.mean() + 0.01
+    assert many.right.mean() >= 0.98
+    assert (few.tokens <= more.tokens).all() and (more.tokens <= many.tokens).all()
+    assert (many.right <= many.solved).all() and (few.tokens <= 3 * 5 * 4).all()
+    alone = METHODS[method](s, problems[:7], [8], 0)[0]         # a problem's search is its own
+    assert torch.equal(alone.right, more.right[:7]) and torch.equal(alone.tokens, more.tokens[:7])

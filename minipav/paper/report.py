@@ -163,7 +163,7 @@ def report_search(runs, measured, out):
     """Of the searches of search.py: measured has the tables and facts of each run."""
     tables = {run.config["seed"]: t for run, (t, _) in zip(runs, measured)}
     s, (figure, made) = Searched(tables, [f for _, f in measured]), drawer(out)
-    tune_figure(s.rows[s.rows.group == "tune"], figure)
+    tune_figure(s.rows[(s.rows.group == "tune") & (s.rows.method == "beam")], figure)
     search_figures(s, figure)
     names = [[str(p.relative_to(run.out)).removesuffix(".csv") for _, p in t] for run,
              (t, _) in zip(runs, measured)]

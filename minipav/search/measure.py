@@ -51,7 +51,7 @@ class Cell:
         if method not in METHODS or colon and (score not in SCORES or not scored):
             raise Fail(f"--search {text}: choose METHOD or METHOD:SCORE of {', '.join(METHODS)} and the "
                        f"scores {', '.join(SCORES)}")
-        default = {"beam": "effective", "dvts": "q_pi", "best_of_n": "orm"}.get(method, "")
+        default = {"beam": "effective", "best_of_n": "orm"}.get(method, "q_pi" if scored else "")
         return cls(method, score or default, **fields)
 
 

@@ -1,0 +1,129 @@
+"""Monte-Carlo tree search with a verifier's values, as in ReST-MCTS* (arXiv 2406.03816): select by UCT,
+expand three steps, roll forward greedily from the best, back up.
+
+    select     V + .7 sqrt(2 ln N_parent / N); PUCT (MCTS-DPO, arXiv 2405.00451): V + c p sqrt(N_parent) /
+               (1 + N), p the step's likelihood a token, to the power 1.25
+    roll       three single steps behind the best new child; half of its value is the best value on the way
+    back up    a node's value is the mean of its children's, weighted by visits
+    stop       at a finished trace with a value of .9
+
+Ours: values come from any score (there: a value network, trained for the quality value; `quality` builds that
+value from the parent's and the step's Q^pi, with the steps that are left in the place of those to a right
+answer); a new node counts as visited once; a finished trace is not selected; a node is expanded again when
+fewer samples were taken behind it than the root of its visits (samples repeat themselves), and closed when
+nothing goes on behind it; finished traces of a roll are answers too.
+"""
+from functools import partial
+
+import torch
+
+from minipav.search.beam import places, top
+from minipav.search.tree import STOP, search_trees
+
+BRANCH, ROLL, MIX, C_UCT, C_PUCT, LENGTH = 3, 3, 0.5, 0.7, 1.0, 1.25
+WIDEST = 24                         # most children of a node before its last expansion
+PATIENCE = 12                       # samples behind a node that leads nowhere
+
+
+def mcts(s, problems, widths, seed, puct=False, quality=False):
+    """-> a Result for each width: w * C * H steps sampled a problem at most."""
+    work = partial(iterate, puct=puct, quality=quality)
+    return search_trees(s, problems, widths, seed, f"MCTS, {s.score.label}", work, BRANCH + ROLL)
+
+
+def iterate(tree, budgets, puct, quality):
+    N, device = len(tree.owner), tree.device
+    V, visits, samples = tree.score.clone(), torch.ones(N, device=device), torch.zeros(N, device=device)
+    closed = tree.ended.bool()
+    children = torch.full((N, WIDEST + BRANCH), -1, device=device)
+    active, spent = torch.ones(len(tree.problems), dtype=torch.bool, device=device), 0
+    if quality:
+        V.zero_()
+    for budget in budgets:
+        while spent < budget and active.any():
+            leaf = select(tree, active.nonzero()[:, 0], V, visits, children, samples, closed, puct)
+            new = tree.grow(leaf, BRANCH)
+            samples[leaf] += BRANCH
+            V[new] = worth(tree, new, V) if quality else tree.score[new]
+            new = new[~known(tree, new, children)]
+            count = (children >= 0).sum(1)[tree.parent[new]]
+            children[tree.parent[new], count + places(tree.owner[new])] = new
+            closed[new] = tree.ended[new].bool()
+            roll(tree, new, V, quality)
+            back_up(tree, leaf, V, visits, children)
+            done = tree.ended[:tree.size].bool() & (tree.path[:tree.size, -1] >= STOP)
+            active[tree.owner[:tree.size][done]] = False
+            spent += BRANCH + ROLL
+        yield
+
+
+def worth(tree, nodes, V):
+    """The quality value, max(v + (1 - v) / (m + 1) (1 - 2 r), 0) behind v; r = 1 - Q^pi, m steps are left."""
+    before, left = V[tree.parent[nodes]], tree.H - tree.depth[nodes]
+    return (before + (1 - before) / (left + 1) * (2 * tree.path[nodes, -1] - 1)).clamp(min=0)
+
+
+def known(tree, new, children):
+    """Which of these nodes a sibling is equal to."""
+    kids = children[tree.parent[new]]
+    return ((tree.tokens[kids] == tree.tokens[new][:, None]).all(-1) & (kids >= 0)).any(1)
+
+
+def select(tree, roots, V, visits, children, samples, closed, puct):
+    """From these roots down to nodes to expand: those with fewer samples behind them than the root of their
+    visits. A node is closed if PATIENCE samples have left it no child that could go on; the way then begins
+    anew."""
+    node, P = roots.clone(), len(tree.problems)
+    while True:
+        kids = children[node]                                                   # -1: none
+        live = (kids >= 0) & ~closed[kids]
+        enough = torch.where(live.any(1), samples[node] ** 2 >= visits[node], samples[node] >= PATIENCE)
+        lost = node[(node < P) & enough & ~live.any(1)]         # nothing goes on: be patient once more
+        if len(lost):
+            again = torch.isin(tree.owner, tree.owner[lost])
+            closed[again], samples[again] = tree.ended[again].bool(), 0.0
+        expand = ~enough & (kids[:, WIDEST] < 0) | (node < P) & ~live.any(1)
+        if expand.all():
+            return node
+        n, parent = visits[kids], visits[node, None]
+        if puct:
+            bonus = C_PUCT * (tree.logprob[kids] * LENGTH).exp() * parent.sqrt() / (1 + n)
+        else:
+            bonus = C_UCT * (2 * parent.log() / n).sqrt()
+        best = (V[kids] + bonus).masked_fill(~live, -torch.inf).argmax(1)
+        down = torch.where(live.any(1), kids.gather(1, best[:, None])[:, 0], roots)
+        closed[node[~expand & ~live.any(1)]] = True
+        node = torch.where(expand, node, down)
+
+
+def roll(tree, new, V, quality):
+    """Mix into the best new child of each problem what a greedy roll from it comes to."""
+    best = new[top(V[new], tree.owner[new], 1)]
+    highest, at = torch.zeros(len(tree.problems), device=tree.device), best
+    highest[tree.owner[best]] = V[best]
+    for _ in range(ROLL):
+        at = at[~tree.ended[at].bool()]
+        if len(at) == 0:
+            break
+        at = tree.grow(at, 1)
+        V[at] = worth(tree, at, V) if quality else tree.score[at]
+        highest[tree.owner[at]] = torch.maximum(highest[tree.owner[at]], V[at])
+    best = best[tree.ended[best] == 0]
+    V[best] = (1 - MIX) * V[best] + MIX * highest[tree.owner[best]]
+
+
+def back_up(tree, leaf, V, visits, children):
+    """From these nodes (one a problem) to their roots: visits, and means of the children's values."""
+    while len(leaf):
+        visits[leaf] += 1
+        kids = children[leaf]
+        n = torch.where(kids >= 0, visits[kids], 0.0)
+        V[leaf] = (n * V[kids]).sum(1) / n.sum(1).clamp(min=1)                  # of a dead end: 0
+        leaf = tree.parent[leaf[leaf != tree.parent[leaf]]]
+
+
+mcts.budgets = "widths"
+puct = partial(mcts, puct=True)
+puct.budgets = "widths"
+quality = partial(mcts, quality=True)
+quality.budgets = "widths"

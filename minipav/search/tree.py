@@ -1,0 +1,126 @@
+"""Trees of steps, one a problem, that grow from any of their nodes: what backtrack.py and mcts.py search."""
+import time
+
+import torch
+
+from minipav import parallel
+from minipav.advantage import q_best_of_k
+from minipav.sampler import decode, prefill
+from minipav.search.beam import distinct, places, top
+from minipav.search.score import Result, Step
+from minipav.tokenizer import delimiter_tokens, encode_rows, pad_token
+from minipav.traces import responses
+from minipav.utils import Fail, progress
+from minipav.verifier import Values
+
+STOP = 0.9                          # Q^pi of a finished trace at which a search ends
+
+
+class Tree:
+    """Nodes of P problems in one table; node i < P is the prompt of problem i. By node: parent, owner, depth,
+    tokens (N, S), lengths, path (N, H + 1): Q^pi at the step ends up to it, the last one repeated, q_mu,
+    logprob: of its step, a token, score, still: the score of a step that changes no value, ended: by END."""
+
+    def __init__(self, s, problems, room, seed, offset):
+        """room: nodes a problem; offset: number of the first of these problems, for the randomness."""
+        task, enc, P, N = s.env.task, s.env.enc, len(problems), len(problems) * (room + 1)
+        self.s, self.problems, self.seed, self.offset, self.size = s, problems, seed, offset, P
+        self.H, self.device = task.max_steps, s.policy.device
+        prompts, lengths = (x.to(self.device) for x in encode_rows(enc, [task.prompt(p) for p in problems]))
+        self.stops = torch.zeros(enc.n_vocab, dtype=torch.bool, device=self.device)
+        self.stops[delimiter_tokens(enc, task.delimiter)] = True
+        self.parent, self.owner, self.depth, self.lengths, self.ended = (
+            torch.zeros(N, dtype=torch.long, device=self.device) for _ in range(5))
+        self.q_mu, self.logprob, self.score, self.still = torch.zeros(4, N, device=self.device)
+        self.path = torch.zeros(N, self.H + 1, device=self.device)
+        self.tokens = torch.full((N, prompts.shape[1] + self.H * task.max_step_tokens), pad_token(enc),
+                                 device=self.device)
+        root = torch.arange(P, device=self.device)
+        self.owner[:P], self.parent[:P], self.lengths[:P], self.prompt_lengths = root, root, lengths, lengths
+        self.tokens[:P, :prompts.shape[1]] = prompts
+        self.drawn, self.spent = torch.zeros(2, P, dtype=torch.long, device=self.device)
+        self.readers = (s.verifier is not None) + (s.mu_verifier is not None)
+        self.read = self.readers * lengths  # as if a cache were kept
+        self.exact = task.exact(problems) if s.verifier is None else None
+        self.judge(root)
+
+    def judge(self, nodes):
+        s, p, rows = self.s, self.parent[nodes], (self.tokens[nodes], self.lengths[nodes])
+        if self.exact:
+            texts = responses(s.env.enc, *rows, self.prompt_lengths[self.owner[nodes]])
+            q = [self.exact(i, text) for i, text in zip(self.owner[nodes].tolist(), texts)]
+            q = torch.tensor(q, device=self.device).float()
+        else:
+            q = Values(s.verifier, *rows).q
+        self.q_mu[nodes] = Values(s.mu_verifier, *rows).q if s.mu_verifier else q_best_of_k(q, s.K)
+        after = torch.arange(self.H + 1, device=self.device) >= self.depth[nodes, None]
+        self.path[nodes] = torch.where(after, q[:, None], self.path[p])
+        before = self.path[p, -1], self.q_mu[p]
+        rest = self.path[nodes], self.depth[nodes], self.logprob[nodes], s.alpha
+        self.score[nodes] = s.score.of(Step(self.path[nodes, -1], self.q_mu[nodes], *before, *rest))
+        self.still[nodes] = s.score.of(Step(*before, *before, *rest))
+
+    def grow(self, nodes, n):
+        """Sample n next steps behind each of these nodes (owners ascending). -> the new nodes; duplicates and
+        steps that never ended are none, and neither is a last step without END."""
+        s, owner, enc = self.s, self.owner[nodes], self.s.env.enc
+        rows = self.tokens[nodes], torch.arange(len(nodes)), self.lengths[nodes]
+        cache, hidden = prefill(s.policy, *rows, 1)
+        row = torch.arange(len(nodes), device=self.device).repeat_interleave(n)
+        ids = (owner[row] + self.offset << 24) + self.drawn[owner[row]] + places(owner[row])
+        room = s.env.task.max_step_tokens
+        new, count, stop, logprob = decode(
+            s.policy, cache.branch(row, room), hidden[row], ids, self.seed, room, self.stops, pad_token(enc),
+            logprobs=True, top_p=s.env.sampling.get("top_p"))
+        self.drawn.index_add_(0, owner, torch.full_like(owner, n))
+        self.spent.index_add_(0, owner[row], count)
+        kept = distinct(row, new, stop)
+        kept = kept[(stop[kept] == enc.eot_token) | (self.depth[nodes[row[kept]]] + 1 < self.H)]
+        p, count, at = nodes[row[kept]], count[kept], self.size + torch.arange(len(kept), device=self.device)
+        self.size += len(kept)
+        self.parent[at], self.owner[at], self.depth[at] = p, self.owner[p], self.depth[p] + 1
+        self.lengths[at], self.ended[at] = self.lengths[p] + count, (stop[kept] == enc.eot_token).long()
+        self.tokens[at], self.logprob[at] = self.tokens[p], logprob[kept].sum(1) / count
+        r, t = (torch.arange(new.shape[1], device=self.device) < count[:, None]).nonzero(as_tuple=True)
+        self.tokens[at[r], self.lengths[p][r] + t] = new[kept][r, t]
+        self.read.index_add_(0, self.owner[p], self.readers * count)
+        if len(at):
+            self.judge(at)
+        return at
+
+    def result(self, r, mine):
+        """Enter into r, at the problems `mine`, what the tree has found so far."""
+        done = self.ended[:self.size].nonzero()[:, 0]
+        r.tokens[mine], r.verifier_tokens[mine] = self.spent.float().cpu(), self.read.float().cpu()
+        best = set(top(self.path[done, -1], self.owner[done], 1).tolist())
+        texts = responses(self.s.env.enc, self.tokens[done], self.lengths[done],
+                          self.prompt_lengths[self.owner[done]]) if len(done) else []
+        for k, (i, text) in enumerate(zip(self.owner[done].tolist(), texts)):
+            right, p = float(self.s.env.task.outcome(self.problems[i], text)), mine.start + i
+            r.solved[p] = max(r.solved[p], right)
+            if k in best:
+                r.text[p], r.right[p], r.q[p] = text, right, self.path[done[k], -1]
+
+
+def search_trees(s, problems, widths, seed, name, work, steps):
+    """A Result for each width, which stands for as many steps as a beam of it samples: work(tree, budgets)
+    yields when each of the budgets (steps a problem, of which it takes `steps` at once) is spent."""
+    if s.verifier is None and s.env.task.exact is None:
+        raise Fail(f"task {s.env.task.name} has no exact values")
+    start, P, H = time.time(), len(problems), s.env.task.max_steps
+    budgets = [w * s.C * H for w in widths]
+    out = [Result(*torch.zeros(4, P), [""] * P, torch.full((P,), -1.0)) for _ in widths]
+    slots = 3 * H + max(len(s.env.task.prompt(p)) for p in problems) + H * s.env.task.max_step_tokens
+    batch, mine = max(1, (1 << 27) // ((max(budgets) + steps) * slots)), parallel.share(P)
+    with progress(name, (mine.stop - mine.start) * len(widths)) as bar, torch.no_grad():
+        for i in range(mine.start, mine.stop, batch):
+            here = slice(i, min(i + batch, mine.stop))
+            tree = Tree(s, problems[here], max(budgets) + steps, seed, i)
+            for r, _ in zip(out, work(tree, budgets)):
+                tree.result(r, here)
+                r.seconds = time.time() - start
+                bar.update(here.stop - i)
+    for r in out:
+        parallel.exchange(range(mine.start, mine.stop), r.right, r.solved, r.tokens, r.verifier_tokens, r.q)
+        parallel.exchange_list(range(mine.start, mine.stop), r.text)
+    return out
