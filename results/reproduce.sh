@@ -12,7 +12,7 @@ runs=(runs/calculator-seed{0,1,2})
 for s in 0 1 2; do train "runs/calculator-seed$s" --seed "$s"; done
 python -m minipav.paper.report --runs "${runs[@]}" --out results/train
 python search.py --run "${runs[@]}" --all --out results/search
-python -m minipav.paper.mechanism --run "${runs[@]}" --out results/mechanism
+python -m minipav.paper.mechanism --run "${runs[@]}" --noise --out results/mechanism
 python -m minipav.paper.mechanism --run "${runs[@]}" --width 8 --quotas none --validation 200 \
     --verifiers base-30 base-60 --out results/mechanism_w8
 python search.py --run "${runs[@]}" --verifier mechanism/base-60 --all --out results/search_weak
