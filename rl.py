@@ -19,8 +19,8 @@ from minipav.flags import few, flag, parse
 from minipav.paper.experiments import GRID, SWEEPS
 from minipav.paper.rl_report import report_rl
 from minipav.prover import Prover
-from minipav.reinforce import Reinforce, outcomes
-from minipav.rewards import REWARDS, check_prover, larger
+from minipav.reinforce import outcomes
+from minipav.rewards import REWARDS, check_prover, larger, loop_of
 from minipav.run import keyed, open_runs, task_of
 from minipav.sft import rft
 from minipav.utils import Fail, main_guard, pick_device, progress, tune_process
@@ -141,7 +141,7 @@ def train(run, reward, a, split, micro_batch):
     folder, initial = run.out / name, start(run, a, split, micro_batch)
 
     def work():
-        loop = Reinforce(run, initial[0], folder, reward, a, split, micro_batch)
+        loop = loop_of(reward)(run, initial[0], folder, reward, a, split, micro_batch)
         policy = loop.train()
         policy.save(folder)
         facts = evaluate(run, folder, policy, a, a.n, split,

@@ -39,7 +39,7 @@ class GPTConfig:
     tied: bool = True              # the language-model head is the embedding
     head: str = "lm"  # "lm": logits over the vocabulary; "scalar": n_out numbers a position (a verifier)
     n_out: int = 1
-    target: str = "bce"            # what a verifier was trained for: one of verifier.TARGETS
+    target: str = "bce"            # what a verifier was trained for: one of targets.TARGETS
 
     def __post_init__(self):
         wrong = [f.name for f in dataclasses.fields(self) if not isinstance(getattr(self, f.name), f.type)]

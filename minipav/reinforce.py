@@ -90,10 +90,8 @@ class Reinforce:
                 lrs = c["lr_muon_verifier"] / 4, c["lr_adamw_verifier"] / 4
                 self.optimizers["verifier"] = make_optimizers(self.verifier, *lrs)
                 self.old = run.traces(f"{a.policy}_train")
-        if self.reward.values == "attention":
-            self.orm = run.model("orm")
-        if self.reward.values == "rollouts":
-            self.mu_policy = run.model(self.mu.policy)
+        self.orm = run.model("orm") if self.reward.values == "attention" else None
+        self.mu_policy = run.model(self.mu.policy) if self.reward.values == "rollouts" else None
         self.curve = torch.zeros(0, a.problems)  # accuracy on each problem, by evaluation
         self.state = {"iteration": 0, "tokens": 0, "seconds": 0.0, "running": 0.0}
         self.rows, self.facts = [], []
@@ -182,12 +180,15 @@ class Reinforce:
             (loss / n).backward()
             sums[:3] += torch.tensor([float(kl), float(entropy), count])
         parallel.add_up(sums)
-        cosine = (1 + math.cos(math.pi * i / a.iterations)) / 2
-        warmup = (i + 1) / max(1, a.warmup * a.iterations)
-        apply_step(self.policy, self.optimizers["policy"], min(warmup, cosine))
+        apply_step(self.policy, self.optimizers["policy"], self.rate(i))
         if learned:
             apply_step(self.value, self.optimizers["value"], 1.0)
         return sums
+
+    def rate(self, i):
+        """Of the policy's learning rate at iteration i: a linear warm-up, and a cosine to 0."""
+        cosine = (1 + math.cos(math.pi * i / self.a.iterations)) / 2
+        return min((i + 1) / max(1, self.a.warmup * self.a.iterations), cosine)
 
     def refresh(self, i, problems, traces):
         """One step of the verifier, on rollouts of the policy as it now is: these traces, and completions of
@@ -220,7 +221,7 @@ class Reinforce:
         path = self.folder / "bad_batch.safetensors"
         state = {"tokens": traces.tokens, "ends": traces.ends, "reward": traces.reward, "q_mu": q_mu}
         write_tensors(path, state)
-        parallel.barrier()              # it is on the disk before a process ends them all
+        parallel.barrier()              # it is on the disk before one ends them all
         raise Fail(f"{self.folder.name}: the loss is not finite at iteration {i}: its batch is in {path}, "
                    f"the state of iteration {self.rows[-1]['iteration']} in checkpoint.safetensors; "
                    "lower --lr or --alpha")

@@ -4,11 +4,13 @@ The tokens of step h all get that step's own return, by default Rex + alpha A^mu
 unbiased sample of Q^pi). A^mu is never summed along the trace: such a sum telescopes to the outcome minus a
 function of the state (pav_sum).
 """
+import importlib
 from dataclasses import dataclass, replace
 
 import torch
 from torch.nn.functional import pad as pad_right
 
+from minipav import parallel
 from minipav.advantage import advantage, effective_reward, q_best_of_k, rollout_from
 from minipav.attention import BETA, attention_share, uniform_share
 from minipav.prover import check_head
@@ -24,6 +26,7 @@ class Reward:
     uses: tuple = ()                # the flags of rl.py that it depends on, beside those of the loop
     baseline: bool = True           # False: the return is an advantage of pi itself and needs none
     known: bool = True              # known values (Rex at the end) take the place of Q^mu's there
+    loop: str = ""                  # a module whose Loop trains, in the place of REINFORCE
     scaled: bool = False  # 1 + alpha times outcome reward's gradient: to be held against it at so small a KL
 
 
@@ -53,7 +56,16 @@ REWARDS = {
     # relatives: what the group says of a trace's outcome; the outcome over the tokens, by attention, evenly
     "grpo": Reward(lambda rex, z, adv, alpha: z, "group", baseline=False, known=False),
     "abc": Reward(spread_out, "attention", known=False),
-    "uniform": Reward(spread_out, "evenly", known=False)}
+    "uniform": Reward(spread_out, "evenly", known=False),
+    # and what is no reward at all: training on what a tree search finds
+    "selftrain": Reward(None, "verifier", baseline=False, loop="minipav.selftrain"),
+    "dpo": Reward(None, "verifier", baseline=False, loop="minipav.dpo")}
+
+
+def loop_of(reward):
+    """The class that trains with this reward."""
+    name = REWARDS[reward].loop
+    return getattr(importlib.import_module(name or "minipav.reinforce"), "Loop" if name else "Reinforce")
 
 
 def larger(alpha, K):
@@ -151,6 +163,8 @@ def check_prover(reward, mu, a):
         raise Fail(f"--prover {a.prover}: only boK has exact values, or a verifier to --refresh; use boK")
     if values in ("verifier", "rollouts"):
         check_head(mu.policy, "scalar" if values == "verifier" else "lm")
+    if REWARDS[reward].loop and parallel.world() > 1:
+        raise Fail(f"--reward {reward}: in one process; start it without torchrun")
     if values == "group" and a.group < 2:
         raise Fail(f"--group {a.group}: {reward} compares traces of a problem; take 2 or more")
     if values == "rollouts" and a.n_mc < mu.K:

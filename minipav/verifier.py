@@ -13,23 +13,11 @@ import torch.nn.functional as F
 from minipav import parallel
 from minipav.checkpoint import NOT_KEPT
 from minipav.sampler import prefill
+from minipav.targets import TARGETS
 from minipav.traces import responses
 from minipav.utils import Fail, apply_step, backward, make_optimizers, schedule, tokens_per_forward
 
 EXACT_COUNT = 16                    # a label that is exact weighs as one from so many outcomes
-
-
-@dataclass
-class Target:
-    """What the head is trained to say."""
-    loss: object  # (outputs (K, n_out), labels q (K,), counts n (K,)) -> loss (K,) of each label
-    value: object                   # outputs (..., n_out) -> Q (...)
-    n_out: int = 1
-
-
-TARGETS = {"bce": Target(  # soft labels, cross-entropy (App. D)
-    loss=lambda out, q, n: F.binary_cross_entropy_with_logits(out[:, 0], q, reduction="none"),
-    value=lambda out: out[..., 0].sigmoid())}
 
 
 def target_of(model):
@@ -204,6 +192,7 @@ def train_verifier(init, train, held_out, *, steps, batch_size, lr_muon, lr_adam
     same = init.config.head == "scalar" and init.config.target == target
     model = copy.deepcopy(init) if same else init.as_verifier(target, TARGETS[target].n_out)
     del init
+    train = TARGETS[target].labels(train) if TARGETS[target].labels else train
     optimizers, generator = make_optimizers(model, lr_muon, lr_adamw), torch.Generator().manual_seed(seed)
     weights, order = label_weights(train, balance), torch.empty(0, dtype=torch.long)
     best_model = copy.deepcopy(model)

@@ -17,9 +17,10 @@ from minipav.search import METHODS
 from minipav.search.best_of_n import expected_best
 from minipav.search.measure import Bench, Cell
 from minipav.search.score import SCORES
+from minipav.targets import TARGETS
 from minipav.tasks import TASKS
 from minipav.utils import Fail
-from minipav.verifier import TARGETS, score, train_verifier
+from minipav.verifier import score, train_verifier
 
 FILES = {"task": '''
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ TASKS["chain"] = Chain
 ''', "target": '''
 import torch
 from torch.nn.functional import softplus
-from minipav.verifier import TARGETS, Target
+from minipav.targets import TARGETS, Target
 
 def minus_log_likelihood(out, q, n):
     """Of n outcomes, a share q of them right, whose chance is beta-distributed by the numbers of out."""

@@ -10,7 +10,7 @@ import rl
 from minipav import advantage, reinforce, rewards
 from minipav.advantage import rollout_from, seed_rollouts
 from minipav.reinforce import COLUMNS, Reinforce, policy_loss, value_loss
-from minipav.rewards import REWARDS, close, step_of_token
+from minipav.rewards import REWARDS, close, loop_of, step_of_token
 from minipav.run import Run
 from minipav.traces import Traces
 from minipav.utils import Fail
@@ -75,7 +75,8 @@ def weights(model):
 
 
 def trained(run, folder, reward="pav", micro_batch=0, **kw):
-    loop = Reinforce(run, run.model("base"), folder, reward, rl.Trial(**{**TRIAL, **kw}), "test", micro_batch)
+    trial = rl.Trial(**{**TRIAL, **kw})
+    loop = loop_of(reward)(run, run.model("base"), folder, reward, trial, "test", micro_batch)
     loop.train()
     return loop
 
@@ -175,7 +176,8 @@ def test_refresh_learns_what_the_present_policy_is_worth(smoke, tmp_path, monkey
     assert any(part is asked[0][2] for part in learned[0]) and not any(part is hot[0] for part in learned[0])
 
 
-@pytest.mark.parametrize("how", [{}, dict(reward="pav_rollout"), dict(reward="vine"), dict(refresh=1)])
+@pytest.mark.parametrize("how", [{}, dict(reward="pav_rollout"), dict(reward="vine"), dict(refresh=1),
+                                 dict(reward="selftrain"), dict(reward="dpo")])
 def test_the_log_counts_the_tokens_that_were_sampled(smoke, tmp_path, monkeypatch, how):
     """Of the traces, of the completions that give Q^mu, and of those that the verifier is refreshed with; not
     those of the evaluation."""

@@ -6,12 +6,13 @@ import pytest
 import torch
 from conftest import WalkPolicy, make_traces, tiny
 
-from minipav import rewards
+from minipav import dpo, rewards
 from minipav.attention import attention_share, last_attention, uniform_share
 from minipav.prover import Prover
 from minipav.rewards import REWARDS, VALUES, check_prover
 from minipav.search import METHODS
 from minipav.search.score import SCORES, Search
+from minipav.targets import TARGETS, in_support_max, smoothed
 from minipav.tasks import make_task
 from minipav.tokenizer import synthetic_encoding
 from minipav.traces import Env
@@ -169,3 +170,88 @@ def test_with_exact_values_a_larger_budget_finds_more(method):
     assert (many.right <= many.solved).all() and (few.tokens <= 3 * 5 * 4).all()
     alone = METHODS[method](s, problems[:7], [8], 0)[0]         # a problem's search is its own
     assert torch.equal(alone.right, more.right[:7]) and torch.equal(alone.tokens, more.tokens[:7])
+
+
+# ---- training from a search
+
+def test_dpos_gradient_is_that_of_the_formula():
+    """On a tabular policy; with confidence 1 (the worst was never visited again) it is plain DPO."""
+    g = torch.Generator().manual_seed(0)
+    theta, ref = torch.randn(2, 3, 4, generator=g, dtype=torch.double)          # 3 states, 4 actions
+    best, worst, beta = torch.tensor([0, 2, 1]), torch.tensor([3, 1, 0]), dpo.BETA
+    for n_best, n_worst in ((5.0, 0.0), (5.0, 2.0), (1.0, 7.0)):
+        logits, row = theta.clone().requires_grad_(), torch.arange(3)
+        ratio = logits.log_softmax(1) - ref.log_softmax(1)
+        h = ratio[row, best] - ratio[row, worst]
+        loss = dpo.cdpo(h, torch.full((3,), n_best), torch.full((3,), n_worst))
+        loss.sum().backward()
+        e = min(1 - 1 / (1 + n_worst / max(1, n_best)), 0.5)
+        h = h.detach()
+        pull = -beta * ((1 - e) * (-beta * h).sigmoid() - e * (beta * h).sigmoid())     # d loss / d h
+        want = torch.zeros(3, 4, dtype=torch.double)
+        want[row, best], want[row, worst] = pull, -pull         # the log-sum-exp of a state cancels in h
+        assert torch.allclose(logits.grad, want)
+        if n_worst == 0:
+            assert torch.allclose(loss, -(beta * h).sigmoid().log())
+
+
+def test_the_log_probability_of_a_step_is_that_of_its_tokens():
+    model, tokens = tiny(), torch.randint(4, 29, (3, 9))
+    start, lengths = torch.tensor([1, 4, 6]), torch.tensor([3, 9, 7])
+    logp = model(tokens).log_softmax(-1)
+    want = [sum(logp[i, t - 1, tokens[i, t]] for t in range(start[i], lengths[i])) for i in range(3)]
+    assert torch.allclose(dpo.step_logp(model, tokens, start, lengths), torch.stack(want), atol=1e-4)
+
+
+def test_pairs_are_the_best_and_the_worst_sibling():
+    children = torch.full((7, 3), -1)
+    children[0], children[1, :1], children[2, :2] = torch.tensor([1, 2, 3]), 4, torch.tensor([5, 6])
+    V = torch.tensor([0, 0.4, 0.1, 0.9, 0.5, 0.2, 0.2])         # 5 and 6 are equal, 4 is alone
+    assert [x.tolist() for x in dpo.pairs(V, children)] == [[3], [2]]
+
+
+# ---- verifier targets
+
+def test_smoothing_is_the_mean_of_the_posterior():
+    """Behind a uniform prior, by quadrature; an exact label stays."""
+    t = make_traces(torch.zeros(1, 4).long(), torch.tensor([4]), torch.tensor([[0, 1, 2, 3]]),
+                    q=torch.tensor([[0.25, 1.0, 0.0, 1.0]]), n=torch.tensor([[4, 3, 1, 1]]),
+                    exact=torch.tensor([[False, False, False, True]]))
+    p = (torch.arange(100000, dtype=torch.double) + 0.5) / 100000
+    got = smoothed(t).q[0]
+    for i, (c, n) in enumerate(((1, 4), (3, 3), (0, 1))):
+        density = p ** c * (1 - p) ** (n - c)
+        assert got[i] == pytest.approx(float((p * density).sum() / density.sum()), abs=1e-5)
+    assert got[3] == 1
+
+
+def test_the_backup_is_the_maximum_over_logged_actions():
+    """Against dynamic programming on the tree of random short traces of two problems."""
+    g = torch.Generator().manual_seed(0)
+    tokens = torch.randint(1, 3, (40, 5), generator=g)
+    problem, reward = torch.randint(0, 2, (40,), generator=g), (torch.rand(40, generator=g) < 0.2).float()
+    t = make_traces(tokens, torch.full((40,), 5), torch.arange(5).expand(40, -1), problem=problem,
+                    reward=reward)
+    ends = {}                       # of a whole trace: what was logged, at best
+    for p, row, r in zip(problem.tolist(), tokens.tolist(), reward.tolist()):
+        ends[p, *row] = max(r, ends.get((p, *row), 0))
+
+    def value(node):
+        if len(node) == 6:
+            return ends[node]
+        return max(value((*node, a)) for a in (1, 2) if any(e[:len(node) + 1] == (*node, a) for e in ends))
+    got = in_support_max(t).q
+    for p, row, q in zip(problem.tolist(), tokens.tolist(), got.tolist()):
+        assert q == [value((p, *row[:k + 1])) for k in range(5)]
+    assert 0 < got.mean() < 1
+
+
+def test_dres_mean_is_cross_entropys_at_equal_variance():
+    """Both are least where the prediction is the mean of the labels."""
+    q, n = torch.tensor([0.0, 1.0, 1.0, 0.4]), torch.ones(4)
+    m = torch.linspace(-3, 3, 6001)[:, None].expand(-1, 4)
+    same = torch.stack([m, torch.full_like(m, -1.0)], -1)       # (predictions, labels, 2)
+    losses = [TARGETS[name].loss(same.reshape(-1, 2), q.repeat(6001), n.repeat(6001)).view(6001, 4).sum(1)
+              for name in ("bce", "dre")]
+    best = [float(TARGETS["dre"].value(same[x.argmin(), 0])) for x in losses]
+    assert best == pytest.approx([0.6, 0.6], abs=1e-3)

@@ -8,6 +8,7 @@ from conftest import SMALL, fails, run_main
 
 import rl
 from minipav.paper import experiments
+from minipav.reinforce import Reinforce
 from minipav.run import Run
 from minipav.sft import rft, sft_loss
 from minipav.utils import Fail
@@ -164,14 +165,14 @@ def test_a_stopped_training_goes_on_and_ends_as_an_uninterrupted_one(searched, t
     shutil.copytree(searched, out, ignore=shutil.ignore_patterns("rl"))
     flags = (*SMALL, "--no_rft", "--reward", "outcome", "--seed", 3, "--out", tmp_path / "out")
     run_main(rl, "--run", searched, *flags)
-    iterate, begun = rl.Reinforce.iterate, []
+    iterate, begun = Reinforce.iterate, []
 
     def killed(self, i):
         begun.append(i)
         if len(begun) == 4:
             raise KeyboardInterrupt
         return iterate(self, i)
-    monkeypatch.setattr(rl.Reinforce, "iterate", killed)
+    monkeypatch.setattr(Reinforce, "iterate", killed)
     with pytest.raises(KeyboardInterrupt):
         run_main(rl, "--run", out, *flags)
     assert [p.name for p in out.glob("rl/outcome-*/checkpoint*")] == ["checkpoint.safetensors"]

@@ -42,18 +42,25 @@ class Recipe:
     traces: int = 0                 # of the data; 0: all
     data: str = "base"              # traces of the run, or "paper": fresh ones by that recipe
     seed: int = 0
+    target: str = "bce"             # what it learns (targets.py)
 
     @property
     def name(self):
         parts = [self.init, str(self.steps or ""), f"{self.traces}traces" * bool(self.traces),
-                 self.data * (self.data != "base"), f"seed{self.seed}" * bool(self.seed)]
+                 self.data * (self.data != "base"), f"seed{self.seed}" * bool(self.seed),
+                 self.target * (self.target != "bce")]
         return "-".join(filter(None, parts))
+
+    @property
+    def spec(self):
+        return {k: x for k, x in asdict(self).items() if (k, x) != ("target", "bce")}
 
 
 VERIFIERS = [Recipe("q_pi"), *(Recipe("base", s) for s in (10, 30, 60, 120, 250)),
              Recipe("base", 120, seed=1), Recipe("base", 150, 1000), Recipe("base", 150, 3000),
              Recipe("base", 250, data="paper"), Recipe("strong", 60), Recipe("strong", 250),
              Recipe("scratch", 600), Recipe("nano", 500)]
+RELATIVES = [Recipe("base", 250, target=target) for target in ("seer", "in_support", "dre")]
 
 
 def tried(a, quotas):
@@ -107,7 +114,7 @@ def verifier(run, recipe):
     model, report = train_verifier(
         init, data_of(run, recipe), run.traces("base_validation"), steps=recipe.steps,
         batch_size=c["batch_size"], lr_muon=c["lr_muon_verifier"], lr_adamw=c["lr_adamw_verifier"], seed=seed,
-        log=run.logger(recipe.name, recipe.steps))
+        target=recipe.target, log=run.logger(recipe.name, recipe.steps))
     return model, report.auc
 
 
@@ -157,7 +164,8 @@ class Flags:
     quotas: list = flag(["none", "parent"], "beside one of states, of a task that has them",
                         choices=["none", "parent"])
     noise: bool = flag(False, "also search by exact values with errors put in (noise.py)")
-    verifiers: list = flag([r.name for r in VERIFIERS], "which", choices=[r.name for r in VERIFIERS])
+    verifiers: list = flag([r.name for r in VERIFIERS], "which",
+                           choices=[r.name for r in VERIFIERS + RELATIVES])
     device: str = flag("auto", "where it runs", choices=("auto", "cpu", "cuda", "mps"))
 
 
@@ -173,11 +181,11 @@ def main():
         raise Fail(f"--quotas {' '.join(a.quotas)}: add none, which the others are held against")
     out = a.out or a.run[0] / "mechanism"
     make_folder(out)
-    recipes, runs = [r for r in VERIFIERS if r.name in a.verifiers], []
+    recipes, runs = [r for r in VERIFIERS + RELATIVES if r.name in a.verifiers], []
     for run in open_runs(a.run, device):
         made, fixed = {}, {"width": a.width, "problems": a.problems, "validation": a.validation, "K": a.K}
         for recipe in recipes:
-            name, spec = recipe.name, asdict(recipe)
+            name, spec = recipe.name, recipe.spec
             made[name] = run.stage(f"mechanism-{name}", partial(train, run, recipe), spec)
             wide = {f"{name}-w{a.width}": a.quotas}
             if run.task.state:

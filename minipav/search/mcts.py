@@ -54,7 +54,7 @@ def iterate(tree, budgets, puct, quality):
             done = tree.ended[:tree.size].bool() & (tree.path[:tree.size, -1] >= STOP)
             active[tree.owner[:tree.size][done]] = False
             spent += BRANCH + ROLL
-        yield
+        yield V, visits, children
 
 
 def worth(tree, nodes, V):
