@@ -14,6 +14,7 @@ minipav/reinforce.py, the rewards in minipav/rewards.py, the sweep in minipav/pa
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from minipav import parallel
 from minipav.files import make_folder, write_csv
 from minipav.flags import few, flag, parse
 from minipav.paper.experiments import GRID, SWEEPS
@@ -77,6 +78,7 @@ class Trial:
 def unused(reward):
     """The flags that a training with this reward does not depend on."""
     special = {"alpha", "prover", "n_mc", "refresh", "trust_verifier"} - set(REWARDS[reward].uses)
+    special |= {"kl", "value_lr", "value_lr_muon"} if REWARDS[reward].loop else set()
     return special | (set() if REWARDS[reward].baseline else {"baseline"})
 
 
@@ -155,7 +157,8 @@ def train(run, reward, a, split, micro_batch):
 
 def trials(a, trial):
     """(reward, Trial) of everything that this call trains."""
-    rewards = list(REWARDS) if a.all else a.reward
+    alone = [r for r in REWARDS if REWARDS[r].loop] if parallel.world() > 1 else []     # in one process only
+    rewards = [r for r in REWARDS if r not in alone] if a.all else a.reward
     if a.tune:
         return [(r, replace(trial, **{a.tune: x})) for r in rewards for x in GRID[a.tune]]
     out = [(r, trial) for r in rewards] + [(r, replace(trial, **changes)) for r, changes in SWEEPS * a.sweep]

@@ -97,11 +97,12 @@ def measure(run, a, wanted):
             tables += [("tune", t) for t in found]
     facts = {"chosen": chosen}
     if a.predict:
-        beams = Cell("beam", "q_pi", (a.tuned_at,), split="validation", problems=a.validation)
+        beams = Cell("beam", "q_pi", (a.tuned_at,), a.policy, spread=a.spread, verifier=a.verifier or "",
+                     split="validation", problems=a.validation, seed=a.seeds[0])
         facts["prediction"] = predict(bench, beams, [path for _, path in tables])
     for cell in wanted:
         alpha = bench.run.config["alpha"] if a.alpha is None else a.alpha
-        how = chosen.get(known_as(cell), [(alpha, "none")])
+        how = chosen.get(known_as(cell), chosen.get(cell.score, [(alpha, "none")]))
         for group, (alpha, quota) in zip(("main", "tuned")[:1 + (cell.method == "beam")], how):
             tables.append((group, bench.measure(replace(cell, prover=mu, alpha=alpha, quota=quota))))
     if a.all:
@@ -137,8 +138,8 @@ def main():
     if a.verifier and a.policy != "base":
         raise Fail(f"--verifier {a.verifier}: stands in for the base policy's; leave --policy out")
     runs = open_runs(a.run, pick_device(a.device), a.dtype)
-    if a.show and parallel.world() > 1:
-        raise Fail("--show: in one process; start it without torchrun")
+    if (a.show or a.predict) and parallel.world() > 1:
+        raise Fail(f"--{'show' if a.show else 'predict'}: in one process; start it without torchrun")
     if a.show:
         for run in runs:
             mu, alpha = a.prover or f"bo{run.config['K']}", 0.2 if a.alpha is None else a.alpha

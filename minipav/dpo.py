@@ -2,7 +2,7 @@
 one with the highest value and the one with the lowest are a pair for conservative DPO,
 
     -(1 - e) log sigma(beta h) - e log sigma(-beta h),    h = log pi/ref(best) - log pi/ref(worst),
-    e = min(1 - conf, .5),  conf = 1 / (1 + N_worst / max(1, N_best)),  N visits.
+    e = min(1 - conf, .5),  conf = 1 / (1 + N_worst / max(1, N_best)),  N visits after the expansion.
 
 Among children of one parent the order by Q is that by A^mu under any best-of-K of pi. There a model judges
 its own steps, here the verifier does; there the search is 64 iterations by PUCT, here that of selftrain.py.
@@ -10,7 +10,7 @@ its own steps, here the verifier does; there the search is 64 iterations by PUCT
 import torch
 import torch.nn.functional as F
 
-from minipav.precision import mixed
+from minipav.precision import in_chunks, mixed
 from minipav.selftrain import TreeLoop
 from minipav.utils import apply_step, micro_batches
 
@@ -22,9 +22,12 @@ def step_logp(model, tokens, start, lengths):
     """(N,): log-probability of the tokens from `start` (N,) on of each row."""
     t = torch.arange(1, tokens.shape[1], device=tokens.device)
     row, col = at = ((t >= start[:, None]) & (t < lengths[:, None])).nonzero(as_tuple=True)
-    logp = model.head(model.trunk(tokens[:, :-1], at=at)).float().log_softmax(-1)
-    return torch.zeros(len(tokens), device=tokens.device).index_add(
-        0, row, logp.gather(1, tokens[row, col + 1][:, None])[:, 0])
+
+    def sums(hidden, token, row):
+        chosen = model.head(hidden).float().log_softmax(-1).gather(1, token[:, None])[:, 0]
+        return [torch.zeros(len(tokens), device=tokens.device).index_add(0, row, chosen)]
+    hidden = model.trunk(tokens[:, :-1], at=at)
+    return in_chunks(sums, model.config.vocab_size, hidden, tokens[row, col + 1], row)[0]
 
 
 def cdpo(h, n_best, n_worst):
@@ -56,7 +59,8 @@ class Loop(TreeLoop):
                 ref = step_logp(self.ref, *args)
             ratio = step_logp(self.policy, *args) - ref
             h = ratio[:len(both) // 2] - ratio[len(both) // 2:]
-            (cdpo(h, visits[best[rows]], visits[worst[rows]]).sum() / len(best)).backward()
+            loss = cdpo(h, visits[best[rows]] - 1, visits[worst[rows]] - 1)
+            (loss.sum() / len(best)).backward()
         if len(best):
             apply_step(self.policy, self.optimizers["policy"], self.rate(i))
         return facts

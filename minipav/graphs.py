@@ -7,6 +7,12 @@ import torch
 LAST = []                           # the graph recorded last, whose memory the next one takes over
 
 
+def forget():
+    """Give back the memory of the last graph."""
+    LAST.clear()
+    torch.cuda.empty_cache()
+
+
 def wanted(device):
     return device.type == "cuda"
 

@@ -63,7 +63,7 @@ class Run:
             old, new = ({k: v for k, v in x.items() if k != "dials"} | x["dials"] for x in (old, new))
             config["data_crc"] = old.get("data_crc", 0)
             for k, v in new.items():
-                if old.get(k) != v:
+                if old.get(k) != v and k != "max_tokens_in_flight":     # which changes no sample
                     raise Fail(f"--{k} is {v}, but the run in {out} was started with {old.get(k)}: repeat "
                                "its flags to resume it, or choose another --out")
         elif config.get("init"):

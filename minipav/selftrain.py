@@ -24,7 +24,12 @@ ROUNDS = 2
 
 class TreeLoop(Reinforce):
     """A training whose iterations begin with a tree search (mcts.py, by Q^pi) in the place of samples: of
-    batch / group problems, as many steps of each as a beam of width `group` samples."""
+    batch / group problems, as many steps of each as a beam of width `group` samples. There is no value
+    network."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        del self.value, self.optimizers["value"]
 
     @torch.no_grad()
     def search(self, i, policy):
@@ -75,9 +80,12 @@ class Loop(TreeLoop):
             backward(sft_loss, self.policy, batch, lengths, (lengths - prompts).sum(), self.micro_batch)
             apply_step(self.policy, self.optimizers["policy"], self.rate(i))
         known = (tree.ended.bool() | (children >= 0).any(1)).nonzero()[:, 0]
+        generator = torch.Generator().manual_seed(self.run.seed("rl nodes", self.a.seed, i))
+        known = known[torch.randperm(len(known), generator=generator)[:self.a.batch]]
         q = torch.where(tree.ended[known].bool(), outcome[known], V[known]).cpu()[:, None]
         lengths, ones = tree.lengths[known].cpu(), torch.ones(q.shape)
         batch = tree.tokens[known].cpu(), lengths[:, None] - 1, q, ones.long(), ones
-        backward(verifier_loss, self.verifier, batch, lengths, len(known), self.micro_batch)
-        apply_step(self.verifier, self.optimizers["verifier"], 1.0)
+        if len(known):
+            backward(verifier_loss, self.verifier, batch, lengths, len(known), self.micro_batch)
+            apply_step(self.verifier, self.optimizers["verifier"], 1.0)
         return facts

@@ -140,7 +140,8 @@ def backward(loss, model, batch, lengths, total, micro_batch=0):
 def micro_batches(n, size=0):
     """Slices of at most `size` (0: no limit) of this process's share of n rows."""
     mine = parallel.share(n)
-    return [slice(i, min(mine.stop, i + (size or n))) for i in range(mine.start, mine.stop, size or n)]
+    size = size or max(1, n)
+    return [slice(i, min(mine.stop, i + size)) for i in range(mine.start, mine.stop, size)]
 
 
 def apply_step(model, optimizers, factor):

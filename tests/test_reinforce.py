@@ -130,20 +130,22 @@ def test_micro_batches_change_nothing(smoke, tmp_path, monkeypatch, baseline):
             assert whole.norm() > 1e-3 and (part - whole).norm() < 1e-5 * whole.norm()
 
 
-@pytest.mark.parametrize("how", [dict(refresh=2), dict(reward="outcome", baseline="mean")])
+@pytest.mark.parametrize("how", [dict(refresh=2), dict(reward="outcome", baseline="mean"),
+                                 dict(reward="selftrain"), dict(reward="dpo")])
 def test_resumed_equals_uninterrupted(smoke, tmp_path, monkeypatch, how):
     """Killed at every iteration; with a verifier that is trained on, and with a running mean."""
     whole = trained(smoke, tmp_path / "whole", **how)
-    iterate = Reinforce.iterate
+    Loop = loop_of(how.get("reward", "pav"))
+    iterate = Loop.iterate
     for at in range(4):
         def killed(self, i, at=at):
             if i == at:
                 raise KeyboardInterrupt
             return iterate(self, i)
-        monkeypatch.setattr(Reinforce, "iterate", killed)
+        monkeypatch.setattr(Loop, "iterate", killed)
         with pytest.raises(KeyboardInterrupt):
             trained(smoke, tmp_path / str(at), **how)
-        monkeypatch.setattr(Reinforce, "iterate", iterate)
+        monkeypatch.setattr(Loop, "iterate", iterate)
         again = trained(smoke, tmp_path / str(at), **how)
         assert torch.equal(weights(again.policy), weights(whole.policy))
         assert torch.equal(again.curve, whole.curve)
@@ -176,8 +178,7 @@ def test_refresh_learns_what_the_present_policy_is_worth(smoke, tmp_path, monkey
     assert any(part is asked[0][2] for part in learned[0]) and not any(part is hot[0] for part in learned[0])
 
 
-@pytest.mark.parametrize("how", [{}, dict(reward="pav_rollout"), dict(reward="vine"), dict(refresh=1),
-                                 dict(reward="selftrain"), dict(reward="dpo")])
+@pytest.mark.parametrize("how", [{}, dict(reward="pav_rollout"), dict(reward="vine"), dict(refresh=1)])
 def test_the_log_counts_the_tokens_that_were_sampled(smoke, tmp_path, monkeypatch, how):
     """Of the traces, of the completions that give Q^mu, and of those that the verifier is refreshed with; not
     those of the evaluation."""

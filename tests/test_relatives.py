@@ -1,5 +1,6 @@
 """The relatives of PAV (docs/relatives.md): each against the formula that it is named after."""
 import importlib
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -89,9 +90,10 @@ def hand_made(**fields):
 
 @pytest.mark.parametrize("puct", [False, True])
 def test_the_choice_is_that_of_the_formula(puct):
-    tree, children, V, visits = hand_made(logprob=torch.log(torch.tensor([1, 0.2, 0.7, 0.5, 0.4])))
+    lengths, logprob = torch.tensor([3, 5, 4, 9, 6]), torch.tensor([1., 0.2, 0.7, 0.5, 0.4]).log()
+    tree, children, V, visits = hand_made(logprob=logprob, lengths=lengths)
     samples, closed = torch.tensor([9.0, 9, 0, 0, 0]), torch.zeros(9).bool()
-    p = tree.logprob.exp() ** 1.25
+    p = (logprob / torch.tensor([1, 2, 1, 4, 1]) ** 1.25).exp()                 # over the tokens of each step
 
     def value(i):
         parent = visits[tree.parent[i]]
@@ -127,11 +129,13 @@ def test_the_back_up_is_the_visit_weighted_mean():
 
 
 def test_the_quality_value_is_that_of_the_formula():
-    tree, _, V, _ = hand_made(depth=torch.tensor([0, 1, 1, 2, 2]),
+    """Built from the parent's own, whatever a back-up has made of it."""
+    tree, _, V, _ = hand_made(depth=torch.tensor([0, 1, 1, 2, 2]), score=torch.tensor([0, 0.5, 0, 0, 0]),
                               path=torch.tensor([[.1], [.6], [.2], [.9], [0.]]))
-    got = mcts.worth(tree, torch.tensor([3, 4]), V)             # v = .5, two steps left: w = .5 / 3 (2 q - 1)
+    got = mcts.value(tree, torch.tensor([3, 4]), True)          # v = .5, two steps left: w = .5 / 3 (2 q - 1)
     assert got.tolist() == pytest.approx([0.5 + 0.5 / 3 * 0.8, 0.5 - 0.5 / 3])
-    assert mcts.worth(tree, torch.tensor([4]), torch.tensor([0, 0.1, 0])).tolist() == [0]       # .1 - .3
+    assert mcts.value(tree, torch.tensor([2]), True).tolist() == [0] and tree.score[2] == 0     # 0 - .6 / 4
+    assert mcts.value(tree, torch.tensor([1]), False).tolist() == [0.5]
 
 
 def test_backtracking_leaves_a_bad_first_step():
@@ -255,3 +259,7 @@ def test_dres_mean_is_cross_entropys_at_equal_variance():
               for name in ("bce", "dre")]
     best = [float(TARGETS["dre"].value(same[x.argmin(), 0])) for x in losses]
     assert best == pytest.approx([0.6, 0.6], abs=1e-3)
+    v = torch.nn.functional.softplus(torch.tensor(-1.0)) + 1e-3
+    nll = -torch.distributions.Normal(0.5, v.sqrt()).log_prob(torch.tensor(1.0)) - math.log(2 * math.pi) / 2
+    got = TARGETS["dre"].loss(torch.tensor([[0.0, -1.0]]), q[1:2], n[1:2])
+    assert got == pytest.approx(float(nll + 0.1 * v))

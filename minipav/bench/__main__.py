@@ -24,7 +24,7 @@ from minipav.files import make_folder, write_csv, write_json
 from minipav.flags import flag, parse
 from minipav.precision import pick_dtype
 from minipav.run import commit, hardware
-from minipav.utils import main_guard, pick_device, tune_process
+from minipav.utils import Fail, main_guard, pick_device, tune_process
 
 
 @dataclass
@@ -60,6 +60,8 @@ def report(size, case, t, rate, copied, a):
 def main():
     a = parse(Flags, __doc__)
     tune_process()
+    if a.rows and a.against:
+        raise Fail("--rows: times rollouts alone; leave --against out")
     a.device = pick_device(a.device)
     a.dtype = pick_dtype(a.dtype, a.device)
     make_folder(a.out)
@@ -70,7 +72,7 @@ def main():
                        "hardware": hardware(a.device), "dtype": a.dtype}
     for size, samples in itertools.product(a.sizes, a.rows or [None]):
         case, (rate, copied) = Case(size, a, samples), rates(a.device, dtype, a.rounds)
-        size += f" x {samples}" if samples else ""
+        size += f" x {case.B * case.n}" if samples else ""
         print(f"{size}: products {rate / 1e9:.0f} GFLOP/s, copies {copied / 1e9:.0f} GB/s")
         t = seconds(case.functions, a.rounds, a.device)
         for name in t:

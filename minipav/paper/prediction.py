@@ -74,7 +74,7 @@ def predict(bench, cell, tables):
         first = {path: read_csv(path, COLUMNS)[0] for path in tables}
         right = {float(r["alpha"]): rights(path) for path, r in first.items()
                  if (r["method"], r["score"], r["quota"]) == ("beam", "effective", "none")}
-        gains = {alpha: 100 * (x - right[0]) for alpha, x in right.items() if alpha}
+        gains = {alpha: 100 * (x - right[0]) for alpha, x in right.items() if alpha and 0 in right}
         return {"prediction": describe_beam(bench, cell) | {"points": {
             f"alpha = {alpha:g}": (round(x.mean(), 2), round(x.std(ddof=1) / len(x) ** 0.5, 2))
             for alpha, x in gains.items()}}}

@@ -8,7 +8,7 @@ from minipav.paper.figures import line, rl_figures
 from minipav.paper.report import drawer, finish, judged, keep, provenance, stage
 from minipav.paper.statistics import Curve, bootstrap, interval, pass_at_n, read_table, spread
 from minipav.prover import Prover
-from minipav.rewards import larger
+from minipav.rewards import REWARDS, larger
 
 ROWS = ["iteration", "problem", "n", "right", "greedy"]
 
@@ -115,8 +115,9 @@ class Trained:
         training starts from (SFT, the stronger policy) is not in it; of the time of all rollouts the share is
         that of the tokens."""
         f, out, names = self.spec(n), [], set()
-        if "prover" in f and "refresh" in f:                    # a verifier; each starts from Q^pi
-            names = {"base", f["prover"] if f["prover"] in ("weak", "strong") else f["policy"]}
+        if REWARDS[f["reward"]].values in ("verifier", "attention"):            # each starts from Q^pi
+            prover = f.get("prover", "")
+            names = {"base", prover if prover in ("weak", "strong") else f["policy"]}
         for run in self.runs:
             rollouts, q_from = stage(run, "rollouts"), read_json(run / "config.json", q_from=str)["q_from"]
             tokens = rollouts["tokens"]

@@ -3,8 +3,8 @@ positive, else sample again; if C were sampled and none was, take the best neutr
 back to the parent.
 
 There a model says positive, neutral or negative. Ours, for any score: positive is a step that does not lose
-(its score is not below that of a step that changes no value), neutral one that keeps half; the last step of a
-trace must bring it to Q^pi = .9 to be positive, and then the search ends.
+(its score is not below that of a step that changes no value), neutral one that loses no more than half of it;
+a last step is positive if it brings the trace to Q^pi = .9, and then the search ends.
 """
 import torch
 
@@ -35,8 +35,8 @@ def move(tree, here, active, child, tries, neutral, C):
     """Where each problem goes from the node `here` (P,) after the step `child` (P,), -1: none was sampled."""
     there = active & (child >= 0)
     score, still, ended = tree.score[child], tree.still[child], tree.ended[child].bool()
-    positive = there & (score >= still) & (~ended | (tree.path[child, -1] >= STOP))
-    fair = there & ~positive & ~ended & (score >= still / 2)
+    positive = there & torch.where(ended, tree.path[child, -1] >= STOP, score >= still)
+    fair = there & ~positive & ~ended & (score >= still - still.abs() / 2)
     better = fair & ((neutral[here] < 0) | (score > tree.score[neutral[here]]))
     neutral[here[better]] = child[better]
     on, failed = positive & ~ended, active & ~positive

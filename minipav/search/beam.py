@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch.nn.functional import pad as pad_right
 
-from minipav import parallel
+from minipav import graphs, parallel
 from minipav.advantage import q_best_of_k
 from minipav.sampler import decode, prefill
 from minipav.search.score import Result, Step
@@ -84,8 +84,7 @@ def search_all(s, problems, width, seed):
     # the live caches of policy and verifiers, each twice while a level's survivors are copied
     models = 1 + (s.verifier is not None) + (s.mu_verifier is not None)
     row = 2 * models * (slots + s.C * task.max_step_tokens)
-    if device.type == "cuda":       # rows are seldom so long, and if they are, it is told
-        row //= 4
+    row //= 4 if device.type == "cuda" else 1           # rows are seldom so long; if they are, it is told
     batch = max(1, s.env.sampling.get("max_tokens_in_flight", 1 << 18) // (width * row))
     r = Result(*torch.zeros(4, P), [""] * P, torch.full((P,), -1.0))
     mine = parallel.share(P)
@@ -96,10 +95,11 @@ def search_all(s, problems, width, seed):
             finished, r.tokens[at], r.verifier_tokens[at] = search_batch(
                 s, problems[at], prompts[at].to(device), lengths[at].to(device), slots, width, seed, end)
         except torch.OutOfMemoryError:
-            if batch == 1:
+            if at.stop - at.start == 1:
                 raise
-            batch //= 2
+            batch = (at.stop - at.start) // 2
             del (s.log or [])[logged:]
+            graphs.forget()
             continue
         i, end, logged = end, at.stop, len(s.log or ())
         if len(finished.owner) == 0:

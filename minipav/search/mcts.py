@@ -2,7 +2,7 @@
 expand three steps, roll forward greedily from the best, back up.
 
     select     V + .7 sqrt(2 ln N_parent / N); PUCT (MCTS-DPO, arXiv 2405.00451): V + c p sqrt(N_parent) /
-               (1 + N), p the step's likelihood a token, to the power 1.25
+               (1 + N), log p the step's log-probability over its tokens to the power 1.25
     roll       three single steps behind the best new child; half of its value is the best value on the way
     back up    a node's value is the mean of its children's, weighted by visits
     stop       at a finished trace with a value of .9
@@ -26,28 +26,28 @@ PATIENCE = 12                       # samples behind a node that leads nowhere
 
 
 def mcts(s, problems, widths, seed, puct=False, quality=False):
-    """-> a Result for each width: w * C * H steps sampled a problem at most."""
+    """-> a Result for each width: w * C * H steps sampled a problem, or up to 5 more."""
     work = partial(iterate, puct=puct, quality=quality)
     return search_trees(s, problems, widths, seed, f"MCTS, {s.score.label}", work, BRANCH + ROLL)
 
 
 def iterate(tree, budgets, puct, quality):
     N, device = len(tree.owner), tree.device
-    V, visits, samples = tree.score.clone(), torch.ones(N, device=device), torch.zeros(N, device=device)
-    closed = tree.ended.bool()
-    children = torch.full((N, WIDEST + BRANCH), -1, device=device)
-    active, spent = torch.ones(len(tree.problems), dtype=torch.bool, device=device), 0
     if quality:
-        V.zero_()
+        tree.score.zero_()
+    V, visits, samples = tree.score.clone(), torch.ones(N, device=device), torch.zeros(N, device=device)
+    children, closed = torch.full((N, WIDEST + BRANCH), -1, device=device), tree.ended.bool()
+    active, spent = torch.ones(len(tree.problems), dtype=torch.bool, device=device), 0
     for budget in budgets:
         while spent < budget and active.any():
             leaf = select(tree, active.nonzero()[:, 0], V, visits, children, samples, closed, puct)
             new = tree.grow(leaf, BRANCH)
             samples[leaf] += BRANCH
-            V[new] = worth(tree, new, V) if quality else tree.score[new]
+            V[new] = value(tree, new, quality)
             new = new[~known(tree, new, children)]
-            count = (children >= 0).sum(1)[tree.parent[new]]
-            children[tree.parent[new], count + places(tree.owner[new])] = new
+            column = (children[tree.parent[new]] >= 0).sum(1) + places(tree.owner[new])
+            new, column = new[column < children.shape[1]], column[column < children.shape[1]]
+            children[tree.parent[new], column] = new
             closed[new] = tree.ended[new].bool()
             roll(tree, new, V, quality)
             back_up(tree, leaf, V, visits, children)
@@ -57,10 +57,13 @@ def iterate(tree, budgets, puct, quality):
         yield V, visits, children
 
 
-def worth(tree, nodes, V):
-    """The quality value, max(v + (1 - v) / (m + 1) (1 - 2 r), 0) behind v; r = 1 - Q^pi, m steps are left."""
-    before, left = V[tree.parent[nodes]], tree.H - tree.depth[nodes]
-    return (before + (1 - before) / (left + 1) * (2 * tree.path[nodes, -1] - 1)).clamp(min=0)
+def value(tree, nodes, quality):
+    """Of new nodes: their score, in the place of which comes, if asked, the quality value max(v + (1 - v) /
+    (m + 1) (1 - 2 r), 0): v is the parent's, r = 1 - Q^pi, m steps are left."""
+    if quality:
+        v, left = tree.score[tree.parent[nodes]], tree.H - tree.depth[nodes]
+        tree.score[nodes] = (v + (1 - v) / (left + 1) * (2 * tree.path[nodes, -1] - 1)).clamp(min=0)
+    return tree.score[nodes]
 
 
 def known(tree, new, children):
@@ -70,9 +73,8 @@ def known(tree, new, children):
 
 
 def select(tree, roots, V, visits, children, samples, closed, puct):
-    """From these roots down to nodes to expand: those with fewer samples behind them than the root of their
-    visits. A node is closed if PATIENCE samples have left it no child that could go on; the way then begins
-    anew."""
+    """From these roots down to nodes to expand: with fewer samples behind them than the root of their visits.
+    A node that PATIENCE samples have left no child to go on with is closed, and the way begins anew."""
     node, P = roots.clone(), len(tree.problems)
     while True:
         kids = children[node]                                                   # -1: none
@@ -87,7 +89,9 @@ def select(tree, roots, V, visits, children, samples, closed, puct):
             return node
         n, parent = visits[kids], visits[node, None]
         if puct:
-            bonus = C_PUCT * (tree.logprob[kids] * LENGTH).exp() * parent.sqrt() / (1 + n)
+            tokens = (tree.lengths[kids] - tree.lengths[node, None]).clamp(min=1)
+            p = (tree.logprob[kids] / tokens ** LENGTH).exp()
+            bonus = C_PUCT * p * parent.sqrt() / (1 + n)
         else:
             bonus = C_UCT * (2 * parent.log() / n).sqrt()
         best = (V[kids] + bonus).masked_fill(~live, -torch.inf).argmax(1)
@@ -106,7 +110,7 @@ def roll(tree, new, V, quality):
         if len(at) == 0:
             break
         at = tree.grow(at, 1)
-        V[at] = worth(tree, at, V) if quality else tree.score[at]
+        V[at] = value(tree, at, quality)
         highest[tree.owner[at]] = torch.maximum(highest[tree.owner[at]], V[at])
     best = best[tree.ended[best] == 0]
     V[best] = (1 - MIX) * V[best] + MIX * highest[tree.owner[best]]
@@ -122,8 +126,5 @@ def back_up(tree, leaf, V, visits, children):
         leaf = tree.parent[leaf[leaf != tree.parent[leaf]]]
 
 
-mcts.budgets = "widths"
-puct = partial(mcts, puct=True)
-puct.budgets = "widths"
-quality = partial(mcts, quality=True)
-quality.budgets = "widths"
+puct, quality = partial(mcts, puct=True), partial(mcts, quality=True)
+mcts.budgets = puct.budgets = quality.budgets = "widths"

@@ -51,6 +51,8 @@ class Cell:
         if method not in METHODS or colon and (score not in SCORES or not scored):
             raise Fail(f"--search {text}: choose METHOD or METHOD:SCORE of {', '.join(METHODS)} and the "
                        f"scores {', '.join(SCORES)}")
+        if method == "mcts_quality" and score and score not in ("q_pi", "exact"):
+            raise Fail(f"--search {text}: the quality value is made of q_pi, or of exact values")
         default = {"beam": "effective", "best_of_n": "orm"}.get(method, "q_pi" if scored else "")
         return cls(method, score or default, **fields)
 
@@ -89,8 +91,9 @@ class Bench:
 
         def work():
             problems = self.run.problems(cell.split, cell.problems)
-            at_0 = cell.alpha == 0 and cell.score and "alpha" in SCORES[cell.score].uses
-            plain = str(replace(cell, score="q_pi") if at_0 and cell.score != "exact" else cell)
+            at_0 = cell.alpha == 0 and cell.score in ("effective", "bonus")
+            at_0 = at_0 or cell.alpha == 0 and cell.score == "log_odds" and cell.method in ("beam", "dvts")
+            plain = str(replace(cell, score="q_pi") if at_0 else cell)
             if plain not in self.found:                         # Q^pi + 0 A^mu is searched as Q^pi, once
                 self.found[plain] = METHODS[cell.method](self.search(cell), problems, list(cell.ns),
                                                          cell.seed)

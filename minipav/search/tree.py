@@ -19,7 +19,7 @@ STOP = 0.9                          # Q^pi of a finished trace at which a search
 class Tree:
     """Nodes of P problems in one table; node i < P is the prompt of problem i. By node: parent, owner, depth,
     tokens (N, S), lengths, path (N, H + 1): Q^pi at the step ends up to it, the last one repeated, q_mu,
-    logprob: of its step, a token, score, still: the score of a step that changes no value, ended: by END."""
+    logprob: of its step, score, still: the score of a step that changes no value, ended: by END."""
 
     def __init__(self, s, problems, room, seed, offset):
         """room: nodes a problem; offset: number of the first of these problems, for the randomness."""
@@ -56,7 +56,7 @@ class Tree:
         after = torch.arange(self.H + 1, device=self.device) >= self.depth[nodes, None]
         self.path[nodes] = torch.where(after, q[:, None], self.path[p])
         before = self.path[p, -1], self.q_mu[p]
-        rest = self.path[nodes], self.depth[nodes], self.logprob[nodes], s.alpha
+        rest = self.path[p], self.depth[nodes], self.logprob[nodes], s.alpha
         self.score[nodes] = s.score.of(Step(self.path[nodes, -1], self.q_mu[nodes], *before, *rest))
         self.still[nodes] = s.score.of(Step(*before, *before, *rest))
 
@@ -80,7 +80,7 @@ class Tree:
         self.size += len(kept)
         self.parent[at], self.owner[at], self.depth[at] = p, self.owner[p], self.depth[p] + 1
         self.lengths[at], self.ended[at] = self.lengths[p] + count, (stop[kept] == enc.eot_token).long()
-        self.tokens[at], self.logprob[at] = self.tokens[p], logprob[kept].sum(1) / count
+        self.tokens[at], self.logprob[at] = self.tokens[p], logprob[kept].sum(1)
         r, t = (torch.arange(new.shape[1], device=self.device) < count[:, None]).nonzero(as_tuple=True)
         self.tokens[at[r], self.lengths[p][r] + t] = new[kept][r, t]
         self.read.index_add_(0, self.owner[p], self.readers * count)
@@ -103,22 +103,24 @@ class Tree:
 
 
 def search_trees(s, problems, widths, seed, name, work, steps):
-    """A Result for each width, which stands for as many steps as a beam of it samples: work(tree, budgets)
-    yields when each of the budgets (steps a problem, of which it takes `steps` at once) is spent."""
+    """A Result for each width (ascending), w * C * H steps a problem, about what a beam of it samples:
+    work(tree, budgets) yields when each of the budgets is spent, of which it takes `steps` at once."""
     if s.verifier is None and s.env.task.exact is None:
         raise Fail(f"task {s.env.task.name} has no exact values")
-    start, P, H = time.time(), len(problems), s.env.task.max_steps
+    P, H, mine = len(problems), s.env.task.max_steps, parallel.share(len(problems))
     budgets = [w * s.C * H for w in widths]
     out = [Result(*torch.zeros(4, P), [""] * P, torch.full((P,), -1.0)) for _ in widths]
     slots = 3 * H + max(len(s.env.task.prompt(p)) for p in problems) + H * s.env.task.max_step_tokens
-    batch, mine = max(1, (1 << 27) // ((max(budgets) + steps) * slots)), parallel.share(P)
+    in_flight = s.env.sampling.get("max_tokens_in_flight", 1 << 18)
+    batch = max(1, min((1 << 27) // ((max(budgets) + steps) * slots), in_flight // (s.C * slots)))
     with progress(name, (mine.stop - mine.start) * len(widths)) as bar, torch.no_grad():
         for i in range(mine.start, mine.stop, batch):
             here = slice(i, min(i + batch, mine.stop))
+            start = time.time()
             tree = Tree(s, problems[here], max(budgets) + steps, seed, i)
             for r, _ in zip(out, work(tree, budgets)):
                 tree.result(r, here)
-                r.seconds = time.time() - start
+                r.seconds += time.time() - start
                 bar.update(here.stop - i)
     for r in out:
         parallel.exchange(range(mine.start, mine.stop), r.right, r.solved, r.tokens, r.verifier_tokens, r.q)
