@@ -80,8 +80,11 @@ def same(answer, gold, symbolic=True):
     x, y = number(a), number(b)
     if x is not None and y is not None:
         return x == y
-    if not (symbolic and a and b and max(len(a), len(b)) <= LONGEST) or "boxed" in a + b:
-        return False                # in a box math-verify would see an answer of its own
+    if not (symbolic and a and b and max(len(a), len(b)) <= LONGEST):
+        return False
+    opened, closed = (sum(map(a.count, x)) for x in ("([", ")]"))
+    if "boxed" in a + b or a.count("{") != a.count("}") or opened != closed:
+        return False                # in such texts math-verify may see an answer of its own
     lists = [re.fullmatch(r"(\(|\[|\\\{)[^()\[\]]*,[^()\[\]]*(\)|\]|\\\})", x) for x in (a, b)]
     if all(lists) and len({m.groups() for m in lists}) == 2:    # (1,2) is not {1,2}, [0,1) not (0,1)
         return False
