@@ -20,6 +20,12 @@ python search.py --run "${runs[@]}" --verifier mechanism/base-60 --spread 0 --qu
     --search pass beam:q_pi beam:effective --out results/search_weak_spread0
 python rl.py --run "${runs[@]}" --iterations 240 --eval_every 5 --out results/rl
 
+python search.py --run "${runs[@]}" --widths 1 2 4 8 16 --out results/search_relatives --search greedy pass best_of_n:orm \
+    beam:q_pi beam:effective dvts backtrack backtrack:effective mcts puct mcts_quality
+python rl.py --run "${runs[@]}" --iterations 240 --eval_every 5 --reward outcome pav grpo abc uniform \
+    --out results/rl_relatives
+python rl.py --run "${runs[@]}" --iterations 240 --eval_every 5 --reward grpo --kl 0.1 --out results/rl_relatives_grpo
+
 countdown=(runs/countdown-seed{0,1,2})
 for s in 0 1 2; do train "runs/countdown-seed$s" --task countdown --seed "$s"; done
 python -m minipav.paper.report --runs "${countdown[@]}" --out results/train_countdown
