@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from minipav import parallel
 from minipav.checkpoint import NOT_KEPT
+from minipav.precision import mixed
 from minipav.sampler import prefill
 from minipav.targets import TARGETS
 from minipav.traces import responses
@@ -49,6 +50,17 @@ def score(model, tokens, ends, batch_tokens=None):
         at += len(rows)
     parallel.exchange(order, out)
     return out
+
+
+@torch.no_grad()
+@mixed
+def value_at_end(model, tokens, lengths):
+    """Q (N,) at the last token of each row of tokens (N, T), all on the model's device."""
+    T, value = int(lengths.max()), target_of(model).value
+    every, size = torch.arange(len(tokens), device=lengths.device), max(1, tokens_per_forward(model) // T)
+    hidden = [model.trunk(tokens[rows, :T], at=(every[:len(rows)], lengths[rows] - 1))
+              for rows in every.split(size)]
+    return value(model.head(torch.cat(hidden)))
 
 
 class Values:

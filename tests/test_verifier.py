@@ -3,11 +3,21 @@ import pytest
 import torch
 from conftest import make_traces, tiny
 
+from minipav import verifier
 from minipav.sft import sft_loss
 from minipav.tokenizer import join
 from minipav.traces import step_ends
 from minipav.utils import Fail
-from minipav.verifier import Values, auc, evaluate, label_weights, outcome_only, score, verifier_loss
+from minipav.verifier import (
+    Values,
+    auc,
+    evaluate,
+    label_weights,
+    outcome_only,
+    score,
+    value_at_end,
+    verifier_loss,
+)
 
 
 def traces(N=6, T=14, nl=1):
@@ -126,3 +136,12 @@ def test_a_policy_is_no_verifier():
     for model in (tiny(), tiny(head="scalar", target="mine")):
         with pytest.raises(Fail, match="no verifier"):
             score(model, t.tokens, t.ends)
+
+
+def test_the_value_at_the_end_is_that_of_the_whole_row(monkeypatch):
+    model, tokens = tiny(head="scalar"), torch.randint(4, 29, (7, 12))
+    lengths = torch.tensor([1, 12, 5, 5, 9, 2, 12])
+    want = score(model, tokens, lengths[:, None] - 1)[:, 0]
+    for size in (1 << 13, 30):
+        monkeypatch.setattr(verifier, "tokens_per_forward", lambda model, size=size: size)
+        assert torch.allclose(value_at_end(model, tokens, lengths), want, atol=1e-6)
