@@ -12,7 +12,6 @@ import torch.nn.functional as F
 
 from minipav import parallel
 from minipav.checkpoint import NOT_KEPT
-from minipav.precision import mixed
 from minipav.sampler import prefill
 from minipav.targets import TARGETS
 from minipav.traces import responses
@@ -53,7 +52,6 @@ def score(model, tokens, ends, batch_tokens=None):
 
 
 @torch.no_grad()
-@mixed
 def value_at_end(model, tokens, lengths):
     """Q (N,) at the last token of each row of tokens (N, T), all on the model's device."""
     T, value = int(lengths.max()), target_of(model).value
