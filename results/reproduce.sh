@@ -24,6 +24,8 @@ python search.py --run "${runs[@]}" --widths 1 2 4 8 16 --out results/search_rel
     beam:q_pi beam:effective dvts backtrack backtrack:effective mcts puct mcts_quality
 python rl.py --run "${runs[@]}" --iterations 240 --eval_every 5 --reward outcome pav grpo abc uniform \
     --out results/rl_relatives
+python -m minipav.paper.mechanism --run "${runs[@]}" --out results/mechanism_targets \
+    --verifiers base-250 base-250-seer base-250-in_support base-250-dre
 python rl.py --run "${runs[@]}" --iterations 240 --eval_every 5 --reward grpo --kl 0.1 --out results/rl_relatives_grpo
 
 countdown=(runs/countdown-seed{0,1,2})
