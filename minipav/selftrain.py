@@ -15,7 +15,6 @@ from minipav.search.mcts import BRANCH, ROLL, iterate
 from minipav.search.score import SCORES, Search
 from minipav.search.tree import Tree
 from minipav.sft import sft_loss
-from minipav.traces import responses
 from minipav.utils import apply_step, backward, make_optimizers
 from minipav.verifier import verifier_loss
 
@@ -42,12 +41,8 @@ class TreeLoop(Reinforce):
         tree = Tree(s, problems, budget + BRANCH + ROLL, run.seed("rl traces", a.seed, i), 0)
         found = list(iterate(tree, [budget], puct=False, quality=False))[-1]
         self.state["tokens"] += int(tree.spent.sum())
-        done, outcome = tree.ended.nonzero()[:, 0], torch.zeros(len(tree.owner), device=tree.device)
-        if len(done):
-            owner = tree.owner[done]
-            texts = responses(run.enc, tree.tokens[done], tree.lengths[done], tree.prompt_lengths[owner])
-            rex = [float(run.task.outcome(problems[p], text)) for p, text in zip(owner.tolist(), texts)]
-            outcome[done] = torch.tensor(rex, device=tree.device)
+        (done, _, rex), outcome = tree.finished(), torch.zeros(len(tree.owner), device=tree.device)
+        outcome[done] = torch.tensor(rex, device=tree.device)
         solved = len(tree.owner[outcome > 0].unique()) / len(problems)
         return tree, outcome, *found, {"train_reward": solved}
 

@@ -399,3 +399,22 @@ def test_bad_beams_are_refused(small):
     for width, kw in ((0, dict(alpha=0.1)), (1, dict(alpha=-1.0)), (1, dict(alpha=0.1, C=0))):
         with pytest.raises(ValueError, match="width >= 1"):
             beam(small, width, **kw)
+
+
+def test_a_batch_that_does_not_fit_is_halved(calculator, monkeypatch):
+    """To the same results and the same log."""
+    env, problems = calculator
+    s = Search(env, WalkPolicy(env, problems), SCORES["exact"], log=[])
+    want, sizes = search_all(s, problems, 2, 0), []
+
+    def full(s, problems, *args):
+        sizes.append(len(problems))
+        if len(problems) > 3:
+            s.log.append("half done")
+            raise torch.OutOfMemoryError
+        return search_batch(s, problems, *args)
+    monkeypatch.setitem(search_all.__globals__, "search_batch", full)
+    again = replace(s, log=[])
+    got = search_all(again, problems, 2, 0)
+    assert sizes == [10, 5, 2, 2, 2, 2, 2] and "half done" not in again.log
+    assert all(torch.equal(getattr(got, k), getattr(want, k)) for k in ("right", "solved", "tokens", "q"))

@@ -52,7 +52,7 @@ class Recipe:
         return "-".join(filter(None, parts))
 
     @property
-    def spec(self):
+    def spec(self):                 # of runs from before there was a target, too
         return {k: x for k, x in asdict(self).items() if (k, x) != ("target", "bce")}
 
 

@@ -88,15 +88,22 @@ class Tree:
             self.judge(at)
         return at
 
+    def finished(self):
+        """The finished nodes (K,), their responses, and Rex of each (a list)."""
+        done, task = self.ended[:self.size].nonzero()[:, 0], self.s.env.task
+        if len(done) == 0:
+            return done, [], []
+        owner = self.owner[done]
+        texts = responses(self.s.env.enc, self.tokens[done], self.lengths[done], self.prompt_lengths[owner])
+        return done, texts, [float(task.outcome(self.problems[i], x)) for i, x in zip(owner.tolist(), texts)]
+
     def result(self, r, mine):
         """Enter into r, at the problems `mine`, what the tree has found so far."""
-        done = self.ended[:self.size].nonzero()[:, 0]
+        done, texts, outcome = self.finished()
         r.tokens[mine], r.verifier_tokens[mine] = self.spent.float().cpu(), self.read.float().cpu()
         best = set(top(self.path[done, -1], self.owner[done], 1).tolist())
-        texts = responses(self.s.env.enc, self.tokens[done], self.lengths[done],
-                          self.prompt_lengths[self.owner[done]]) if len(done) else []
-        for k, (i, text) in enumerate(zip(self.owner[done].tolist(), texts)):
-            right, p = float(self.s.env.task.outcome(self.problems[i], text)), mine.start + i
+        for k, (i, text, right) in enumerate(zip(self.owner[done].tolist(), texts, outcome)):
+            p = mine.start + i
             r.solved[p] = max(r.solved[p], right)
             if k in best:
                 r.text[p], r.right[p], r.q[p] = text, right, self.path[done[k], -1]
