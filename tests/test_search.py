@@ -1,5 +1,6 @@
 """Search: exact expectations over subsets, distinct prefixes, budgets counted by hand."""
 import itertools
+import sys
 from collections import namedtuple
 from dataclasses import replace
 
@@ -413,7 +414,7 @@ def test_a_batch_that_does_not_fit_is_halved(calculator, monkeypatch):
             s.log.append("half done")
             raise torch.OutOfMemoryError
         return search_batch(s, problems, *args)
-    monkeypatch.setitem(search_all.__globals__, "search_batch", full)
+    monkeypatch.setattr(sys.modules["minipav.search.beam"], "search_batch", full)
     again = replace(s, log=[])
     got = search_all(again, problems, 2, 0)
     assert sizes == [10, 5, 2, 2, 2, 2, 2] and "half done" not in again.log
