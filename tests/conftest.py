@@ -1,8 +1,10 @@
 """Shared pieces: a tiny random GPT, tabular policies that speak the sampler's language, a smoke run."""
 import contextlib
+import fcntl
 import io
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -188,51 +190,18 @@ def right_at_times():
         yield
 
 
-# Runs train.py in child processes, the k-th killed soon after the k-th stage began (or was found to be done),
-# until one comes to its end. Prints, of each, its exit status and the stages that are done.
-KILLS = """
-import json, os, pathlib, re, sys, time, train
-out = pathlib.Path(sys.argv[1])
-code, k = -9, 0
-while code == -9:
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.dup2(write, 1)
-        sys.argv = ["train.py", *sys.argv[2:], "--out", str(out), *["--resume"] * out.exists()]
-        train.main()
-        sys.stdout.flush()
-        os._exit(0)
-    os.close(write)
-    begun = (line for line in os.fdopen(read) if re.fullmatch(r"[\\w/-]+(: done before)?\\n", line))
-    for stage, _ in enumerate(begun):
-        if stage == k:
-            time.sleep(0.05)
-            os.kill(child, 9)
-            break
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    done = out / "stages"
-    print(json.dumps([code, [str(p.relative_to(done))[:-5] for p in done.rglob("*.json")]]), flush=True)
-    k += 1
-"""
-
-
 @pytest.fixture(scope="session")
-def killed_run(tmp_path_factory):
-    """(folder, process) of runs that are killed in every stage, begun in the background."""
-    out = tmp_path_factory.mktemp("run") / "killed"
-    process = subprocess.Popen([sys.executable, "-c", KILLS, str(out), *SMOKE], cwd=ROOT, env=ONE_CORE,
-                               text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    yield out, process
-    process.kill()
-
-
-@pytest.fixture(scope="session")
-def smoke_run(tmp_path_factory, request):
-    """(folder, what it printed) of python train.py --smoke with fewer steps. Not to be changed: copy it."""
-    if any("killed" in item.name for item in request.session.items):
-        request.getfixturevalue("killed_run")                   # on the other core meanwhile
-    out = tmp_path_factory.mktemp("run") / "a"
-    done = call("train.py", *SMOKE, "--out", out)
-    assert done.returncode == 0, done.stderr
-    return out, done.stdout
+def smoke_run(tmp_path_factory):
+    """(folder, what it printed) of python train.py --smoke with fewer steps. Not to be changed: copy it. The
+    processes of pytest-xdist make it once."""
+    out, base = tmp_path_factory.mktemp("run") / "a", tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "smoke"
+    shared.mkdir(exist_ok=True)
+    with open(shared / "lock", "w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        if not (shared / "stdout").exists():
+            done = call("train.py", *SMOKE, "--out", shared / "a")
+            assert done.returncode == 0, done.stderr
+            (shared / "stdout").write_text(done.stdout)
+    shutil.copytree(shared / "a", out)
+    return out, (shared / "stdout").read_text()

@@ -3,10 +3,12 @@ import csv
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import SMOKE, call, fails, run_main
+from conftest import ONE_CORE, ROOT, SMOKE, call, fails, run_main
 from safetensors.torch import load_file
 
 import train
@@ -35,6 +37,48 @@ def record(out, stage):
 def table(path):
     """A table of a search, without the columns that name it."""
     return [row[7:] for row in csv.reader(path.open())][1:]
+
+
+# Runs train.py in child processes, the k-th killed soon after the k-th stage began (or was found to be done),
+# until one comes to its end. Prints, of each, its exit status and the stages that are done.
+KILLS = """
+import json, os, pathlib, re, sys, time, train
+out = pathlib.Path(sys.argv[1])
+code, k = -9, 0
+while code == -9:
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.dup2(write, 1)
+        sys.argv = ["train.py", *sys.argv[2:], "--out", str(out), *["--resume"] * out.exists()]
+        train.main()
+        sys.stdout.flush()
+        os._exit(0)
+    os.close(write)
+    begun = (line for line in os.fdopen(read) if re.fullmatch(r"[\\w/-]+(: done before)?\\n", line))
+    for stage, _ in enumerate(begun):
+        if stage == k:
+            time.sleep(0.05)
+            os.kill(child, 9)
+            break
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    done = out / "stages"
+    print(json.dumps([code, [str(p.relative_to(done))[:-5] for p in done.rglob("*.json")]]), flush=True)
+    k += 1
+"""
+
+
+@pytest.fixture(scope="module")
+def killed_run(tmp_path_factory):
+    """(folder, process) of runs that are killed in every stage, begun in the background."""
+    out = tmp_path_factory.mktemp("run") / "killed"
+    process = subprocess.Popen([sys.executable, "-c", KILLS, str(out), *SMOKE], cwd=ROOT, env=ONE_CORE,
+                               text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    yield out, process
+    process.kill()
+
+
+pytestmark = pytest.mark.usefixtures("killed_run")      # begun with the first test
 
 
 # ---- what it leaves

@@ -18,9 +18,12 @@ from minipav.flags import flag, parse
 from minipav.paper.claims import DIDACTIC, SEARCH, THEORY, collect, judge, sentence
 from minipav.paper.figures import draw, lines, name_of, search_figures, tune_figure
 from minipav.paper.quantities import ahead
-from minipav.paper.statistics import Curves, interval, load, read_table, spread
+from minipav.paper.statistics import NONE, Curves, at_tokens, interval, load, read_table, spread
 from minipav.run import check_files, command
 from minipav.utils import Fail, main_guard
+
+PAIRED = ["group", "search", "n", *(f"{what}{x}" for what in ("accuracy", "over_orm", "over_beam")
+                                    for x in ("", "_lo", "_hi"))]
 
 
 def stage(folder, name):
@@ -101,7 +104,21 @@ class Searched:
                 name = name_of(search) + (f" ({prover})" if prover else "") + ", tuned" * (group == "tuned")
                 text.append(f"{name:<28}{n:>10}{c.tokens[0, k]:>16.0f}{acc:>10.3f}   [{lo:.3f}, {hi:.3f}]")
         write_csv(out / "curves.csv", header, body)
+        write_csv(out / "paired.csv", PAIRED, self.paired())
         return "\n".join(text)
+
+    def paired(self):
+        """Rows of paired.csv: of every search of the base policy, at the tokens of N samples: its accuracy,
+        and its points over best-of-N by the ORM and over the beam by Q^pi, with intervals."""
+        orm, beam = self.main("best_of_n:orm"), self.main("beam:q_pi")
+        for (group, policy, method, score, *_), c in self.curves.by.items() if orm and beam else ():
+            if group in (self.group, "tuned") and policy == "base" and method != "pass":
+                for n, tokens in zip(orm.n, orm.tokens.T):
+                    here, *others = (at_tokens(x, tokens) for x in (c, orm, beam))
+                    found = [interval(x) or NONE for x in (here, *(100 * (here - x) for x in others))]
+                    if found[0] != NONE:
+                        yield (group, f"{method}:{score}".rstrip(":"), n,
+                               *(x for each in found for x in each.values()))
 
 
 def report_training(runs, out):
@@ -139,7 +156,8 @@ def report_training(runs, out):
           f"{facts['planning_failure_share']['mean']:.1%} of its failures are planning failures\n"
           f"AUC of right traces against the same with a corrupted step: {facts['corrupted_step_auc'][0]}\n"
           f"{facts['minutes']['mean']:.1f} minutes")
-    finish(out, facts, judged(SEARCH[:4], s), text, ["accuracy.png", "curves.csv", "rows.csv.gz"],
+    finish(out, facts, judged(SEARCH[:4], s), text,
+           ["accuracy.png", "curves.csv", "paired.csv", "rows.csv.gz"],
            f"python search.py --run {runs[0]}, python rl.py --run {runs[0]}; or other seeds, then "
            f"python -m minipav.paper.report --runs {runs[0]} ... --out DIR for their mean")
 
@@ -171,7 +189,7 @@ def report_search(runs, measured, out):
         "seeds": list(tables), "chosen": [f.get("chosen") for _, f in measured],
         "prediction": [f.pop("prediction", None) for _, f in measured],
         "experiments": [{k: x for k, x in f.items() if k != "chosen"} for _, f in measured]}
-    finish(out, facts, judged(SEARCH, s), s.write(out), [*made, "curves.csv", "rows.csv.gz"],
+    finish(out, facts, judged(SEARCH, s), s.write(out), [*made, "curves.csv", "paired.csv", "rows.csv.gz"],
            f"python rl.py --run {runs[0].out}; or --all; or other seeds, then --run RUN RUN ... --out DIR")
 
 

@@ -6,7 +6,7 @@ from minipav.files import read_json, write_csv, write_text
 from minipav.paper.claims import RL
 from minipav.paper.figures import line, rl_figures
 from minipav.paper.report import drawer, finish, judged, keep, provenance, stage
-from minipav.paper.statistics import Curve, bootstrap, interval, pass_at_n, read_table, spread
+from minipav.paper.statistics import NONE, Curve, bootstrap, interval, pass_at_n, read_table, spread
 from minipav.prover import Prover
 from minipav.rewards import REWARDS, larger
 
@@ -133,22 +133,24 @@ class Trained:
         return np.mean(out, 0)
 
     def table(self):
-        """Rows (training, iterations, minutes, KL to where RL started, accuracy, lo, hi, greedy, pass@16,
-        pass@64)."""
+        """Rows (training, iterations, policy and other tokens sampled, minutes, KL to where RL started,
+        accuracy, lo, hi, greedy, pass@16, pass@64, points over `outcome`, lo, hi)."""
         for n in self.labels:
             minutes = spread(r.get("training_seconds", 0) / 60 for r in self.records[n])["mean"]
             kl = round(self.mean(n, "kl")[-1], 3) if n in self.trained else ""
             more = ["" if self.end(n, N) is None else round(self.end(n, N)[0], 4) for N in (16, 64)]
-            yield (n, self.spec(n).get("iterations", 0), round(minutes, 2), kl,
-                   *interval(self.end(n)).values(),
-                   round(self.boot[n, "greedy", 1][0], 4), *more)
+            over = self.end(n) - self.end("outcome") if "outcome" in self.trained else np.array([np.nan])
+            tokens = round(self.mean(n, "tokens")[-1]) if n in self.trained else 0
+            yield (n, self.spec(n).get("iterations", 0), tokens, round(minutes, 2), kl,
+                   *interval(self.end(n)).values(), round(self.boot[n, "greedy", 1][0], 4), *more,
+                   *(interval(100 * over) or NONE).values())
 
 
 def report_rl(runs, stages, out):
     """Of the trainings of rl.py: stages has, for each run, {label: stage}."""
     t, (figure, made) = Trained(runs, stages), drawer(out)
-    header = ["training", "iterations", "minutes", "kl", "accuracy", "lo", "hi", "greedy", "pass@16",
-              "pass@64"]
+    header = ["training", "iterations", "tokens", "minutes", "kl", "accuracy", "lo", "hi", "greedy",
+              "pass@16", "pass@64", "over_outcome", "over_outcome_lo", "over_outcome_hi"]
     body = list(t.table())
     write_csv(out / "table.csv", header, body)
     logs = [log.assign(training=n, run=seed) for n, ls in t.logs.items() for seed, log in zip(t.seeds, ls)]
@@ -157,7 +159,7 @@ def report_rl(runs, stages, out):
     rl_figures(t, figure)
     head = ("training", "minutes", "KL", "accuracy", "95% interval", "greedy", "pass@16", "pass@64")
     text = ["{:<28}{:>8}{:>7}{:>10}   {:<14}{:>10}{:>9}{:>9}".format(*head)]
-    for n, _, m, kl, acc, lo, hi, g, p, q in body:
+    for n, _, _, m, kl, acc, lo, hi, g, p, q, *_ in body:
         text.append(f"{n:<28}{m:>8.1f}{kl:>7}{acc:>10.3f}   [{lo:.3f}, {hi:.3f}]{g:>10.3f}{p:>9}{q:>9}")
     facts = provenance(t.runs, [list(s.values()) for s in stages]) | {
         "seeds": t.seeds, "controls": {n: t.control(n) for n in t.trained},

@@ -14,6 +14,7 @@ from minipav.files import damaged
 KEY = ["group", "policy", "method", "score", "prover", "alpha"]
 DROPPED = {**dict.fromkeys(("main", "tuned", "bases"), ["prover", "alpha"]),
            **dict.fromkeys(("provers", "train"), ["alpha"])}
+NONE = dict.fromkeys(("mean", "lo", "hi"))      # an interval that is not defined
 
 
 class Curve(NamedTuple):
