@@ -62,7 +62,8 @@ class Trial:
     group: int = flag(4, "traces a problem", low=1, high=1 << 16)
     baseline: str = flag("value", "what is subtracted from a return: the value network, ...",
                          choices=("value", "group", "mean", "none"))
-    lr: float = flag(1e-3, "of the policy (AdamW)", low=1e-12, high=10)
+    lr: float = flag(None, "of the policy (AdamW); default: the reward's own, mostly .001", low=1e-12,
+                     high=10, kind=float)
     warmup: float = flag(0.1, "share of the iterations; the learning rate then falls as a cosine", high=1)
     value_lr: float = flag(1e-3, "of the value network's embedding and head (AdamW)", low=1e-12, high=10)
     value_lr_muon: float = flag(0.01, "and of its matrices (Muon); 0: AdamW alone", high=10)
@@ -83,8 +84,9 @@ def unused(reward):
 
 
 def plain(reward, a):
-    """The trial with the flags that do not matter at their defaults."""
-    return replace(a, **{k: getattr(Trial(), k) for k in unused(reward)})
+    """The trial with the reward's own learning rate, if none was given, and the flags that do not matter at
+    their defaults."""
+    return replace(a, lr=a.lr or REWARDS[reward].lr, **{k: getattr(Trial(), k) for k in unused(reward)})
 
 
 def used(reward, a, split):
@@ -94,7 +96,7 @@ def used(reward, a, split):
 
 def label(reward, a, default):
     """The name of a training in tables: its reward and the flags in which it differs from this call's."""
-    one, other = (used(reward, x, "") for x in (a, default))
+    one, other = (used(reward, plain(reward, x), "") for x in (a, default))
     return "-".join([reward, *(f"{k}{v}".removesuffix("True") for k, v in one.items() if v != other[k])])
 
 

@@ -26,6 +26,7 @@ class Reward:
     uses: tuple = ()                # the flags of rl.py that it depends on, beside those of the loop
     baseline: bool = True           # False: the return is an advantage of pi itself and needs none
     known: bool = True              # known values (Rex at the end) take the place of Q^mu's there
+    lr: float = 1e-3                # of the policy, chosen on validation problems (rl.py --tune lr)
     loop: str = ""                  # a module whose Loop trains, in the place of REINFORCE
     scaled: bool = False  # 1 + alpha times outcome reward's gradient: to be held against it at so small a KL
 
@@ -59,7 +60,7 @@ REWARDS = {
     "uniform": Reward(spread_out, "evenly", known=False),
     # and what is no reward at all: training on what a tree search finds
     "selftrain": Reward(None, "verifier", baseline=False, loop="minipav.selftrain"),
-    "dpo": Reward(None, "verifier", baseline=False, loop="minipav.dpo")}
+    "dpo": Reward(None, "verifier", baseline=False, loop="minipav.dpo", lr=3e-4)}
 
 
 def loop_of(reward):

@@ -15,7 +15,8 @@ from minipav.run import Run
 from minipav.traces import Traces
 from minipav.utils import Fail
 
-TRIAL = dict(iterations=4, batch=8, group=2, eval_every=2, problems=5, eval_n=2, n=4, n_mc=2, prover="bo2")
+TRIAL = dict(iterations=4, batch=8, group=2, eval_every=2, problems=5, eval_n=2, n=4, n_mc=2, prover="bo2",
+             lr=1e-3)
 
 
 # ---- losses

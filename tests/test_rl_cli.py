@@ -46,7 +46,9 @@ def test_a_training_is_named_by_the_flags_that_its_reward_uses():
         special = {"alpha", "prover", "n_mc", "refresh", "trust_verifier", "baseline"}
         got = special & rl.used(reward, plain, "test").keys()
         assert got - {"baseline"} == uses and ("baseline" in got) == (reward != "vine")
-    assert rl.used("outcome", plain, "test") == rl.used("outcome", rl.plain("outcome", trust), "test")
+    assert rl.plain("outcome", plain) == rl.plain("outcome", trust)
+    assert rl.label("dpo", rl.plain("dpo", plain), plain) == "dpo", "its own lr goes without saying"
+    assert rl.plain("pav", rl.Trial(lr=0.5)).lr == 0.5 != rl.plain("pav", plain).lr == rl.REWARDS["pav"].lr
     assert rl.used("pav", plain, "test") != rl.used("pav", plain, "validation")
 
 
