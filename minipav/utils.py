@@ -74,11 +74,11 @@ def derive_seed(seed, *names):
 
 class Muon(torch.optim.Optimizer):
     """As torch.optim.Muon (Nesterov momentum, its direction made orthogonal by Newton-Schulz), for many small
-    matrices: those of one shape at once, and in fp32 on a CPU: torch's is in bf16, for which few CPUs have
-    instructions."""
+    matrices: those of one shape at once. torch's is in bf16; here small ones on a CPU, and all without bf16,
+    are in fp32."""
 
-    def __init__(self, params, lr, momentum=0.95):
-        super().__init__(params, dict(lr=lr, momentum=momentum))
+    def __init__(self, params, lr, momentum=0.95, bf16=False):
+        super().__init__(params, dict(lr=lr, momentum=momentum, bf16=bf16))
 
     @torch.no_grad()
     def step(self):
@@ -89,7 +89,9 @@ class Muon(torch.optim.Optimizer):
                 m.lerp_(p.grad, 1 - group["momentum"])
                 by_shape.setdefault(p.shape, []).append((p, p.grad.lerp(m, group["momentum"])))
             for (rows, cols), pairs in by_shape.items():
-                step = orthogonal(torch.stack([x for _, x in pairs])).to(pairs[0][0].dtype)
+                stack = torch.stack([x for _, x in pairs])
+                low = stack.is_cuda or group["bf16"] and min(rows, cols) >= 512
+                step = orthogonal(stack.bfloat16() if low else stack).to(pairs[0][0].dtype)
                 for (p, _), x in zip(pairs, step):
                     p.sub_(x, alpha=group["lr"] * max(1, rows / cols) ** 0.5)
 
@@ -98,7 +100,7 @@ def orthogonal(x, steps=5):
     """Matrices (N, rows, cols) with all singular values brought near 1."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = x.shape[1] > x.shape[2]
-    x = (x.mT if tall else x).to(torch.bfloat16 if x.is_cuda else torch.float32)
+    x = x.mT if tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
         gram = x @ x.mT
@@ -111,7 +113,7 @@ def make_optimizers(model, lr_muon, lr_adamw):
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2 and lr_muon]
     others = [p for p in model.parameters() if all(p is not q for q in matrices)]
     adamw = torch.optim.AdamW(others, lr=lr_adamw, weight_decay=0.0, betas=(0.9, 0.95))
-    return [Muon(matrices, lr_muon), adamw] if matrices else [adamw]
+    return [Muon(matrices, lr_muon, bf16=model.bf16), adamw] if matrices else [adamw]
 
 
 def schedule(step, steps, warmup=0.05, decay=0.5):

@@ -32,6 +32,7 @@ class Flags:
     sizes: list = flag(["0.5M", "4M"], "of the models, by parameters", choices=list(SIZES))
     rounds: int = flag(5, "timings of each; the median counts", low=1)
     rows: list = flag([], "time rollouts alone, of this many samples at once", kind=int, low=1)
+    only: list = flag([], "time these alone, by their names in bench.csv", kind=str)
     generate: list = flag(["dynamic", "static"], "caches of transformers' generate",
                           choices=["dynamic", "static"])
     quick: bool = flag(False, "0.5M, a quarter of the prompts, 3 rounds")
@@ -44,15 +45,17 @@ class Flags:
 def report(size, case, t, rate, copied, a):
     """What summary.json says of a size."""
     floor = rollout_floor(case.c, case.B, case.n, case.P, case.T, rate, copied, 2 if a.dtype == "bf16" else 4)
-    found = {"share_of_floor": floor / t["rollouts"],
-             "matrix_gflops": rate / 1e9, "copy_gb_s": copied / 1e9}
-    if generate := {k: t[k] for k in t if k.startswith("generate")}:
+    found = {"matrix_gflops": rate / 1e9, "copy_gb_s": copied / 1e9}
+    if "rollouts" in t:
+        found["share_of_floor"] = floor / t["rollouts"]
+    generate = {k: t[k] for k in t if k.startswith("generate")}
+    if generate and "rollouts" in t:
         found["ratio_to_generate"] = min(generate.values()) / t["rollouts"]
         found |= {f"ratio_to_{k}".replace(" ", "_"): x / t["rollouts"] for k, x in generate.items()}
-    if "labelling" in t:
+    if {"labelling", "labelling, nothing shared"} <= t.keys():
         found["labelling_ratio"] = t["labelling, nothing shared"] / t["labelling"]
-    if a.against:
-        found |= {f"{k}_step_ratio": t[f"{k} step, against"] / t[f"{k} step"] for k in ("sft", "verifier")}
+    found |= {f"{k}_step_ratio": t[f"{k} step, against"] / t[f"{k} step"] for k in ("sft", "verifier")
+              if f"{k} step, against" in t}
     print("  " + "   ".join(f"{k} {x:.2f}" for k, x in found.items()), flush=True)
     return {k: round(x, 3) for k, x in found.items()}
 

@@ -76,6 +76,7 @@ class Case:
         torch.manual_seed(0)
         self.model = GPT(self.c).to(a.device)
         self.model.bf16 = a.dtype == "bf16"
+        self.lr_muon = 0.02 if self.c.n_layer < 20 else 0.0     # language models are trained by AdamW alone
         self.verifier = self.model.as_verifier()
         self.B = max(1, samples // self.n) if samples else self.B // (4 if a.quick else 1)
         self.prompts = torch.randint(1, 400, (self.B, self.P))
@@ -96,6 +97,9 @@ class Case:
             old = self.training(*checkout(a.against), False)
             self.functions |= {f"{k} step, against": f for k, f in old.items()}
         self.functions |= generators(self.c, self.prompts.to(a.device), self.n, self.T, a.device, a.generate)
+        if unknown := set(a.only) - self.functions.keys():
+            raise Fail(f"--only {min(unknown)}: choose of {', '.join(self.functions)}")
+        self.functions = {k: f for k, f in self.functions.items() if k in a.only or not a.only}
 
     def count(self, name):
         """Tokens that a call works on."""
@@ -138,13 +142,14 @@ class Case:
         """An SFT and a verifier step, ours or another checkout's."""
         fields = {k: v for k, v in vars(self.c).items() if k in Config.__dataclass_fields__}
         models = [Model(Config(**fields | {"head": head})).to(self.a.device) for head in ("lm", "scalar")]
-        opts, ones = [make(m, 0.02, 1e-3) for m in models], torch.ones(self.ends.shape)
+        for m in models:
+            m.bf16 = self.model.bf16                    # another checkout may know no bf16
+        opts, ones = [make(m, self.lr_muon, 1e-3) for m in models], torch.ones(self.ends.shape)
         has_n = "n" in inspect.signature(verifier).parameters
         batches = ((self.tokens, self.lengths, torch.full((self.rows,), STEP)),
                    (self.tokens, self.ends, 0.3 * ones, *[ones.long()] * has_n, ones))
 
         def step(i, loss):
-            models[i].bf16 = self.model.bf16        # another checkout may know no bf16
             if ours:
                 backward(loss, models[i], batches[i], self.lengths, self.rows)
             else:
@@ -155,7 +160,7 @@ class Case:
     def rl(self):
         """A step of policy and value network."""
         policy, value = copy.deepcopy(self.model), copy.deepcopy(self.verifier)
-        opts = make_optimizers(policy, 0.0, 1e-4), make_optimizers(value, 0.01, 1e-3)
+        opts = make_optimizers(policy, 0.0, 1e-4), make_optimizers(value, self.lr_muon / 2, 1e-3)
         step = (torch.arange(self.length) // STEP - 1).expand(self.rows, -1)
         batch = [x.to(self.a.device) for x in (self.tokens, step, torch.ones(step.shape))]
 
