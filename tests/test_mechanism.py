@@ -114,7 +114,7 @@ def test_gains_by_hand(tmp_path):
     for name, quotas in (("v", ("none", "parent", "")), ("v-state", ("state",))):
         with (tmp_path / f"{name}.csv").open("w") as f:
             csv.writer(f).writerows([COLUMNS, *(r for r in rows if r[4] in quotas)])
-    found, alphas, gained = gains(read(tmp_path, "v"))
+    found, alphas, gained, q = gains(read(tmp_path, "v"))
     with_quota = {f"{k}quota": [0, 1, 0, 0] for k in ("", "state ")} | {
         f"{name} given {k}quota": x for k in ("", "state ")
         for name, x in (("alpha", [0, 0, 1, 0]), ("log-odds", [0, 0, 0, 0]))}
@@ -122,7 +122,7 @@ def test_gains_by_hand(tmp_path):
         "alpha": [0, 1, 1, 0], "log-odds": [0, 0, 0, 0], "sub-trees": [0, 1, 1, 1],
         "A^mu alone": [-1, 0, 0, 1]}
     assert alphas["alpha"] == alphas["alpha given quota"] == 2.0 and alphas["log-odds"] == 0
-    assert gained == 0.5
+    assert gained == 0.5 and q.tolist() == [1, 0, 0, 0]
 
 
 def test_it_trains_searches_and_reports(smoke_run, tmp_path, monkeypatch):

@@ -90,11 +90,12 @@ def test_the_precision_is_chosen_by_the_device(monkeypatch):
 
 
 def test_muon_is_torchs():
-    """Up to the bf16 in which torch's orthogonalises; two shapes, wide and tall."""
+    """Up to the bf16 in which torch's orthogonalises; two shapes, wide and tall, and a large one in bf16."""
     g = torch.Generator().manual_seed(0)
-    start = [torch.randn(shape, generator=g) for shape in ((16, 24), (40, 16), (16, 24))]
+    start = [torch.randn(shape, generator=g) for shape in ((16, 24), (40, 16), (16, 24), (512, 520))]
     runs = []
-    for make in (Muon, functools.partial(torch.optim.Muon, weight_decay=0.0, momentum=0.95)):
+    theirs = functools.partial(torch.optim.Muon, weight_decay=0.0, momentum=0.95)
+    for make in (functools.partial(Muon, bf16=True), theirs):
         ps = [torch.nn.Parameter(x.clone()) for x in start]
         opt, g = make(ps, lr=0.02), torch.Generator().manual_seed(1)
         for _ in range(4):

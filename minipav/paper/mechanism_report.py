@@ -33,8 +33,8 @@ def read(folder, name):
 
 
 def gains(rows):
-    """{name: gain of each test problem}, the alphas that were chosen on validation problems, and what that of
-    A^mu without a quota gained there."""
+    """{name: gain of each test problem}, the alphas that were chosen on validation problems, what that of
+    A^mu without a quota gained there, and whether the beam by Q^pi is right (P,)."""
     tried = rows[(rows.split == "validation") & (rows.quota == "none") & (rows.score != "log_odds")]
     gained = tried.accuracy.max() - tried[tried.alpha == 0].accuracy.max()
     test = rows[rows.split == "test"]
@@ -53,14 +53,15 @@ def gains(rows):
                 out[name + given] = right - base
     out |= {"sub-trees": right_of(test, "dvts", "q_pi", quota="") - q,
             "A^mu alone": right_of(test, "beam", "advantage") - q}
-    return out, alphas, round(gained, 4)
+    return out, alphas, round(gained, 4), q
 
 
 class Mechanism:
-    """Several runs' verifiers. each {verifier: {gain: (R + 1,)}}, in points."""
+    """Several runs' verifiers. by {verifier: {gain: (R + 1,)}}, in points; plain {verifier: (R + 1,)}, the
+    beam by Q^pi."""
 
     def __init__(self, runs, names, width):
-        self.facts, self.by = {}, {}
+        self.facts, self.by, self.plain = {}, {}, {}
         for name in names:
             table = f"{name}-w{width}"
             found = [gains(read(run.out / "mechanism", table)) for run, _ in runs]
@@ -68,11 +69,12 @@ class Mechanism:
             before = [f[table]["before"] | f.get(f"{table}-state", {"before": {}})["before"] for _, f in runs]
             boot = bootstrap([pd.DataFrame(g) for g, *_ in found])
             self.by[name] = {k: 100 * boot[k].to_numpy() for k in boot}
+            self.plain[name] = bootstrap([pd.DataFrame({"": q}) for *_, q in found])[""].to_numpy()
             self.facts[name] = {
-                "auc": float(np.mean([f["auc"] for f in facts])), "alphas": [x for _, x, _ in found],
+                "auc": float(np.mean([f["auc"] for f in facts])), "alphas": [x for _, x, *_ in found],
                 "by_seed": [{k: round(100 * float(v.mean()), 2) for k, v in g.items()} for g, *_ in found],
                 "before": [x | {"auc": f["auc"], "validation_gain": gained}
-                           for f, x, (*_, gained) in zip(facts, before, found)]}
+                           for f, x, (_, _, gained, _) in zip(facts, before, found)]}
 
     def mean(self, gain, low=0.0, high=1.0):
         """Of one gain over the verifiers whose AUC lies in this range: {"mean", "lo", "hi"}, or None."""
@@ -132,9 +134,24 @@ SHOWN = {"A^mu": "alpha", "quota of siblings": "quota", "A^mu beside it": "alpha
          "quota of states": "state quota", "A^mu beside that": "alpha given state quota"}
 
 
+def write_table(m, names, first, out):
+    """mechanism_verifiers.csv: every gain with its interval, the beam by Q^pi itself, and over `first`'s, and
+    what validation problems said."""
+    every = {n: {"Q^pi": m.plain[n], f"Q^pi over {first}'s": 100 * (m.plain[n] - m.plain[first]), **m.by[n]}
+             for n in names}
+    columns = ["verifier", "auc", *(f"{g} {k}" for g in every[first] for k in ("mean", "lo", "hi")),
+               *m.facts[first]["before"][0]]
+    rows = []
+    for n in names:
+        before = pd.DataFrame(m.facts[n]["before"]).mean().round(4).tolist()
+        rows.append([n, round(m.facts[n]["auc"], 4),
+                     *(v for g in every[n].values() for v in interval(g).values()), *before])
+    write_csv(out / "mechanism_verifiers.csv", columns, rows)
+
+
 def report(runs, names, width, out):
     """runs: [(run, {stage: its facts})]; names: of the verifiers."""
-    m = Mechanism(runs, names, width)
+    m, first = Mechanism(runs, names, width), names[0]
     names = sorted(m.by, key=lambda n: m.facts[n]["auc"])
     aucs = [m.facts[n]["auc"] for n in names]
 
@@ -150,14 +167,7 @@ def report(runs, names, width, out):
         panels = list(noise_panels(noise_gains(runs, name)))
         draw(out / "noise", "Exact values with errors put in, up to step 3", panels)
         keep(out / "noise_rows.csv.gz", [noise_rows(r, name).assign(run=r.config["seed"]) for r, _ in runs])
-    columns = ["verifier", "auc", *(f"{g} {k}" for g in m.by[names[0]] for k in ("mean", "lo", "hi")),
-               *m.facts[names[0]]["before"][0]]
-    rows = []
-    for n in names:
-        before = pd.DataFrame(m.facts[n]["before"]).mean().round(4).tolist()
-        rows.append([n, round(m.facts[n]["auc"], 4),
-                     *(v for g in m.by[n].values() for v in interval(g).values()), *before])
-    write_csv(out / "mechanism_verifiers.csv", columns, rows)
+    write_table(m, names, first, out)
     facts = provenance([run.out for run, _ in runs], [[f"mechanism-{n}" for n in f] for _, f in runs])
     facts |= {"width": width, "seeds": [run.config["seed"] for run, _ in runs], "verifiers": m.facts,
               **{k: {g: m.mean(g, *r) for g in m.by[names[0]]}
