@@ -18,16 +18,13 @@ from minipav import parallel
 from minipav.files import make_folder, write_csv
 from minipav.flags import few, flag, parse
 from minipav.paper.experiments import GRID, SWEEPS
-from minipav.paper.rl_report import report_rl
-from minipav.prover import Prover
+from minipav.paper.rl_report import ROWS, report_rl
+from minipav.prover import Prover, verifier_of
 from minipav.reinforce import outcomes
-from minipav.rewards import REWARDS, check_prover, larger, loop_of
+from minipav.rewards import REWARDS, check_prover, gradient_ratio, loop_of
 from minipav.run import keyed, open_runs, task_of
 from minipav.sft import rft
 from minipav.utils import Fail, main_guard, pick_device, progress, tune_process
-
-# of rows.csv: right of n samples; greedy only at the end
-ROWS = ("iteration", "problem", "n", "right", "greedy")
 
 
 @dataclass
@@ -64,7 +61,7 @@ class Trial:
                          choices=("value", "group", "mean", "none"))
     lr: float = flag(None, "of the policy (AdamW); default: the reward's own, mostly .001", low=1e-12,
                      high=10, kind=float)
-    warmup: float = flag(0.1, "share of the iterations; the learning rate then falls as a cosine", high=1)
+    warmup: float = flag(0.1, "share of the iterations, below the cosine to 0 of all of them", high=1)
     value_lr: float = flag(1e-3, "of the value network's embedding and head (AdamW)", low=1e-12, high=10)
     value_lr_muon: float = flag(0.01, "and of its matrices (Muon); 0: AdamW alone", high=10)
     kl: float = flag(0.03, "coefficient of the KL to the initial policy", high=1000)
@@ -107,8 +104,8 @@ def evaluate(run, folder, policy, a, n, split, curve=()):
     with progress(f"{folder.name}, {n} samples", a.problems * n) as bar:
         reward = outcomes(policy, run, problems, n, run.seed("rl final", a.seed), progress=bar.to)
     greedy = outcomes(policy, run, problems, 1, 0, temperature=0.0)
-    rows = [(iteration, i, a.eval_n, round(float(x) * a.eval_n), "") for iteration, row in curve for i,
-            x in enumerate(row)]
+    rows = [(iteration, i, a.eval_n, round(float(x) * a.eval_n), "")
+            for iteration, row in curve for i, x in enumerate(row)]
     rows += [("end", i, n, int(r.sum()), int(g)) for i, (r, g) in enumerate(zip(reward, greedy[:, 0]))]
     write_csv(folder / "rows.csv", ROWS, rows)
     files = [folder / "rows.csv", *folder.glob("log.csv")]
@@ -168,9 +165,21 @@ def trials(a, trial):
         out.append(("outcome", replace(trial, kl=trial.kl / (1 + trial.alpha))))        # their control
     mu = Prover.parse(trial.prover, trial.policy)
     if {"pav", "outcome"} <= set(rewards) and trial.alpha and mu.policy == trial.policy:
-        times = larger(trial.alpha, mu.K)
+        times = gradient_ratio(trial.alpha, mu.K)
         out.append(("outcome", replace(trial, kl=trial.kl / times)))    # the KL weighs as little as in PAV-RL
     return out
+
+
+def possible(run, a, wanted):
+    """These trials, without exact values that the task has not, and, of a sweep, verifiers that the run has
+    not."""
+    wanted = [(r, t) for r, t in wanted if REWARDS[r].values != "exact" or run.task.exact]
+    if a.sweep:
+        wanted = [(r, t) for r, t in wanted
+                  if (run.out / verifier_of(Prover.parse(t.prover, t.policy).policy)).exists()]
+    if not wanted:
+        raise Fail(f"--reward pav_exact: task {run.task.name} has no exact values")
+    return wanted
 
 
 def main():
@@ -190,10 +199,7 @@ def main():
     if a.out:
         make_folder(a.out)
     runs, split = open_runs(a.run, pick_device(a.device), a.dtype), "validation" if a.tune else "test"
-    wanted = [(r, plain(r, t)) for r,
-              t in trials(a, trial) if REWARDS[r].values != "exact" or runs[0].task.exact]
-    if not wanted:
-        raise Fail(f"--reward pav_exact: task {runs[0].task.name} has no exact values")
+    wanted = possible(runs[0], a, [(r, plain(r, t)) for r, t in trials(a, trial)])
     for reward, t in wanted:
         check_prover(reward, Prover.parse(t.prover, t.policy), t)  # now, not after the first trainings
     done = [{} for _ in runs]                                                   # of each run: label -> stage

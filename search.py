@@ -42,8 +42,8 @@ class Flags:
     policy: str = flag("base", "that is searched with", choices=("weak", "base", "strong"))
     n: int = flag(128, "samples a problem for best-of-N", low=1, high=1 << 16)
     widths: list = flag([1, 2, 4, 8, 16, 32], "beam widths", low=1, high=4096)
-    alpha: float = flag(None, "weight of A^mu; default: of beams, chosen on validation problems; else "
-                        "train.py's", high=1000, kind=float)
+    alpha: float = flag(None, "weight of A^mu; default: of a beam, and of best-of-N by its score, chosen on "
+                        "validation problems; else train.py's", high=1000, kind=float)
     quota: str = flag(None, "of relatives in a beam: none, parent, grandparent, state or a penalty; default: "
                       "none, and beside it one chosen on validation problems", kind=str)
     verifier: str = flag(None, "folder in the run, such as mechanism/base-60, in the place of q_pi", kind=str)
@@ -67,8 +67,8 @@ def tune(bench, a, mu, cell):
     alphas = [0.0, *ALPHAS] if a.alpha is None else [a.alpha]
     if "alpha" not in SCORES[cell.score].uses:
         alphas = [0.0]
-    shaped = getattr(METHODS[cell.method], "shaped", False)                     # by a quota
-    known = [q for q in QUOTAS if q != "state" or bench.run.task.state] if shaped else ["none"]
+    quotas = [q for q in QUOTAS if q != "state" or bench.run.task.state]
+    known = quotas if METHODS[cell.method].shaped else ["none"]
     tables, chosen = {}, []
     for quotas in ((a.quota,), (a.quota,)) if a.quota else (known[:1], known):
         if len(choices := [(x, q) for q in quotas for x in alphas]) == 1:
@@ -92,7 +92,7 @@ def measure(run, a, wanted):
     if a.verifier:
         bench.models["q_pi"] = bench.model(a.verifier)
     for cell in wanted:
-        if getattr(METHODS[cell.method], "budgets", "n") == "widths" and known_as(cell) not in chosen:
+        if METHODS[cell.method].budgets == "widths" and known_as(cell) not in chosen:
             chosen[known_as(cell)], found = tune(bench, a, mu, cell)
             tables += [("tune", t) for t in found]
     facts = {"chosen": chosen}
@@ -103,7 +103,7 @@ def measure(run, a, wanted):
     for cell in wanted:
         alpha = bench.run.config["alpha"] if a.alpha is None else a.alpha
         how = chosen.get(known_as(cell), chosen.get(cell.score, [(alpha, "none")]))
-        for group, (alpha, quota) in zip(("main", "tuned")[:1 + (cell.method == "beam")], how):
+        for group, (alpha, quota) in zip(("main", "tuned")[:1 + METHODS[cell.method].shaped], how):
             tables.append((group, bench.measure(replace(cell, prover=mu, alpha=alpha, quota=quota))))
     if a.all:
         alpha = chosen["effective"][0][0] if a.alpha is None and "effective" in chosen else a.alpha
@@ -133,8 +133,7 @@ def main():
         Quota.parse(a.quota)
     wanted = [Cell.parse(x, policy=a.policy, problems=a.problems, spread=a.spread,
                          verifier=a.verifier or "") for x in a.search]
-    wanted = [replace(c, ns=budgets[getattr(METHODS[c.method], "budgets", "n")],
-                      seed=s) for c in wanted for s in a.seeds]
+    wanted = [replace(c, ns=budgets[METHODS[c.method].budgets], seed=s) for c in wanted for s in a.seeds]
     if a.verifier and a.policy != "base":
         raise Fail(f"--verifier {a.verifier}: stands in for the base policy's; leave --policy out")
     runs = open_runs(a.run, pick_device(a.device), a.dtype)
@@ -142,7 +141,8 @@ def main():
         raise Fail(f"--{'show' if a.show else 'predict'}: in one process; start it without torchrun")
     if a.show:
         for run in runs:
-            mu, alpha = a.prover or f"bo{run.config['K']}", 0.2 if a.alpha is None else a.alpha
+            mu, alpha = a.prover or f"bo{run.config['K']}", a.alpha
+            alpha = run.config["alpha"] if alpha is None else alpha
             show(Bench(run), Cell("beam", "effective", (4,), a.policy, mu, alpha, a.spread, a.quota or "none",
                                   a.verifier or "", problems=a.problems, seed=a.seeds[0]), a.show)
         return

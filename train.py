@@ -22,7 +22,7 @@ from minipav.cache import tokens_in_flight
 from minipav.data import RECIPES, Collect
 from minipav.files import write_csv
 from minipav.flags import few, flag, parse
-from minipav.model import GPT, GPTConfig
+from minipav.model import GPT, SIZES, GPTConfig
 from minipav.paper.report import report_training
 from minipav.precision import pick_dtype
 from minipav.pretrained import PACKAGES, open_pretrained
@@ -31,14 +31,11 @@ from minipav.search.inspect import describe
 from minipav.search.measure import Bench, Cell
 from minipav.search.score import Quota
 from minipav.sft import train_policy
+from minipav.targets import TARGETS
 from minipav.tasks import TASKS
 from minipav.utils import Fail, derive_seed, main_guard, pick_device, progress, tune_process
-from minipav.verifier import TARGETS, outcome_only, train_verifier
+from minipav.verifier import outcome_only, train_verifier
 
-SIZES = {"nano": dict(n_layer=2, n_head=2, n_kv_head=1, n_embd=64, n_ffn=128),       # 0.1M parameters: tests
-         "mini": dict(),                                                             # 0.5M: the default
-         "midi": dict(n_layer=6, n_head=8, n_kv_head=2, n_embd=256, n_ffn=640),      # 4M
-         "maxi": dict(n_layer=12, n_head=12, n_kv_head=4, n_embd=768, n_ffn=2048)}   # 76M: a GPU
 SMOKE = dict(size="nano", sft_steps=60, strong_steps=10, batch_size=64, problems=150, branches=400, n_mc=2,
              pit_traces=20, prover_rollouts=200, orm_steps=20, q_steps=25, mu_steps=8, test_problems=40,
              max_n=8, widths=[1, 2])
@@ -107,38 +104,42 @@ class Flags:
                                      kind=int)
 
 
+def provers(a):
+    """The policies that have a verifier, beside pi."""
+    return ("weak", "strong") if a.prover_rollouts else ()
+
+
 # ---- 1 policies
 
 def policies(run, a):
     """pi; the weaker prover: pi early in training; the stronger: pi trained on with expert demonstrations."""
-    seed = run.seed("policies")
-    torch.manual_seed(seed)
+    torch.manual_seed(run.seed("policies"))
     room = run.task.room(run.enc)
     model = open_pretrained(a.init).load(a.device, room) if a.init else GPT(
         GPTConfig(run.enc.n_vocab, room, **SIZES[a.size])).to(a.device)
     model.bf16, model.checkpointing = a.dtype == "bf16", a.checkpointing
     print(f"  {sum(p.numel() for p in model.parameters()):,} parameters on {a.device}")
-    show, weak_at = run.logger("base", a.sft_steps), max(1, int(a.weak_at * a.sft_steps))
 
-    def log(step, steps, loss):
-        show(step, steps, loss)
-        if step == weak_at:
-            model.save(run.out / "weak")
-
-    def train(name, fraction, steps, seed, log):
+    def train(name, fraction, steps, seed, weak_at=None):
         if run.task.demonstrations is None or steps == 0:
             print(f"  {name}: no SFT ({'0 steps' if steps == 0 else 'the task has no demonstrations'})")
-        else:
-            train_policy(model, run, fraction, steps=steps, batch_size=a.batch_size, lr_muon=a.lr_muon,
-                         lr_adamw=a.lr_adamw, seed=seed, log=log, micro_batch=a.micro_batch,
-                         keep=run.keeper(name))
+            return model.save(run.out / name)
+        show = run.logger(name, steps)
+
+        def log(step, steps, loss):
+            show(step, steps, loss)
+            if step == weak_at:
+                model.save(run.out / "weak")
+        train_policy(model, run, fraction, steps=steps, batch_size=a.batch_size, lr_muon=a.lr_muon,
+                     lr_adamw=a.lr_adamw, seed=seed, log=log, micro_batch=a.micro_batch,
+                     keep=run.keeper(name))
         return model.save(run.out / name)
     files = [run.out / "weak" / name for name in ("config.json", "model.safetensors")]
-    if not run.keeper("base").path.exists():                    # else it was saved on the way
+    if not run.keeper("base").path.exists():            # else a training that is resumed may have saved it
         model.save(run.out / "weak")
-    files += train("base", a.expert_fraction, a.sft_steps, seed, log)
-    show = run.logger("strong", a.strong_steps)
-    return {"files": files + train("strong", a.strong_expert_fraction, a.strong_steps, seed + 1, show)}
+    seed, weak_at = run.seed("policies"), max(1, int(a.weak_at * a.sft_steps))
+    files += train("base", a.expert_fraction, a.sft_steps, seed, weak_at)
+    return {"files": files + train("strong", a.strong_expert_fraction, a.strong_steps, seed + 1)}
 
 
 # ---- 2 rollouts
@@ -146,7 +147,7 @@ def policies(run, a):
 def rollouts(run, a):
     """Of every policy: its seed rollouts, and by --recipe the labelled traces of its verifier."""
     seed, rng = run.seed("rollouts"), np.random.default_rng(run.seed("rollouts"))
-    models = {name: run.model(name) for name in ("base", "weak", "strong")[:3 if a.prover_rollouts else 1]}
+    models = {name: run.model(name) for name in ("base", *provers(a))}
     tokens = {}
     for split, share in (("train", 1.0), ("validation", 0.05)):
         problems, s = run.problems(split, int(max(20, share * a.problems))), derive_seed(seed, split)
@@ -197,7 +198,7 @@ def verifier(run, a, name, data, init, steps, select=lambda traces: traces):
 def cells(a, seed):
     """Every method at every budget."""
     ns = tuple(2 ** k for k in range(a.max_n.bit_length()))
-    few = tuple(w for w in a.widths if w <= 4) or tuple(a.widths[:1])
+    narrow = tuple(w for w in a.widths if w <= 4) or tuple(a.widths[:1])
     fixed = dict(problems=a.test_problems, seed=seed)
     yield Cell("greedy", **fixed)
     for search in ("pass", "majority", "best_of_n:orm", "best_of_n:q_pi"):
@@ -205,12 +206,12 @@ def cells(a, seed):
     fixed["quota"] = a.quota
     yield Cell("beam", "q_pi", tuple(a.widths), **fixed)
     yield Cell("beam", "effective", tuple(a.widths), prover=f"bo{a.K}", alpha=a.alpha, **fixed)
-    for mu in ("weak", "strong")[:2 if a.prover_rollouts else 0]:
-        yield Cell("beam", "effective", few, prover=mu, alpha=a.alpha, **fixed)
+    for mu in provers(a):
+        yield Cell("beam", "effective", narrow, prover=mu, alpha=a.alpha, **fixed)
 
 
 def main():
-    a, dials = parse(Flags, __doc__, more=lambda known: TASKS[known.task],
+    a, task = parse(Flags, __doc__, more=lambda known: TASKS[known.task],
                      defaults=lambda known: TASKS[known.task].defaults | (SMOKE if known.smoke else {}))
     tune_process()
     if a.q_from == "strong" and not a.prover_rollouts:
@@ -227,20 +228,19 @@ def main():
     size = open_pretrained(a.init).config if a.init else GPTConfig(1, **SIZES[a.size])
     a.max_tokens_in_flight = a.max_tokens_in_flight or tokens_in_flight(size, a.device)
     a.out = a.out or Path("runs") / f"{a.task}-seed{a.seed}"
-    fit(a, size, dials, a.out)
+    fit(a, size, task, a.out)
     config = {k: v for k, v in vars(a).items() if k not in ("out", "resume")}
-    dials.check(a.problems, a.test_problems)
-    run = Run(a.out, config | {"dials": dataclasses.asdict(dials)}, a.resume)
+    task.check(a.problems, a.test_problems)
+    run = Run(a.out, config | {"dials": dataclasses.asdict(task)}, a.resume)
     run.stage("policies", lambda: policies(run, a))
     run.stage("rollouts", lambda: rollouts(run, a))
     run.stage("q_pi", lambda: verifier(run, a, "q_pi", "base", a.q_from, a.q_steps))
     run.stage("orm", lambda: verifier(run, a, "orm", "base", "q_pi", a.orm_steps, outcome_only))
-    mus = ("weak", "strong")[:2 if a.prover_rollouts else 0]
-    for mu in mus:
+    for mu in provers(a):
         run.stage(f"q_{mu}", lambda mu=mu: verifier(run, a, f"q_{mu}", mu, "q_pi", a.mu_steps))
     bench, seed = Bench(run), run.seed("evaluation")
     tables = [bench.measure(cell) for cell in cells(a, seed)]
-    stages = [*TRAINED, *(f"q_{mu}" for mu in mus)]
+    stages = [*TRAINED, *(f"q_{mu}" for mu in provers(a))]
     made = {"tables": [str(t.relative_to(run.out)) for t in tables], "stages": stages}
     run.stage("example", lambda: describe(bench, a, seed, tables) | made)
     report_training([run.out], run.out)

@@ -52,6 +52,12 @@ class GPTConfig:
                        f"n_head={self.n_head}, and n_head a multiple of n_kv_head={self.n_kv_head}")
 
 
+SIZES = {"nano": dict(n_layer=2, n_head=2, n_kv_head=1, n_embd=64, n_ffn=128),       # 0.1M parameters: tests
+         "mini": dict(),                                                             # 0.5M: the default
+         "midi": dict(n_layer=6, n_head=8, n_kv_head=2, n_embd=256, n_ffn=640),      # 4M
+         "maxi": dict(n_layer=12, n_head=12, n_kv_head=4, n_embd=768, n_ffn=2048)}   # 76M: a GPU
+
+
 def rope_tables(config):
     """cos and sin, each (block_size, D), of the rotary angles pos * theta^(-2i/D), halves paired as in Llama;
     the sine of the first half is negative."""
@@ -169,17 +175,14 @@ class GPT(nn.Module):
 
     @property
     def dtype(self):
-        """Of keys and values."""
-        return torch.bfloat16 if self.bf16 else self.embed.weight.dtype
+        return torch.bfloat16 if self.bf16 else self.embed.weight.dtype         # of keys and values
 
     @mixed
     def trunk(self, idx, cache=None, kept=None, at=None):
         """Hidden states (B, T, C) of the tokens idx (B, T); at: those at (rows (K,), columns (K,)) alone, (K,
-        C), which saves most of the last block.
-
-        Without a cache they are the first of each row, right-padded; kept: (keys, values) of each layer, (B,
-        G, at least T, D), to be filled in. With a cache they come behind what its rows hold, and are added.
-        """
+        C), which saves most of the last block. Without a cache they are the first of each row, right-padded;
+        kept: (keys, values) of each layer, (B, G, at least T, D), to be filled in. With a cache they come
+        behind what its rows hold, and are added."""
         T = idx.shape[1]
         if cache is not None:
             pos = cache.lengths[:, None] + cache.count + torch.arange(T, device=idx.device)     # (B, T)

@@ -19,7 +19,6 @@ from minipav.data import corrupted_steps, random_ends
 from minipav.files import write_csv, write_tensors
 from minipav.precision import in_chunks, mixed
 from minipav.prover import Prover, verifier_of
-from minipav.search.best_of_n import pass_at_n
 from minipav.tokenizer import pad_token
 from minipav.traces import Traces, responses
 from minipav.utils import Fail, NotFinite, apply_step, backward, make_optimizers, micro_batches, progress
@@ -80,10 +79,12 @@ class Reinforce:
         self.run, self.a, self.folder, self.split, self.micro_batch = run, a, folder, split, micro_batch
         self.reward, self.mu = rewards.REWARDS[reward], Prover.parse(a.prover, a.policy)
         self.policy, self.ref = copy.deepcopy(init), init
-        torch.manual_seed(run.seed("value network", a.seed))
-        self.value = init.as_verifier()
-        self.optimizers = {"policy": make_optimizers(self.policy, 0.0, a.lr),
-                           "value": make_optimizers(self.value, a.value_lr_muon, a.value_lr)}
+        self.optimizers = {"policy": make_optimizers(self.policy, 0.0, a.lr)}
+        self.learned = a.baseline == "value" and self.reward.baseline
+        if self.learned:
+            torch.manual_seed(run.seed("value network", a.seed))
+            self.value = init.as_verifier()
+            self.optimizers["value"] = make_optimizers(self.value, a.value_lr_muon, a.value_lr)
         if self.reward.values == "verifier":
             self.verifier, c = run.model(verifier_of(self.mu.policy)), run.config
             if a.refresh:
@@ -92,9 +93,9 @@ class Reinforce:
                 self.old = run.traces(f"{a.policy}_train")
         self.orm = run.model("orm") if self.reward.values == "attention" else None
         self.mu_policy = run.model(self.mu.policy) if self.reward.values == "rollouts" else None
-        self.curve = torch.zeros(0, a.problems)  # accuracy on each problem, by evaluation
         self.state = {"iteration": 0, "tokens": 0, "seconds": 0.0, "running": 0.0}
-        self.rows, self.facts = [], []
+        # log.csv; of the iterations since; accuracy on each problem, by evaluation
+        self.rows, self.facts, self.curve = [], [], torch.zeros(0, a.problems)
 
     def train(self):
         """Train to the end, from the checkpoint if there is one. -> the trained policy"""
@@ -133,7 +134,7 @@ class Reinforce:
             sums = self.update(i, traces, step, returns)
         except NotFinite:
             self.stop(i, traces, q_mu)
-        return self.seen(problems, traces, step, returns, sums)
+        return self.seen(problems, traces, returns, sums)
 
     def sample(self, i):
         a, run = self.a, self.run
@@ -160,8 +161,8 @@ class Reinforce:
         """One step of the policy, and one of the value network if it is the baseline. -> sums over the batch
         of KL, entropy, tokens, squared value error"""
         a, n, device, sums = self.a, len(traces), self.policy.device, torch.zeros(4)
-        target, learned = rewards.to_tokens(returns, step), a.baseline == "value" and self.reward.baseline
-        if not learned:
+        target = rewards.to_tokens(returns, step)
+        if not self.learned:
             kind = a.baseline if self.reward.baseline else "none"
             b = rewards.step_baseline(kind, returns, traces.ends, a.group, self.state["running"])
             baseline = rewards.to_tokens(b, step)
@@ -169,7 +170,7 @@ class Reinforce:
         for rows in micro_batches(n, self.micro_batch):                         # gradients add up
             T = int(traces.lengths[rows].max())
             tokens, step_of, returned = (x[rows, :T].to(device) for x in (traces.tokens, step, target))
-            if learned:
+            if self.learned:
                 v_loss, b = value_loss(self.value, tokens, step_of, returned)
                 (v_loss / n).backward()
                 sums[3] += v_loss.item()
@@ -181,12 +182,12 @@ class Reinforce:
             sums[:3] += torch.tensor([float(kl), float(entropy), count])
         parallel.add_up(sums)
         apply_step(self.policy, self.optimizers["policy"], self.rate(i))
-        if learned:
+        if self.learned:
             apply_step(self.value, self.optimizers["value"], 1.0)
         return sums
 
     def rate(self, i):
-        """Of the policy's learning rate at iteration i: a linear warm-up, and a cosine to 0."""
+        """Factor of the policy's learning rate: the lower one of a linear warm-up and a cosine to 0."""
         cosine = (1 + math.cos(math.pi * i / self.a.iterations)) / 2
         return min((i + 1) / max(1, self.a.warmup * self.a.iterations), cosine)
 
@@ -207,7 +208,7 @@ class Reinforce:
         backward(verifier_loss, self.verifier, batch, data.lengths, batch[-1].sum(), self.micro_batch)
         apply_step(self.verifier, self.optimizers["verifier"], min(1.0, (i + 1) / 50))
 
-    def seen(self, problems, traces, step, returns, sums):
+    def seen(self, problems, traces, returns, sums):
         n, task = len(traces), self.run.task
         texts = responses(self.run.enc, traces.tokens, traces.lengths, traces.ends[:, 0] + 1)
         judged = [task.judge(problems[i], text) for i, text in zip(traces.problem.tolist(), texts)]
@@ -219,8 +220,7 @@ class Reinforce:
     def stop(self, i, traces, q_mu):
         """A number is not finite: keep the batch and the last checkpoint, and end with an error."""
         path = self.folder / "bad_batch.safetensors"
-        state = {"tokens": traces.tokens, "ends": traces.ends, "reward": traces.reward, "q_mu": q_mu}
-        write_tensors(path, state)
+        write_tensors(path, {k: getattr(traces, k) for k in ("tokens", "ends", "reward")} | {"q_mu": q_mu})
         parallel.barrier()              # it is on the disk before one ends them all
         raise Fail(f"{self.folder.name}: the loss is not finite at iteration {i}: its batch is in {path}, "
                    f"the state of iteration {self.rows[-1]['iteration']} in checkpoint.safetensors; "
@@ -238,7 +238,7 @@ class Reinforce:
         before = self.rows[-1] if self.rows else {"tokens": 0, "seconds": 0.0}
         row = {"iteration": s["iteration"], "tokens": s["tokens"], "seconds": round(s["seconds"], 2),
                "accuracy": float(reward.mean()), "greedy": float(greedy.mean()),
-               "pass_n": float(pass_at_n(reward, a.eval_n).mean()), **mean,
+               "pass_n": float(reward.amax(1).mean()), **mean,
                "tokens_per_s": (s["tokens"] - before["tokens"]) / max(s["seconds"] - before["seconds"], 1e-9)}
         self.rows.append({k: round(row[k], 5) if k in row else "" for k in COLUMNS})
         self.facts = []

@@ -69,9 +69,9 @@ def loop_of(reward):
     return getattr(importlib.import_module(name or "minipav.reinforce"), "Loop" if name else "Reinforce")
 
 
-def larger(alpha, K):
-    """How much larger than outcome reward's the gradient of `pav` is under best-of-K of pi where values are
-    small, and at most: there A^BoK is K times A^pi, and Rex has the gradient of A^pi."""
+def gradient_ratio(alpha, K):
+    """How many times outcome reward's gradient that of `pav` under best-of-K of pi is, at most: where values
+    are small A^BoK is K times A^pi, and Rex has the gradient of A^pi."""
     return 1 + alpha * K
 
 
@@ -97,8 +97,8 @@ def close(traces):
 def step_of_token(tokens, ends):
     """The step (N, T) that each token of a response belongs to, delimiter included; -1 elsewhere."""
     t, last = torch.arange(tokens.shape[1]), ends.max(1, keepdim=True).values
-    sorted_ends = ends.masked_fill(ends < 0, tokens.shape[1])
-    before = torch.searchsorted(sorted_ends, t.expand(len(ends), -1).contiguous())  # step ends before a token
+    ascending = ends.masked_fill(ends < 0, tokens.shape[1])
+    before = torch.searchsorted(ascending, t.expand(len(ends), -1).contiguous())  # step ends before a token
     return torch.where((t > ends[:, :1]) & (t <= last), before - 1, -1)
 
 

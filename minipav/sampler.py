@@ -20,6 +20,7 @@ from minipav.cache import KVCache
 from minipav.checkpoint import Partial
 from minipav.graphs import Recorded
 from minipav.precision import mixed
+from minipav.tokenizer import stop_mask
 from minipav.utils import tokens_per_forward
 
 LENGTH = -1                         # Samples.finish_reason of a row that met no stop token
@@ -58,23 +59,20 @@ def _inverse_cdf(p, u):
     return token[:, 0], (1 - (end - u * cdf[:, -1:]) / size).clamp(0, 1 - 2 ** -23)[:, 0]
 
 
-def choose(logits, u, temperature=1.0, top_k=None, top_p=None):
+def choose(logits, u, temperature=1.0, top_p=None):
     """Token (R,) by inverse CDF at the uniform numbers u (R,) from logits (R, V). Temperature 0: argmax.
 
-    top_k keeps the k likeliest tokens, then top_p the smallest set of likeliest tokens whose probability
-    reaches it. No sort: a token is drawn from the whole distribution; if those that are likelier reach top_p
-    already, it is drawn again from the nucleus, by what is left of u: its place within the token's interval.
+    top_p keeps the smallest set of likeliest tokens whose probability reaches it. No sort: a token is drawn
+    from the whole distribution; if those that are likelier reach top_p already, it is drawn again from the
+    nucleus, by what is left of u: its place within the token's interval.
     """
     if temperature == 0:
         return logits.argmax(-1)
     p = (logits.float() if temperature == 1 else logits.float() / temperature).softmax(-1)      # (R, V)
-    if top_k is not None and top_k < p.shape[1]:
-        p = p.masked_fill(p < p.topk(top_k).values[:, -1:], 0.0)
     token, rest = _inverse_cdf(p, u)
     if top_p is None or top_p >= 1:
         return token
-    need = top_p * (1.0 if top_k is None else p.sum(-1))
-    outside = torch.where(p > p.gather(1, token[:, None]), p, 0.0).sum(-1) >= need
+    outside = torch.where(p > p.gather(1, token[:, None]), p, 0.0).sum(-1) >= top_p
     if p.device.type == "cpu":
         rows = outside.nonzero()[:, 0]
     else:   # to ask how many would wait for the GPU: 1 - top_p of the rows at most, and never 4 times as many
@@ -96,7 +94,7 @@ def sample(model, prompts, lengths, n=1, *, which=None, max_new_tokens, stop, se
     """n samples behind each of B prefixes. -> Samples on the CPU
 
     Prefix b is the first lengths[b] tokens of the row which[b] (default: b) of prompts (P, T); stop: token
-    ids that end a row and are kept in it; choice: temperature, top_k, top_p; max_tokens_in_flight bounds rows
+    ids that end a row and are kept in it; choice: temperature, top_p; max_tokens_in_flight bounds rows
     x slots of the KV buffers (not the outputs, which grow with n); progress(rows_done) is called after each
     chunk; keep: folder in which a long call saves what it has, to go on from there. Raises ValueError if a
     prefix is empty or a row would not fit the model's block_size.
@@ -118,17 +116,16 @@ def sample(model, prompts, lengths, n=1, *, which=None, max_new_tokens, stop, se
     how = n, seed, max_new_tokens, choice, list(stop), pad, logprobs, model.bf16
     kept = Partial(keep, outputs, model, prompts, lengths, which, crc32(repr(how).encode()))
     at = kept.at
-    stops = torch.zeros(model.config.vocab_size, dtype=torch.bool)
-    stops[list(stop)] = True
+    stops = stop_mask(stop, model.config.vocab_size, model.device)
     while at < len(order):
         need = slots[at:at + max(1, max_tokens_in_flight // int(slots[at]))]
         fit = int((need * torch.arange(1, len(need) + 1) <= max_tokens_in_flight).sum())
         rows = order[at:at + max(1, fit)]
         cache, hidden = prefill(model, prompts, which[rows // n], lengths[rows // n], max_new_tokens)
         result = decode(model, cache, hidden, rows.to(hidden.device), seed, max_new_tokens,
-                        stops.to(hidden.device), pad, compact, logprobs, **choice)
-        for name, value in zip(("tokens", "lengths", "finish_reason", "logprobs")[:3 + logprobs], result):
-            getattr(out, name)[rows] = value.cpu()
+                        stops, pad, compact, logprobs, **choice)
+        for output, value in zip(outputs, result):
+            output[rows] = value.cpu()
         at += len(rows)
         kept.save(at)
         if progress:

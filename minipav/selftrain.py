@@ -26,10 +26,6 @@ class TreeLoop(Reinforce):
     batch / group problems, as many steps of each as a beam of width `group` samples. There is no value
     network."""
 
-    def __init__(self, *args):
-        super().__init__(*args)
-        del self.value, self.optimizers["value"]
-
     @torch.no_grad()
     def search(self, i, policy):
         """-> the tree, Rex of its finished nodes (N,), all nodes' values and visits (N,) and children (N, K;
@@ -41,8 +37,9 @@ class TreeLoop(Reinforce):
         tree = Tree(s, problems, budget + BRANCH + ROLL, run.seed("rl traces", a.seed, i), 0)
         found = list(iterate(tree, [budget], puct=False, quality=False))[-1]
         self.state["tokens"] += int(tree.spent.sum())
-        (done, _, rex), outcome = tree.finished(), torch.zeros(len(tree.owner), device=tree.device)
-        outcome[done] = torch.tensor(rex, device=tree.device)
+        (done, texts), outcome = tree.finished(), torch.zeros(len(tree.owner), device=tree.device)
+        rex = [run.task.outcome(problems[i], x) for i, x in zip(tree.owner[done].tolist(), texts)]
+        outcome[done] = torch.tensor(rex, device=tree.device).float()
         solved = len(tree.owner[outcome > 0].unique()) / len(problems)
         return tree, outcome, *found, {"train_reward": solved}
 

@@ -41,6 +41,13 @@ def delimiter_tokens(enc, delimiter):
                    enc.eot_token])
 
 
+def stop_mask(stop, n_vocab, device):
+    """(n_vocab,) which tokens end a row."""
+    mask = torch.zeros(n_vocab, dtype=torch.bool)
+    mask[list(stop)] = True
+    return mask.to(device)
+
+
 def encode_rows(enc, texts):
     """Token rows (B, T) right-padded and their lengths (B,); END in a text becomes the end-of-text token, and
     the marks of a chat, where the encoding has them, their tokens."""

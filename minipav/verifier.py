@@ -93,9 +93,7 @@ class ExactValues:
     legal walk, which a base policy that does not plan is close to). Not the best possible value."""
 
     def __init__(self, env, problems, device):
-        if env.task.exact is None:
-            raise Fail(f"task {env.task.name} has no exact values")
-        self.enc, self.value, self.device = env.enc, env.task.exact(problems), device
+        self.enc, self.value, self.device = env.enc, env.task.exact_values(problems), device
         self.rows = [(i, "") for i in range(len(problems))]                     # (problem, response so far)
         self._read()
 
@@ -117,9 +115,7 @@ class ExactValues:
 
 def exact_q(env, problems, traces):
     """Exact Q (N, S + 1) of the task's reference policy at every step end; NaN where there is none."""
-    if env.task.exact is None:
-        raise Fail(f"task {env.task.name} has no exact values")
-    value, q = env.task.exact(problems), torch.full(traces.ends.shape, float("nan"))
+    value, q = env.task.exact_values(problems), torch.full(traces.ends.shape, float("nan"))
     rows, index = (traces.ends >= 0).nonzero(as_tuple=True)
     prompt_lengths, lengths = traces.ends[rows, 0] + 1, traces.ends[rows, index] + 1
     texts = responses(env.enc, traces.tokens[rows], lengths, prompt_lengths)
@@ -138,8 +134,8 @@ def outcome_only(traces):
 
 def label_weights(traces, balance=False):
     """Weight (N, S + 1) of each label in the loss. An estimate from many completions counts more than one
-    outcome, but not in proportion: labels of one trace are few views of one problem. balance: the two buckets
-    Q < .5 and Q >= .5 weigh the same (section 4.2)."""
+    outcome, but not in proportion (labels of one trace are few views of one problem): the root of its count,
+    16 for an exact one. balance: the two buckets Q < .5 and Q >= .5 weigh the same (section 4.2)."""
     w = torch.where(traces.exact, EXACT_COUNT, traces.n).float().sqrt() * traces.labelled
     if balance:
         for bucket in (traces.q < 0.5, traces.q >= 0.5):
@@ -191,7 +187,7 @@ def evaluate(model, traces):
 
 
 def train_verifier(init, train, held_out, *, steps, batch_size, lr_muon, lr_adamw, seed, log, balance=False,
-                   target="bce", checks=6, micro_batch=0, keep=NOT_KEPT):
+                   target="bce", micro_batch=0, keep=NOT_KEPT):
     """Fit a verifier that starts from `init` (a policy, or another verifier) to `train`; the checkpoint with
     the lowest cross-entropy on `held_out` (traces of other problems) is kept. -> (model, Report)
 
@@ -217,7 +213,7 @@ def train_verifier(init, train, held_out, *, steps, batch_size, lr_muon, lr_adam
         batch = train.tokens[rows], train.ends[rows], train.q[rows], train.n[rows], weights[rows]
         loss = backward(verifier_loss, model, batch, train.lengths[rows], batch[-1].sum(), micro_batch)
         apply_step(model, optimizers, schedule(step, steps))
-        if step + 1 == steps or (step + 1) % max(1, steps // checks) == 0 and step >= steps // 2:
+        if step + 1 == steps or (step + 1) % max(1, steps // 6) == 0 and step >= steps // 2:
             report = evaluate(model, held_out)
             if best is None or report.loss < best.loss:
                 best = report

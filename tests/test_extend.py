@@ -79,7 +79,7 @@ def lowest(s):
 SCORES["lowest"] = Score("lowest Q^pi on the way", lowest, uses=())
 ''', "method": '''
 import torch
-from minipav.search import METHODS
+from minipav.search import METHODS, Method
 from minipav.search.best_of_n import best_of_n
 from minipav.search.score import Result
 
@@ -88,7 +88,7 @@ def worst_of_n(s, problems, ns, seed):
     return [Result(1 - r.right, r.solved, r.tokens, r.verifier_tokens)
             for r in best_of_n(s, problems, ns, seed)]
 
-METHODS["worst_of_n"] = worst_of_n
+METHODS["worst_of_n"] = Method(worst_of_n)
 ''', "reward": '''
 from minipav.rewards import REWARDS, VERIFIER, Reward
 
@@ -169,7 +169,7 @@ def test_a_score_of_beams(extended, tmp_path):
     bench = Bench(Run.open(out, "cpu"))
     s = bench.search(Cell("beam", "lowest"))
     s.log = []
-    [r] = METHODS["beam"](s, bench.run.problems("test", 15), [2], 0)
+    [r] = METHODS["beam"].run(s, bench.run.problems("test", 15), [2], 0)
     for level in s.log:
         step = level["step"]
         want = torch.cat([step.path, step.q_pi[:, None]], 1).min(1).values

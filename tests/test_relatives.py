@@ -167,12 +167,12 @@ def test_with_exact_values_a_larger_budget_finds_more(method):
     problems = [p for p in task.problems("test", 40, 0) if task.exact([p])(0, "") > 0.01][:25]
     env = Env(task, synthetic_encoding(task.phrases))
     s = Search(env, WalkPolicy(env, problems), SCORES["exact"])
-    few, more, many = METHODS[method](s, problems, [1, 8, 96], 0)
+    few, more, many = METHODS[method].run(s, problems, [1, 8, 96], 0)
     assert few.right.mean() + 0.1 < more.right.mean() < many.right.mean() + 0.01
     assert many.right.mean() >= 0.98
     assert (few.tokens <= more.tokens).all() and (more.tokens <= many.tokens).all()
     assert (many.right <= many.solved).all() and (few.tokens <= 3 * 5 * 4).all()
-    alone = METHODS[method](s, problems[:7], [8], 0)[0]         # a problem's search is its own
+    alone = METHODS[method].run(s, problems[:7], [8], 0)[0]         # a problem's search is its own
     assert torch.equal(alone.right, more.right[:7]) and torch.equal(alone.tokens, more.tokens[:7])
 
 

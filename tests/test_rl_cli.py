@@ -2,6 +2,7 @@
 import csv
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from conftest import SMALL, fails, run_main
@@ -11,6 +12,7 @@ from minipav.paper import experiments
 from minipav.reinforce import Reinforce
 from minipav.run import Run
 from minipav.sft import rft, sft_loss
+from minipav.tasks.calculator import Calculator
 from minipav.utils import Fail
 
 pytestmark = pytest.mark.usefixtures("right_at_times")
@@ -215,3 +217,12 @@ def test_bad_runs_are_one_line_errors(lacks_q_weak, tmp_path):
     other = shutil.copytree(lacks_q_weak, tmp_path / "other")
     assert "--out" in fails(rl, "--run", lacks_q_weak, other)
     assert "differ in their seed" in fails(rl, "--run", lacks_q_weak, other, "--out", tmp_path / "out")
+
+
+def test_a_sweep_leaves_out_what_the_run_has_no_verifier_for(tmp_path):
+    """As of tasks in words, whose runs have no other policies."""
+    (tmp_path / "q_pi").mkdir()
+    run = SimpleNamespace(out=tmp_path, task=Calculator())
+    wanted = [("pav", rl.Trial()), ("pav", rl.Trial(prover="weak")), ("outcome", rl.Trial(policy="strong"))]
+    assert rl.possible(run, rl.Flags(sweep=True), wanted) == wanted[:1]
+    assert rl.possible(run, rl.Flags(), wanted) == wanted

@@ -120,15 +120,13 @@ def test_the_distribution_of_whole_samples_is_exact():
     assert chi2 < cells + 4 * (2 * cells) ** 0.5                                # mean + 4 standard deviations
 
 
-def test_top_k_and_top_p_keep_exactly_the_right_tokens():
+def test_top_p_keeps_exactly_the_right_tokens():
     logits = torch.tensor([[0.1, 0.4, 0.3, 0.2]]).log().expand(4000, 4)
     u = torch.arange(4000) / 4000
     share = lambda **kw: torch.bincount(choose(logits, u, **kw), minlength=4) / 4000  # noqa: E731
     assert torch.allclose(share(), torch.tensor([0.1, 0.4, 0.3, 0.2]), atol=1e-3)
-    assert torch.allclose(share(top_k=2), torch.tensor([0, 4 / 7, 3 / 7, 0]), atol=1e-3)
     assert torch.allclose(share(top_p=0.69), torch.tensor([0, 4 / 7, 3 / 7, 0]), atol=1e-3)
     assert torch.allclose(share(top_p=0.71), torch.tensor([0, 4 / 9, 3 / 9, 2 / 9]), atol=1e-3)
-    assert torch.allclose(share(top_k=3, top_p=0.5), torch.tensor([0, 4 / 7, 3 / 7, 0]), atol=1e-3)
     cold = torch.tensor([0.1, 0.4, 0.3, 0.2]) ** 2
     assert torch.allclose(share(temperature=0.5), cold / cold.sum(), atol=1e-3)
 
@@ -164,7 +162,7 @@ def test_uniform_numbers_are_uniform_and_belong_to_seed_row_and_token():
 def test_a_token_of_probability_zero_is_never_chosen():
     """An inverse CDF that looks up u * total <= cdf picks index 0 at u = 0; a clamp picks the last at 1."""
     logits = torch.tensor([[float("-inf"), 0.0, float("-inf"), 1.0, float("-inf")]]).expand(3, 5)
-    for kw in (dict(), dict(top_k=4), dict(top_p=1.0), dict(top_p=0.9999)):
+    for kw in (dict(), dict(top_p=1.0), dict(top_p=0.9999)):
         assert choose(logits, torch.tensor([0.0, 0.5, 1 - 2 ** -23]), **kw).tolist() == [1, 3, 3]
 
 

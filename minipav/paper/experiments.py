@@ -110,8 +110,7 @@ def provers(bench, a, mu, alpha):
         q_mus, q = logged_values(bench, a, policy, mus)
         out += searches(bench, a, "provers", "beam:q_pi", **fixed)
         for m in mus:                                           # at alpha 0 all provers are the same
-            out += searches(bench, a, "provers", "beam:effective", prover=m, alpha=alpha or config["alpha"],
-                            **fixed)
+            out += searches(bench, a, "provers", "beam:effective", prover=m, alpha=alpha, **fixed)
             d, al = theorem_terms(q_mus[m], q)
             facts.append({"base": policy, "prover": m, "distinguishability": d, "alignment": al})
     return out, {"theorem": facts}

@@ -20,7 +20,7 @@ from minipav import parallel
 from minipav.data import RECIPES, Collect
 from minipav.files import make_folder, write_csv
 from minipav.flags import flag, parse
-from minipav.model import GPT
+from minipav.model import GPT, SIZES
 from minipav.paper.mechanism_report import COLUMNS, NOISE, best, report
 from minipav.paper.noise import SCORES, SIGMAS, noise
 from minipav.paper.prediction import describe_beam, same_states
@@ -108,7 +108,7 @@ def verifier(run, recipe):
     init = run.model(recipe.init if recipe.init in ("base", "strong") else "base")
     if recipe.init in ("scratch", "nano"):
         torch.manual_seed(seed)
-        small = dict(n_layer=2, n_head=2, n_kv_head=1, n_embd=64, n_ffn=128) if recipe.init == "nano" else {}
+        small = SIZES["nano"] if recipe.init == "nano" else {}
         fresh = GPT(replace(init.config, **small)).to(init.device)
         fresh.bf16, init = init.bf16, fresh
     model, report = train_verifier(

@@ -8,9 +8,9 @@ from minipav.paper.figures import line, rl_figures
 from minipav.paper.report import drawer, finish, judged, keep, provenance, stage
 from minipav.paper.statistics import NONE, Curve, bootstrap, interval, pass_at_n, read_table, spread
 from minipav.prover import Prover
-from minipav.rewards import REWARDS, larger
+from minipav.rewards import REWARDS, gradient_ratio
 
-ROWS = ["iteration", "problem", "n", "right", "greedy"]
+ROWS = ["iteration", "problem", "n", "right", "greedy"]      # of rows.csv: right of n; greedy in the end only
 
 
 def columns_of(rows):
@@ -66,7 +66,7 @@ class Trained:
     def fair(self, n):
         """The same whose KL weighs as little against its reward as it does in n, a PAV-RL under boK."""
         f = self.spec(n)
-        return self.outcome(n, f["kl"] / larger(f["alpha"], Prover.parse(f["prover"]).K))
+        return self.outcome(n, f["kl"] / gradient_ratio(f["alpha"], Prover.parse(f["prover"]).K))
 
     def outcome(self, n, kl):
         """The training with outcome reward and this KL that differs from n in nothing else, or None."""

@@ -69,7 +69,7 @@ class Curves:
         wide = rows.groupby(["run", "problem", *KEY, "n"])[values].mean().unstack([*KEY, "n"])
         self.each = [x.droplevel("run") for _, x in wide.groupby("run")]
         boot = bootstrap(self.each)
-        self.by, self.P = {}, len(wide)
+        self.by = {}
         for key in dict.fromkeys(c[1:-1] for c in boot.columns):
             n = sorted(c[-1] for c in boot.columns if c[0] == "right" and c[1:-1] == key)
             self.by[key] = Curve(np.array(n), *(boot[[(v, *key, x) for x in n]].to_numpy() for v in values))

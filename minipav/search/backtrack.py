@@ -51,6 +51,3 @@ def move(tree, here, active, child, tries, neutral, C):
     tries[start[back]] = 0
     tries[to[back & (to != start)]] += 1
     return to, active & ~(positive & ended)
-
-
-backtrack.budgets = "widths"

@@ -8,8 +8,8 @@ from torch.nn.functional import pad as pad_right
 from minipav import graphs, parallel
 from minipav.advantage import q_best_of_k
 from minipav.sampler import decode, prefill
-from minipav.search.score import Result, Step
-from minipav.tokenizer import delimiter_tokens, encode_rows, pad_token
+from minipav.search.score import Result, Step, places, ranks, top
+from minipav.tokenizer import delimiter_tokens, encode_rows, pad_token, stop_mask
 from minipav.traces import responses
 from minipav.utils import Fail, progress
 from minipav.verifier import Values
@@ -52,11 +52,9 @@ def beam(s, problems, widths, seed):
     """Beam search at each width. -> [Result]
 
     Each level samples width * C next steps (at most s.spread at the first one), spread evenly over a
-    problem's live prefixes (s.spread 0: C behind each), drops duplicates, scores, and keeps the best `width`
-    of each problem, relatives only as far as s.quota lets them. A finished trace stays in the beam with its
-    score frozen. The answer is the finished trace with the highest Q^pi. The problems go in batches whose KV
-    buffers have at most max_tokens_in_flight slots (on a GPU: would have if rows were a quarter as long as
-    they can be; a batch that does not fit its memory is halved).
+    problem's live prefixes (s.spread 0: C for each place in the beam), drops duplicates, scores, and keeps
+    the best `width` of each problem, relatives only as far as s.quota lets them. A finished trace stays in
+    the beam with its score frozen. The answer is the finished trace with the highest Q^pi.
     """
     out = []
     with progress(f"beam, {s.score.label}", sum(widths)) as bar:
@@ -68,12 +66,14 @@ def beam(s, problems, widths, seed):
     return out
 
 
-beam.budgets = "widths"             # of search.py it takes these budgets; else "n" (the default) or "one"
-beam.shaped = True                  # its results depend on Search's spread and quota
-
 
 @torch.no_grad()
 def search_all(s, problems, width, seed):
+    """A beam of one width. -> Result
+
+    The problems go in batches whose KV buffers have at most max_tokens_in_flight slots (on a GPU: would have
+    if rows were a quarter as long as they can be; a batch that does not fit its memory is halved).
+    """
     task, enc, device, start, P = s.env.task, s.env.enc, s.policy.device, time.time(), len(problems)
     if s.quota.kin == "state" and task.state is None:
         raise Fail(f"--quota state: task {task.name} does not say what a state is")
@@ -82,11 +82,10 @@ def search_all(s, problems, width, seed):
     prompts, lengths = encode_rows(enc, [task.prompt(p) for p in problems])
     slots = prompts.shape[1] + task.max_steps * task.max_step_tokens
     # the live caches of policy and verifiers, each twice while a level's survivors are copied
-    models = 1 + (s.verifier is not None) + (s.mu_verifier is not None)
-    row = 2 * models * (slots + s.C * task.max_step_tokens)
-    row //= 4 if device.type == "cuda" else 1           # rows are seldom so long; if they are, it is told
-    batch = max(1, s.env.sampling.get("max_tokens_in_flight", 1 << 18) // (width * row))
-    r = Result(*torch.zeros(4, P), [""] * P, torch.full((P,), -1.0))
+    per_row = 2 * (1 + s.readers) * (slots + s.C * task.max_step_tokens)
+    per_row //= 4 if device.type == "cuda" else 1       # rows are seldom so long; if they are, it is told
+    batch = max(1, s.env.sampling.get("max_tokens_in_flight", 1 << 18) // (width * per_row))
+    r = Result.empty(P)
     mine = parallel.share(P)
     end, logged = mine.start, len(s.log or ())
     while end < mine.stop:
@@ -102,18 +101,10 @@ def search_all(s, problems, width, seed):
             graphs.forget()
             continue
         i, end, logged = end, at.stop, len(s.log or ())
-        if len(finished.owner) == 0:
-            continue
-        best = set(top(finished.q_pi[:, -1], finished.owner, 1).tolist())
-        texts = responses(enc, finished.tokens, finished.lengths, lengths[at][finished.owner])
-        for row, (p, text) in enumerate(zip((finished.owner + i).tolist(), texts)):
-            right = float(task.outcome(problems[p], text))
-            r.solved[p] = max(r.solved[p], right)
-            if row in best:
-                r.text[p], r.right[p], r.q[p] = text, right, finished.q_pi[row, -1]
-    rows = range(mine.start, mine.stop)
-    parallel.exchange(rows, r.right, r.solved, r.tokens, r.verifier_tokens, r.q)
-    parallel.exchange_list(rows, r.text)
+        if len(finished.owner):
+            texts = responses(enc, finished.tokens, finished.lengths, lengths[at][finished.owner])
+            r.enter(task, problems, finished.owner + i, finished.q_pi[:, -1], texts)
+    r.exchange(mine)
     return replace(r, seconds=time.time() - start)
 
 
@@ -127,17 +118,17 @@ def search_batch(s, problems, prompts, lengths, slots, width, seed, offset=0):
     live = Beam(torch.arange(P, device=device), tokens, lengths, pi.q[:, None].expand(P, H + 1), pi.q)
     parents = live.owner                                                        # of the live prefixes
     finished, spent = live[:0], torch.zeros(P, dtype=torch.long, device=device)
-    readers = (s.verifier is not None) + (s.mu_verifier is not None)
-    read = readers * lengths
+    read = s.readers * lengths
     for level in range(H):
         place = ((live.owner + offset) * H + level) * width * s.C
         steps, grown = expand(s, live, cache, hidden, place, allot(s, live.owner, width, level), seed)
         spent.index_add_(0, live.owner[steps[0]], steps[2])
         kept = distinct(*steps[:2], steps[3])
-        if len(kept) == 0:  # no step of any problem came to its end
+        kept = kept[(steps[3][kept] == eot) | (level + 1 < H)]          # a last step without END leads nowhere
+        if len(kept) == 0:
             break
         parent, new, count, stop, logprob = (x[kept] for x in steps)
-        read = read.index_add(0, live.owner[parent], readers * count)
+        read = read.index_add(0, live.owner[parent], s.readers * count)
         before, judges = judges, judges.children(parent, new, count)
         step = Step(judges.pi.q, judges.q_mu, before.pi.q[parent], before.q_mu[parent],
                     live.q_pi[parent, :level + 1], level + 1, logprob.sum(1), s.alpha)
@@ -176,11 +167,10 @@ def expand(s, live, cache, hidden, place, times, seed):
     task, enc, device = s.env.task, s.env.enc, hidden.device
     parent = torch.arange(len(live.owner), device=device).repeat_interleave(times)
     ids = place[parent] + places(live.owner[parent])
-    stops = torch.zeros(enc.n_vocab, dtype=torch.bool)
-    stops[delimiter_tokens(enc, task.delimiter)] = True
+    stops = stop_mask(delimiter_tokens(enc, task.delimiter), enc.n_vocab, device)
     grown = cache.branch(parent, task.max_step_tokens)
-    new = decode(s.policy, grown, hidden[parent], ids, seed, task.max_step_tokens, stops.to(device),
-                 pad_token(enc), logprobs=True, whole=True, top_p=s.env.sampling.get("top_p"))
+    new = decode(s.policy, grown, hidden[parent], ids, seed, task.max_step_tokens, stops, pad_token(enc),
+                 logprobs=True, whole=True, top_p=s.env.sampling.get("top_p"))
     return (parent, *new), grown
 
 
@@ -222,29 +212,3 @@ def prune(finished, child, ended, width, relatives, penalty):
         value, behind = value - penalty * behind, torch.zeros_like(behind)
     best = top(value, owner, width, behind)
     return best, torch.cat([torch.zeros_like(finished.owner, dtype=torch.bool), ~ended])[best]
-
-
-def sort(value, owner, tier=None):
-    """Row indices by owner, then by tier (none: all the same), then by value, the highest first."""
-    order = value.argsort(descending=True, stable=True)
-    for key in (tier, owner) if tier is not None else (owner,):
-        order = order[key[order].argsort(stable=True)]
-    return order
-
-
-def ranks(value, owner):
-    """The place (N,) of each row among its owner's by value; 0 is the highest."""
-    order = sort(value, owner)
-    return torch.empty_like(order).index_copy_(0, order, places(owner[order]))
-
-
-def places(o):
-    """0, 1, 2, ... within each run of equal numbers of o, ascending."""
-    return torch.arange(len(o), device=o.device) - torch.searchsorted(o, o)
-
-
-def top(value, owner, k, tier=None):
-    """Row indices of the k highest values of each owner, ordered by owner, tier and value; a lower tier goes
-    first."""
-    order = sort(value, owner, tier)
-    return order[places(owner[order]) < k]

@@ -76,9 +76,9 @@ def over_samples(s, problems, ns, seed, right, read=0, reading=0.0):
     t, seconds = draw(s, problems, M, seed)
     reward, spent = t.reward.view(P, M), (t.lengths - t.ends[:, 0] - 1).float().view(P, M).mean(1)
     read = torch.as_tensor(read).float().expand(P, M).mean(1)
-    return [Result(right(t, reward, n), s.remember(("pass", M, seed, n), lambda n=n: pass_at_n(reward, n)),
-                   n * spent,
-                   n * read, seconds=(seconds + reading) * n / M) for n in ns]
+    solved = {n: s.remember(("pass", M, seed, n), lambda n=n: pass_at_n(reward, n)) for n in ns}
+    return [Result(right(t, reward, n), solved[n], n * spent, n * read, seconds=(seconds + reading) * n / M)
+            for n in ns]
 
 
 def at_n(s, problems, ns, seed):
@@ -117,13 +117,10 @@ def best_of_n(s, problems, ns, seed):
     ended = t.tokens[row, t.lengths - 1] == s.env.enc.eot_token                 # what never ended ranks last
     value = torch.where(ended, value, -torch.inf).view(P, M)
     return over_samples(s, problems, ns, seed, lambda t, reward, n: expected_best(value, reward, n),
-                        (t.lengths * (1 + (s.mu_verifier is not None))).view(P, M), time.time() - start)
+                        (t.lengths * s.readers).view(P, M), time.time() - start)
 
 
 def greedy(s, problems, ns, seed):
     t = seed_rollouts(s.policy, s.env, problems, 1, seed, temperature=0)
     return [Result(t.reward, t.reward, (t.lengths - t.ends[:, 0] - 1).float(), torch.zeros(len(t)),
                    responses(s.env.enc, t.tokens, t.lengths, t.ends[:, 0] + 1))] * len(ns)
-
-
-greedy.budgets = "one"

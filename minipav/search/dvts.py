@@ -22,6 +22,3 @@ def dvts(s, problems, widths, seed):
                                verifier_tokens=read.sum(1), text=text, q=q.max(1).values))
             bar.update(width)
     return out
-
-
-dvts.budgets = "widths"

@@ -17,10 +17,10 @@ from functools import partial
 
 import torch
 
-from minipav.search.beam import places, top
+from minipav.search.score import places, top
 from minipav.search.tree import STOP, search_trees
 
-BRANCH, ROLL, MIX, C_UCT, C_PUCT, LENGTH = 3, 3, 0.5, 0.7, 1.0, 1.25
+BRANCH, ROLL, MIX, C_UCT, C_PUCT, EXPONENT = 3, 3, 0.5, 0.7, 1.0, 1.25
 WIDEST = 24                         # most children of a node before its last expansion
 PATIENCE = 12                       # samples behind a node that leads nowhere
 
@@ -90,7 +90,7 @@ def select(tree, roots, V, visits, children, samples, closed, puct):
         n, parent = visits[kids], visits[node, None]
         if puct:
             tokens = (tree.lengths[kids] - tree.lengths[node, None]).clamp(min=1)
-            p = (tree.logprob[kids] / tokens ** LENGTH).exp()
+            p = (tree.logprob[kids] / tokens ** EXPONENT).exp()
             bonus = C_PUCT * p * parent.sqrt() / (1 + n)
         else:
             bonus = C_UCT * (2 * parent.log() / n).sqrt()
@@ -127,4 +127,3 @@ def back_up(tree, leaf, V, visits, children):
 
 
 puct, quality = partial(mcts, puct=True), partial(mcts, quality=True)
-mcts.budgets = puct.budgets = quality.budgets = "widths"

@@ -37,7 +37,7 @@ class Cell:
         self.alpha = float(self.alpha) if "alpha" in uses else 0.0
         if "prover" not in uses or "alpha" in uses and self.alpha == 0:
             self.prover = ""
-        if not getattr(METHODS[self.method], "shaped", False):
+        if not METHODS[self.method].shaped:
             self.spread, self.quota = 0, ""
         if not self.score or SCORES[self.score].verifier != "q_pi":
             self.verifier = ""
@@ -47,14 +47,12 @@ class Cell:
         """"beam:effective" -> that method and score; "beam" is that too, "best_of_n" is "best_of_n:orm".
         Raises Fail if there is no such method or score."""
         method, colon, score = text.partition(":")
-        scored = method not in ("greedy", "pass", "majority")
-        if method not in METHODS or colon and (score not in SCORES or not scored):
+        if method not in METHODS or colon and (score not in SCORES or not METHODS[method].score):
             raise Fail(f"--search {text}: choose METHOD or METHOD:SCORE of {', '.join(METHODS)} and the "
                        f"scores {', '.join(SCORES)}")
         if method == "mcts_quality" and score and score not in ("q_pi", "exact"):
             raise Fail(f"--search {text}: the quality value is made of q_pi, or of exact values")
-        default = {"beam": "effective", "best_of_n": "orm"}.get(method, "q_pi" if scored else "")
-        return cls(method, score or default, **fields)
+        return cls(method, score or METHODS[method].score, **fields)
 
 
 class Bench:
@@ -95,8 +93,8 @@ class Bench:
             at_0 = at_0 or cell.alpha == 0 and cell.score == "log_odds" and cell.method in ("beam", "dvts")
             plain = str(replace(cell, score="q_pi") if at_0 else cell)
             if plain not in self.found:                         # Q^pi + 0 A^mu is searched as Q^pi, once
-                self.found[plain] = METHODS[cell.method](self.search(cell), problems, list(cell.ns),
-                                                         cell.seed)
+                self.found[plain] = METHODS[cell.method].run(self.search(cell), problems,
+                                                             list(cell.ns), cell.seed)
             results = self.found[plain]
             write_csv(path, COLUMNS, rows(cell, results))
             seconds = {n: round(r.seconds, 2) for n, r in zip(cell.ns, results)}

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 
+from minipav import parallel
 from minipav.advantage import effective_reward
 from minipav.utils import Fail
 from minipav.verifier import ExactValues
@@ -26,7 +27,7 @@ class Step:
 
     @property
     def adv_mu(self):
-        return self.q_mu - self.q_mu_before                                     # Eq. 2
+        return self.q_mu - self.q_mu_before                     # Eq. 2, of one step
 
 
 @dataclass
@@ -81,6 +82,26 @@ class Result:
     q: torch.Tensor = None          # (P,) the verifier's value of it, -1 where there is none; beams
     seconds: float = 0.0            # all problems together
 
+    @classmethod
+    def empty(cls, P):
+        return cls(*torch.zeros(4, P), [""] * P, torch.full((P,), -1.0))
+
+    def enter(self, task, problems, owner, q, texts):
+        """Finished traces of the problems owner (K,), with values q (K,); the answer to a problem is the one
+        with the highest value."""
+        best = set(top(q, owner, 1).tolist())
+        for k, (p, text) in enumerate(zip(owner.tolist(), texts)):
+            right = float(task.outcome(problems[p], text))
+            self.solved[p] = max(self.solved[p], right)
+            if k in best:
+                self.text[p], self.right[p], self.q[p] = text, right, q[k]
+
+    def exchange(self, mine):
+        """This process has the problems of the slice `mine`: get the others."""
+        rows = range(mine.start, mine.stop)
+        parallel.exchange(rows, self.right, self.solved, self.tokens, self.verifier_tokens, self.q)
+        parallel.exchange_list(rows, self.text)
+
 
 @dataclass
 class Search:
@@ -94,13 +115,46 @@ class Search:
     K: int = 1
     alpha: float = 0.0
     C: int = 3                      # beam: next steps sampled for each prefix, on average
-    spread: int = 12                # beam: most samples at the first level; 0: C behind every prefix
+    spread: int = 12                # beam: most samples at the first level; 0: C for each place in the beam
     quota: Quota = Quota()          # beam: of relatives
     log: list = None                # beam: gets the candidates of every level
     # samples and their values, shared by searches of the same problems
     memo: dict = field(default_factory=dict)
 
+    @property
+    def readers(self):
+        """How many models read each step, beside the policy."""
+        return (self.verifier is not None) + (self.mu_verifier is not None)
+
     def remember(self, key, make):
         if key not in self.memo:
             self.memo[key] = make()
         return self.memo[key]
+
+
+# ---- ranking
+
+def sort(value, owner, tier=None):
+    """Row indices by owner, then by tier (none: all the same), then by value, the highest first."""
+    order = value.argsort(descending=True, stable=True)
+    for key in (tier, owner) if tier is not None else (owner,):
+        order = order[key[order].argsort(stable=True)]
+    return order
+
+
+def ranks(value, owner):
+    """The place (N,) of each row among its owner's by value; 0 is the highest."""
+    order = sort(value, owner)
+    return torch.empty_like(order).index_copy_(0, order, places(owner[order]))
+
+
+def places(o):
+    """0, 1, 2, ... within each run of equal numbers of o, ascending."""
+    return torch.arange(len(o), device=o.device) - torch.searchsorted(o, o)
+
+
+def top(value, owner, k, tier=None):
+    """Row indices of the k highest values of each owner, ordered by owner, tier and value; a lower tier goes
+    first."""
+    order = sort(value, owner, tier)
+    return order[places(owner[order]) < k]

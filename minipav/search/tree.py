@@ -6,11 +6,11 @@ import torch
 from minipav import parallel
 from minipav.advantage import q_best_of_k
 from minipav.sampler import decode, prefill
-from minipav.search.beam import distinct, places, top
-from minipav.search.score import Result, Step
-from minipav.tokenizer import delimiter_tokens, encode_rows, pad_token
+from minipav.search.beam import distinct
+from minipav.search.score import Result, Step, places
+from minipav.tokenizer import delimiter_tokens, encode_rows, pad_token, stop_mask
 from minipav.traces import responses
-from minipav.utils import Fail, progress
+from minipav.utils import progress
 from minipav.verifier import value_at_end
 
 STOP = 0.9                          # Q^pi of a finished trace at which a search ends
@@ -27,8 +27,7 @@ class Tree:
         self.s, self.problems, self.seed, self.offset, self.size = s, problems, seed, offset, P
         self.H, self.device = task.max_steps, s.policy.device
         prompts, lengths = (x.to(self.device) for x in encode_rows(enc, [task.prompt(p) for p in problems]))
-        self.stops = torch.zeros(enc.n_vocab, dtype=torch.bool, device=self.device)
-        self.stops[delimiter_tokens(enc, task.delimiter)] = True
+        self.stops = stop_mask(delimiter_tokens(enc, task.delimiter), enc.n_vocab, self.device)
         self.parent, self.owner, self.depth, self.lengths, self.ended = (
             torch.zeros(N, dtype=torch.long, device=self.device) for _ in range(5))
         self.q_mu, self.logprob, self.score, self.still = torch.zeros(4, N, device=self.device)
@@ -39,9 +38,8 @@ class Tree:
         self.owner[:P], self.parent[:P], self.lengths[:P], self.prompt_lengths = root, root, lengths, lengths
         self.tokens[:P, :prompts.shape[1]] = prompts
         self.drawn, self.spent = torch.zeros(2, P, dtype=torch.long, device=self.device)
-        self.readers = (s.verifier is not None) + (s.mu_verifier is not None)
-        self.read = self.readers * lengths  # as if a cache were kept
-        self.exact = task.exact(problems) if s.verifier is None else None
+        self.read = s.readers * lengths     # as if a cache were kept
+        self.exact = task.exact_values(problems) if s.verifier is None else None
         self.judge(root)
 
     def judge(self, nodes):
@@ -83,40 +81,26 @@ class Tree:
         self.tokens[at], self.logprob[at] = self.tokens[p], logprob[kept].sum(1)
         r, t = (torch.arange(new.shape[1], device=self.device) < count[:, None]).nonzero(as_tuple=True)
         self.tokens[at[r], self.lengths[p][r] + t] = new[kept][r, t]
-        self.read.index_add_(0, self.owner[p], self.readers * count)
+        self.read.index_add_(0, self.owner[p], s.readers * count)
         if len(at):
             self.judge(at)
         return at
 
     def finished(self):
-        """The finished nodes (K,), their responses, and Rex of each (a list)."""
-        done, task = self.ended[:self.size].nonzero()[:, 0], self.s.env.task
+        """The finished nodes (K,) and their responses."""
+        done = self.ended[:self.size].nonzero()[:, 0]
         if len(done) == 0:
-            return done, [], []
-        owner = self.owner[done]
-        texts = responses(self.s.env.enc, self.tokens[done], self.lengths[done], self.prompt_lengths[owner])
-        return done, texts, [float(task.outcome(self.problems[i], x)) for i, x in zip(owner.tolist(), texts)]
-
-    def result(self, r, mine):
-        """Enter into r, at the problems `mine`, what the tree has found so far."""
-        done, texts, outcome = self.finished()
-        r.tokens[mine], r.verifier_tokens[mine] = self.spent.float().cpu(), self.read.float().cpu()
-        best = set(top(self.path[done, -1], self.owner[done], 1).tolist())
-        for k, (i, text, right) in enumerate(zip(self.owner[done].tolist(), texts, outcome)):
-            p = mine.start + i
-            r.solved[p] = max(r.solved[p], right)
-            if k in best:
-                r.text[p], r.right[p], r.q[p] = text, right, self.path[done[k], -1]
+            return done, []
+        prompts = self.prompt_lengths[self.owner[done]]
+        return done, responses(self.s.env.enc, self.tokens[done], self.lengths[done], prompts)
 
 
 def search_trees(s, problems, widths, seed, name, work, steps):
     """A Result for each width (ascending), w * C * H steps a problem, about what a beam of it samples:
     work(tree, budgets) yields when each of the budgets is spent, of which it takes `steps` at once."""
-    if s.verifier is None and s.env.task.exact is None:
-        raise Fail(f"task {s.env.task.name} has no exact values")
     P, H, mine = len(problems), s.env.task.max_steps, parallel.share(len(problems))
     budgets = [w * s.C * H for w in widths]
-    out = [Result(*torch.zeros(4, P), [""] * P, torch.full((P,), -1.0)) for _ in widths]
+    out = [Result.empty(P) for _ in widths]
     slots = 3 * H + max(len(s.env.task.prompt(p)) for p in problems) + H * s.env.task.max_step_tokens
     in_flight = s.env.sampling.get("max_tokens_in_flight", 1 << 18)
     batch = max(1, min((1 << 27) // ((max(budgets) + steps) * slots), in_flight // (s.C * slots)))
@@ -126,10 +110,11 @@ def search_trees(s, problems, widths, seed, name, work, steps):
             start = time.time()
             tree = Tree(s, problems[here], max(budgets) + steps, seed, i)
             for r, _ in zip(out, work(tree, budgets)):
-                tree.result(r, here)
+                done, texts = tree.finished()
+                r.enter(s.env.task, problems, tree.owner[done] + i, tree.path[done, -1], texts)
+                r.tokens[here], r.verifier_tokens[here] = tree.spent.float().cpu(), tree.read.float().cpu()
                 r.seconds += time.time() - start
                 bar.update(here.stop - i)
     for r in out:
-        parallel.exchange(range(mine.start, mine.stop), r.right, r.solved, r.tokens, r.verifier_tokens, r.q)
-        parallel.exchange_list(range(mine.start, mine.stop), r.text)
+        r.exchange(mine)
     return out

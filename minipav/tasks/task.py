@@ -46,6 +46,12 @@ class Task:
         """Tokens of the longest row: a prompt, a long prefix, and a whole completion behind it."""
         return max(128, 32 + 2 * self.max_new_tokens)
 
+    def exact_values(self, problems):
+        """`exact`; raises Fail if the task has none."""
+        if self.exact is None:
+            raise Fail(f"task {self.name} has no exact values")
+        return self.exact(problems)
+
     def check(self, problems, test_problems):
         """Raises Fail, naming the flag of train.py, if there are fewer problems than so many."""
 
