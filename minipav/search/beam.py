@@ -124,7 +124,7 @@ def search_batch(s, problems, prompts, lengths, slots, width, seed, offset=0):
         steps, grown = expand(s, live, cache, hidden, place, allot(s, live.owner, width, level), seed)
         spent.index_add_(0, live.owner[steps[0]], steps[2])
         kept = distinct(*steps[:2], steps[3])
-        kept = kept[(steps[3][kept] == eot) | (level + 1 < H)]          # a last step without END leads nowhere
+        kept = kept[(steps[3][kept] == eot) | (level + 1 < H)]  # a last step without END leads nowhere
         if len(kept) == 0:
             break
         parent, new, count, stop, logprob = (x[kept] for x in steps)
