@@ -22,11 +22,16 @@ python rl.py --run "${runs[@]}" --iterations 240 --eval_every 5 --out results/rl
 
 python search.py --run "${runs[@]}" --widths 1 2 4 8 16 --out results/search_relatives --search greedy pass best_of_n:orm \
     beam:q_pi beam:effective dvts backtrack backtrack:effective mcts puct mcts_quality
-python rl.py --run "${runs[@]}" --iterations 240 --eval_every 5 --reward outcome pav grpo abc uniform \
-    --out results/rl_relatives
+python rl.py --run "${runs[@]}" --iterations 240 --eval_every 5 --out results/rl_relatives \
+    --reward outcome pav grpo abc uniform dpo selftrain
 python -m minipav.paper.mechanism --run "${runs[@]}" --out results/mechanism_targets \
     --verifiers base-250 base-250-seer base-250-in_support base-250-dre
 python rl.py --run "${runs[@]}" --iterations 240 --eval_every 5 --reward grpo --kl 0.1 --out results/rl_relatives_grpo
+
+narrow=(runs/narrow-seed{0,1,2})
+for s in 0 1 2; do train "runs/narrow-seed$s" --H 12 --min_steps 9 --skew 2 --seed "$s"; done
+python -m minipav.paper.report --runs "${narrow[@]}" --out results/train_narrow
+python rl.py --run "${narrow[@]}" --iterations 240 --eval_every 5 --reward outcome pav pav_exact --out results/rl_narrow
 
 countdown=(runs/countdown-seed{0,1,2})
 for s in 0 1 2; do train "runs/countdown-seed$s" --task countdown --seed "$s"; done
@@ -34,6 +39,10 @@ python -m minipav.paper.report --runs "${countdown[@]}" --out results/train_coun
 python search.py --run "${countdown[@]}" --out results/search_countdown
 python -m minipav.paper.mechanism --run "${countdown[@]}" --verifiers base-30 base-60 q_pi --out results/mechanism_countdown
 python rl.py --run "${countdown[@]}" --iterations 240 --eval_every 5 --out results/rl_countdown
+python search.py --run "${countdown[@]}" --widths 1 2 4 8 --out results/search_relatives_countdown --search greedy pass \
+    best_of_n:orm beam:q_pi beam:effective dvts backtrack backtrack:effective mcts puct mcts_quality
+python rl.py --run "${countdown[@]}" --iterations 240 --eval_every 5 --out results/rl_relatives_countdown \
+    --reward outcome pav grpo abc uniform
 
 python -m minipav.paper.didactic --out results/didactic
 python -m minipav.paper.theory --out results/didactic

@@ -277,6 +277,7 @@ def test_each_training_is_held_against_its_own_control():
     assert [t.control(n) for n in ("pav", "pav-alpha3.0", "pav_exact")] == ["outcome"] * 3
     assert t.control("pav_sum") == "outcome-kl0.015" and t.control("pav-policyweak") == "outcome-policyweak"
     assert t.control("pav-lr0.2") is t.control("sft") is None, "nothing else is alike"
+    assert trained({"outcome": outcome, "dpo": dict(reward="dpo", policy="base")}).control("dpo") is None
     assert t.differs("pav-policyweak", "pav") == {"policy"} and t.differs("pav", "outcome") == set()
 
 

@@ -127,6 +127,16 @@ def test_nothing_is_trained_twice(done):
     assert again.count("done before") == 9 and json.loads((out / "summary.json").read_text()) == summary
 
 
+def test_training_on_a_search_stands_in_the_same_table(done, tmp_path):
+    """Beside rewards, though it has no KL in its loss and a learning rate of its own."""
+    run_main(rl, "--run", done[0], *SMALL, "--reward", "outcome", "dpo", "--out", tmp_path)
+    table = {row["training"]: row for row in csv.DictReader((tmp_path / "table.csv").open())}
+    assert list(table) == ["sft", "rft", "outcome", "dpo"] and float(table["dpo"]["tokens"]) > 0
+    over = 100 * (float(table["dpo"]["accuracy"]) - float(table["outcome"]["accuracy"]))
+    assert float(table["dpo"]["over_outcome"]) == pytest.approx(over, abs=0.02)
+    assert json.loads((tmp_path / "summary.json").read_text())["controls"]["dpo"] is None
+
+
 def test_a_sweep_is_drawn_beside_the_default(done, tmp_path, monkeypatch):
     monkeypatch.setattr(rl, "SWEEPS", [("pav", {"alpha": 3.0}), ("pav", {"trust_verifier": True})])
     run_main(rl, "--run", done[0], *SMALL, "--sweep", "--out", tmp_path)

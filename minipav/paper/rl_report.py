@@ -58,9 +58,9 @@ class Trained:
     def control(self, n):
         """The training with outcome reward that differs in nothing else; for pav_sum and pav_pi, whose
         gradient is 1 + alpha times as large, one whose KL counts so much less. None if there is none."""
-        if n not in self.trained:
+        f = self.spec(n) if n in self.trained else {}
+        if "kl" not in f:               # training on a search has none in its loss
             return None
-        f = self.spec(n)
         return self.outcome(n, f["kl"] / (1 + f["alpha"] if f["reward"] in ("pav_sum", "pav_pi") else 1))
 
     def fair(self, n):
