@@ -59,9 +59,10 @@ class Trial:
     group: int = flag(4, "traces a problem", low=1, high=1 << 16)
     baseline: str = flag("value", "what is subtracted from a return: the value network, ...",
                          choices=("value", "group", "mean", "none"))
-    lr: float = flag(None, "of the policy (AdamW); default: the reward's own, mostly .001", low=1e-12,
-                     high=10, kind=float)
-    warmup: float = flag(0.1, "share of the iterations, below the cosine to 0 of all of them", high=1)
+    lr: float = flag(None, "of the policy (AdamW); default: the task's, else the reward's own, mostly .001",
+                     low=1e-12, high=10, kind=float)
+    warmup: float = flag(0.1, "share of the iterations with a linear warm-up; or a cosine to 0, if lower",
+                         high=1)
     value_lr: float = flag(1e-3, "of the value network's embedding and head (AdamW)", low=1e-12, high=10)
     value_lr_muon: float = flag(0.01, "and of its matrices (Muon); 0: AdamW alone", high=10)
     kl: float = flag(0.03, "coefficient of the KL to the initial policy", high=1000)
@@ -154,13 +155,24 @@ def train(run, reward, a, split, micro_batch):
     return initial[1], name, record["accuracy"]
 
 
-def trials(a, trial):
+def sweeps(run, trial):
+    """Those of SWEEPS for whose policies and provers the run has the verifiers."""
+    def has(changes):
+        t = replace(trial, **changes)
+        return (run.out / verifier_of(Prover.parse(t.prover, t.policy).policy)).exists()
+    out = [(r, changes) for r, changes in SWEEPS if has(changes)]
+    if len(out) < len(SWEEPS):
+        print(f"--sweep: {len(SWEEPS) - len(out)} trainings need other verifiers than the run has: left out")
+    return out
+
+
+def trials(a, trial, swept=()):
     """(reward, Trial) of everything that this call trains."""
     alone = [r for r in REWARDS if REWARDS[r].loop] if parallel.world() > 1 else []     # in one process only
     rewards = [r for r in REWARDS if r not in alone] if a.all else a.reward
     if a.tune:
         return [(r, replace(trial, **{a.tune: x})) for r in rewards for x in GRID[a.tune]]
-    out = [(r, trial) for r in rewards] + [(r, replace(trial, **changes)) for r, changes in SWEEPS * a.sweep]
+    out = [(r, trial) for r in rewards] + [(r, replace(trial, **changes)) for r, changes in swept]
     if any(REWARDS[r].scaled for r in rewards) and trial.alpha:
         out.append(("outcome", replace(trial, kl=trial.kl / (1 + trial.alpha))))        # their control
     mu = Prover.parse(trial.prover, trial.policy)
@@ -168,18 +180,6 @@ def trials(a, trial):
         times = gradient_ratio(trial.alpha, mu.K)
         out.append(("outcome", replace(trial, kl=trial.kl / times)))    # the KL weighs as little as in PAV-RL
     return out
-
-
-def possible(run, a, wanted):
-    """These trials, without exact values that the task has not, and, of a sweep, verifiers that the run has
-    not."""
-    wanted = [(r, t) for r, t in wanted if REWARDS[r].values != "exact" or run.task.exact]
-    if a.sweep:
-        wanted = [(r, t) for r, t in wanted
-                  if (run.out / verifier_of(Prover.parse(t.prover, t.policy).policy)).exists()]
-    if not wanted:
-        raise Fail(f"--reward pav_exact: task {run.task.name} has no exact values")
-    return wanted
 
 
 def main():
@@ -199,7 +199,11 @@ def main():
     if a.out:
         make_folder(a.out)
     runs, split = open_runs(a.run, pick_device(a.device), a.dtype), "validation" if a.tune else "test"
-    wanted = possible(runs[0], a, [(r, plain(r, t)) for r, t in trials(a, trial)])
+    swept = sweeps(runs[0], trial) if a.sweep else ()
+    wanted = [(r, plain(r, t)) for r, t in trials(a, trial, swept)
+              if REWARDS[r].values != "exact" or runs[0].task.exact]
+    if not wanted:
+        raise Fail(f"--reward pav_exact: task {runs[0].task.name} has no exact values")
     for reward, t in wanted:
         check_prover(reward, Prover.parse(t.prover, t.policy), t)  # now, not after the first trainings
     done = [{} for _ in runs]                                                   # of each run: label -> stage

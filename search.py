@@ -42,8 +42,8 @@ class Flags:
     policy: str = flag("base", "that is searched with", choices=("weak", "base", "strong"))
     n: int = flag(128, "samples a problem for best-of-N", low=1, high=1 << 16)
     widths: list = flag([1, 2, 4, 8, 16, 32], "beam widths", low=1, high=4096)
-    alpha: float = flag(None, "weight of A^mu; default: of a beam, and of best-of-N by its score, chosen on "
-                        "validation problems; else train.py's", high=1000, kind=float)
+    alpha: float = flag(None, "weight of A^mu; default: chosen on validation problems for every search with "
+                        "widths (best-of-N takes its beam's); else train.py's", high=1000, kind=float)
     quota: str = flag(None, "of relatives in a beam: none, parent, grandparent, state or a penalty; default: "
                       "none, and beside it one chosen on validation problems", kind=str)
     verifier: str = flag(None, "folder in the run, such as mechanism/base-60, in the place of q_pi", kind=str)
@@ -53,7 +53,7 @@ class Flags:
                        kind=str)
     predict: bool = flag(False, "say from validation problems, before any test, whether A^mu will help")
     problems: int = flag(500, "test problems", low=1, high=10**6)
-    validation: int = flag(500, "validation problems on which a beam is tuned", low=2, high=10**6)
+    validation: int = flag(500, "validation problems on which what has widths is tuned", low=2, high=10**6)
     tuned_at: int = flag(8, "... at this width", low=1, high=4096)
     seeds: list = flag([0], "of the sampling; curves are means over them", high=2**32 - 1)
     device: str = flag("auto", "where it runs", choices=("auto", "cpu", "cuda", "mps"))
@@ -67,8 +67,8 @@ def tune(bench, a, mu, cell):
     alphas = [0.0, *ALPHAS] if a.alpha is None else [a.alpha]
     if "alpha" not in SCORES[cell.score].uses:
         alphas = [0.0]
-    quotas = [q for q in QUOTAS if q != "state" or bench.run.task.state]
-    known = quotas if METHODS[cell.method].shaped else ["none"]
+    known = [q for q in QUOTAS if q != "state" or bench.run.task.state]
+    known = known if METHODS[cell.method].shaped else ["none"]
     tables, chosen = {}, []
     for quotas in ((a.quota,), (a.quota,)) if a.quota else (known[:1], known):
         if len(choices := [(x, q) for q in quotas for x in alphas]) == 1:

@@ -212,7 +212,7 @@ def cells(a, seed):
 
 def main():
     a, task = parse(Flags, __doc__, more=lambda known: TASKS[known.task],
-                     defaults=lambda known: TASKS[known.task].defaults | (SMOKE if known.smoke else {}))
+                    defaults=lambda known: TASKS[known.task].defaults | (SMOKE if known.smoke else {}))
     tune_process()
     if a.q_from == "strong" and not a.prover_rollouts:
         raise Fail("--q_from strong: needs --prover_rollouts above 0")

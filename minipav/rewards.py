@@ -26,7 +26,7 @@ class Reward:
     uses: tuple = ()                # the flags of rl.py that it depends on, beside those of the loop
     baseline: bool = True           # False: the return is an advantage of pi itself and needs none
     known: bool = True              # known values (Rex at the end) take the place of Q^mu's there
-    lr: float = 1e-3                # of the policy, chosen on validation problems (rl.py --tune lr)
+    lr: float = 1e-3                # of the policy: chosen for `outcome` and `pav`, others' where said
     loop: str = ""                  # a module whose Loop trains, in the place of REINFORCE
     scaled: bool = False  # 1 + alpha times outcome reward's gradient: to be held against it at so small a KL
 

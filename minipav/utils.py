@@ -74,8 +74,8 @@ def derive_seed(seed, *names):
 
 class Muon(torch.optim.Optimizer):
     """As torch.optim.Muon (Nesterov momentum, its direction made orthogonal by Newton-Schulz), for many small
-    matrices: those of one shape at once. torch's is in bf16; here small ones on a CPU, and all without bf16,
-    are in fp32."""
+    matrices: those of one shape at once. torch's is in bf16; off a GPU it is in fp32 here, but for large
+    matrices of a model in bf16."""
 
     def __init__(self, params, lr, momentum=0.95, bf16=False):
         super().__init__(params, dict(lr=lr, momentum=momentum, bf16=bf16))

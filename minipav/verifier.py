@@ -135,7 +135,7 @@ def outcome_only(traces):
 def label_weights(traces, balance=False):
     """Weight (N, S + 1) of each label in the loss. An estimate from many completions counts more than one
     outcome, but not in proportion (labels of one trace are few views of one problem): the root of its count,
-    16 for an exact one. balance: the two buckets Q < .5 and Q >= .5 weigh the same (section 4.2)."""
+    taken as 16 for an exact one. balance: the buckets Q < .5 and Q >= .5 weigh the same (section 4.2)."""
     w = torch.where(traces.exact, EXACT_COUNT, traces.n).float().sqrt() * traces.labelled
     if balance:
         for bucket in (traces.q < 0.5, traces.q >= 0.5):

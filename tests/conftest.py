@@ -200,6 +200,7 @@ def smoke_run(tmp_path_factory):
     with open(shared / "lock", "w") as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         if not (shared / "stdout").exists():
+            shutil.rmtree(shared / "a", ignore_errors=True)                     # another process failed
             done = call("train.py", *SMOKE, "--out", shared / "a")
             assert done.returncode == 0, done.stderr
             (shared / "stdout").write_text(done.stdout)

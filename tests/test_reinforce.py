@@ -94,6 +94,7 @@ def test_every_reward_trains(mixed, tmp_path, reward):
     loop = trained(mixed, tmp_path / reward, reward, iterations=2, baseline="none", kl=0.0)
     assert [r["iteration"] for r in loop.rows] == [0, 2] and torch.isfinite(weights(loop.policy)).all()
     assert not torch.equal(weights(loop.policy), weights(loop.ref)) and 0 < loop.rows[1]["train_reward"] < 1
+    assert "value" not in loop.optimizers, "no baseline is learned"
     header, *rows = (tmp_path / reward / "log.csv").read_text().splitlines()
     assert loop.curve.shape == (2, 5) and header == ",".join(COLUMNS) and len(rows) == 2
 

@@ -12,7 +12,6 @@ from minipav.paper import experiments
 from minipav.reinforce import Reinforce
 from minipav.run import Run
 from minipav.sft import rft, sft_loss
-from minipav.tasks.calculator import Calculator
 from minipav.utils import Fail
 
 pytestmark = pytest.mark.usefixtures("right_at_times")
@@ -232,7 +231,8 @@ def test_bad_runs_are_one_line_errors(lacks_q_weak, tmp_path):
 def test_a_sweep_leaves_out_what_the_run_has_no_verifier_for(tmp_path):
     """As of tasks in words, whose runs have no other policies."""
     (tmp_path / "q_pi").mkdir()
-    run = SimpleNamespace(out=tmp_path, task=Calculator())
-    wanted = [("pav", rl.Trial()), ("pav", rl.Trial(prover="weak")), ("outcome", rl.Trial(policy="strong"))]
-    assert rl.possible(run, rl.Flags(sweep=True), wanted) == wanted[:1]
-    assert rl.possible(run, rl.Flags(), wanted) == wanted
+    swept = rl.sweeps(SimpleNamespace(out=tmp_path), rl.Trial())
+    other = [(r, x) for r, x in rl.SWEEPS if x.get("prover") in ("weak", "strong") or "policy" in x]
+    assert 0 < len(other) and swept == [x for x in rl.SWEEPS if x not in other]
+    plain = rl.trials(rl.Flags(), rl.Trial())
+    assert len(rl.trials(rl.Flags(), rl.Trial(), swept)) == len(plain) + len(swept)

@@ -275,6 +275,7 @@ def test_the_log_has_each_candidate_with_its_values_and_what_was_kept(small):
     for level in log:
         b, step, kept = level["beam"], level["step"], level["kept"]
         assert torch.equal(b.score, SCORES["effective"].of(step)) and 1 <= kept.sum() <= 2
+        assert step.depth < task.H or level["ended"].all(), "a last step without END takes no place"
         assert len(b.owner.unique()) == 1 and (step.logprob < 0).all() and step.path.shape[1] == step.depth
         assert torch.equal(step.path[:, -1], step.q_pi_before)
         start = torch.full_like(b.lengths, len(enc.encode(task.prompt(small.problems[b.owner[0]]))))
@@ -293,7 +294,7 @@ def test_beams_of_duplicates_and_beams_that_die(small):
     levels = []
     spread = beam(small, 4, policy=says("\n"), alpha=0.1)
     r = beam(small, 4, policy=says("\n"), alpha=0.1, log=levels, spread=0)
-    assert [len(level["beam"].owner) for level in levels] == [5, 5]
+    assert [len(level["beam"].owner) for level in levels] == [5], "none at the last level"
     assert r.text == [""] * 5 and not r.solved.any()
     assert (r.tokens == 12 + 3).all()                           # 4 C at the first level, then C for a prefix
     assert (spread.tokens == 12 + 12).all() and not spread.solved.any()

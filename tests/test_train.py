@@ -1,8 +1,11 @@
 """train.py from the outside: it runs, it resumes, both recipes run, and it says in one line what is wrong."""
+import contextlib
 import csv
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -69,13 +72,20 @@ while code == -9:
 
 
 @pytest.fixture(scope="module")
-def killed_run(tmp_path_factory):
-    """(folder, process) of runs that are killed in every stage, begun in the background."""
+def killed_run(tmp_path_factory, request):
+    """(folder, process) of runs that are killed in every stage, begun in the background; None if no test
+    wants it."""
+    if not any("killed_in_every_stage" in item.name for item in request.session.items):
+        yield None
+        return
     out = tmp_path_factory.mktemp("run") / "killed"
     process = subprocess.Popen([sys.executable, "-c", KILLS, str(out), *SMOKE], cwd=ROOT, env=ONE_CORE,
-                               text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                               text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               start_new_session=True)
     yield out, process
-    process.kill()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)                  # and the run that it was about to kill
+    process.wait()
 
 
 pytestmark = pytest.mark.usefixtures("killed_run")      # begun with the first test
@@ -90,7 +100,7 @@ def test_smoke_run_writes_all_it_promises_and_fast(smoke_run):
             "planning_failure_share", "corrupted_step_auc", "claims"} <= set(summary)
     assert summary["minutes"]["mean"] < 1
     assert {c["where"] for c in summary["claims"]} == {"Fig. 4", "Fig. 5a", "Fig. 6a"}
-    for name in ("table.txt", "curves.csv", "rows.csv.gz", "accuracy.png", "accuracy.csv", "example.txt"):
+    for name in ("table.txt", "curves.csv", "paired.csv", "rows.csv.gz", "accuracy.png", "example.txt"):
         assert (out / name).stat().st_size > 0
     for m in ("greedy decoding", "majority vote", "best-of-n, orm", "beam, pav", "pass@n", "next:", "brier"):
         assert m in stdout.lower()
@@ -112,6 +122,18 @@ def test_the_table_has_each_search_once(smoke_run):
     """That claims do not name the prover of the PAV beam does not make it another search."""
     rows = [tuple(row) for row in csv.reader((smoke_run[0] / "curves.csv").open())][1:]
     assert sum(row[1] == "beam:effective" for row in rows) == 2 * 3 and len(rows) == 1 + 4 * 4 + 4 * 2
+
+
+def test_paired_rows_are_told_apart_and_hold_the_curves_differences(smoke_run):
+    paired, curves = (list(csv.DictReader((smoke_run[0] / f"{x}.csv").open())) for x in ("paired", "curves"))
+    curves = {(r["search"], r["prover"], r["n"]): r for r in curves}
+    assert len({(r["search"], r["prover"], r["n"]) for r in paired}) == len(paired) > 0
+    orm = {r["n"]: r for r in paired if r["search"] == "best_of_n:orm"}
+    for r in paired:
+        gap = 100 * (float(r["accuracy"]) - float(orm[r["n"]]["accuracy"]))
+        assert abs(gap - float(r["over_orm"])) < 0.02
+        if r["search"] == "best_of_n:q_pi":
+            assert r["accuracy"] == curves["best_of_n:q_pi", "", r["n"]]["accuracy"]
 
 
 def test_what_a_run_cost_is_in_its_records(smoke_run):

@@ -76,7 +76,7 @@ class Case:
         torch.manual_seed(0)
         self.model = GPT(self.c).to(a.device)
         self.model.bf16 = a.dtype == "bf16"
-        self.lr_muon = 0.02 if self.c.n_layer < 20 else 0.0     # language models are trained by AdamW alone
+        self.lr_muon = 0.0 if size in ("135M", "0.5B") else 0.02        # language models: AdamW alone
         self.verifier = self.model.as_verifier()
         self.B = max(1, samples // self.n) if samples else self.B // (4 if a.quick else 1)
         self.prompts = torch.randint(1, 400, (self.B, self.P))
@@ -87,19 +87,24 @@ class Case:
             "rollouts": self.rollouts, "labelling": self.labelling,
             "labelling, nothing shared": lambda: self.labelling(False), "beam level": self.beam_level,
             "scoring": lambda: score(self.verifier, self.tokens, self.ends)}
-        ours = sft_loss, verifier_loss, make_optimizers, apply_step, GPT, GPTConfig
         if samples:
             self.functions = {"rollouts": self.rollouts}
-        else:
-            self.functions["rl step"] = self.rl()
-            self.functions |= {f"{k} step": f for k, f in self.training(*ours, True).items()}
-        if a.against:
-            old = self.training(*checkout(a.against), False)
-            self.functions |= {f"{k} step, against": f for k, f in old.items()}
-        self.functions |= generators(self.c, self.prompts.to(a.device), self.n, self.T, a.device, a.generate)
+        elif not a.only or any("step" in x for x in a.only):
+            self.more_functions(a)
+        if not a.only or any("generate" in x for x in a.only):
+            self.functions |= generators(self.c, self.prompts.to(a.device), self.n, self.T, a.device,
+                                         a.generate)
         if unknown := set(a.only) - self.functions.keys():
             raise Fail(f"--only {min(unknown)}: choose of {', '.join(self.functions)}")
         self.functions = {k: f for k, f in self.functions.items() if k in a.only or not a.only}
+
+    def more_functions(self, a):
+        ours = sft_loss, verifier_loss, make_optimizers, apply_step, GPT, GPTConfig
+        self.functions["rl step"] = self.rl()
+        self.functions |= {f"{k} step": f for k, f in self.training(*ours, True).items()}
+        if a.against:
+            old = self.training(*checkout(a.against), False)
+            self.functions |= {f"{k} step, against": f for k, f in old.items()}
 
     def count(self, name):
         """Tokens that a call works on."""

@@ -135,10 +135,10 @@ SHOWN = {"A^mu": "alpha", "quota of siblings": "quota", "A^mu beside it": "alpha
 
 
 def write_table(m, names, first, out):
-    """mechanism_verifiers.csv: every gain with its interval, the beam by Q^pi itself, and over `first`'s, and
-    what validation problems said."""
-    every = {n: {"Q^pi": m.plain[n], f"Q^pi over {first}'s": 100 * (m.plain[n] - m.plain[first]), **m.by[n]}
-             for n in names}
+    """mechanism_verifiers.csv, in points: the beam by Q^pi itself, and over `first`'s, every gain with its
+    interval; and what validation problems said."""
+    plain = {n: 100 * m.plain[n] for n in names}
+    every = {n: {"Q^pi": plain[n], f"Q^pi over {first}'s": plain[n] - plain[first], **m.by[n]} for n in names}
     columns = ["verifier", "auc", *(f"{g} {k}" for g in every[first] for k in ("mean", "lo", "hi")),
                *m.facts[first]["before"][0]]
     rows = []

@@ -22,7 +22,7 @@ from minipav.paper.statistics import NONE, Curves, at_tokens, interval, load, re
 from minipav.run import check_files, command
 from minipav.utils import Fail, main_guard
 
-PAIRED = ["group", "search", "n", *(f"{what}{x}" for what in ("accuracy", "over_orm", "over_beam")
+PAIRED = ["group", "search", "prover", "n", *(f"{what}{x}" for what in ("accuracy", "over_orm", "over_beam")
                                     for x in ("", "_lo", "_hi"))]
 
 
@@ -92,7 +92,7 @@ class Searched:
         return [get(f) for f in found] if found and len(found) == len(self.facts) else None
 
     def write(self, out):
-        """rows.csv.gz, curves.csv. -> the table as text"""
+        """rows.csv.gz, curves.csv, paired.csv. -> the table as text"""
         keep(out / "rows.csv.gz", [self.rows])
         header, body = ["group", "search", "prover", "n", "tokens_per_problem", "accuracy", "lo", "hi"], []
         text = [f"{'method':<28}{'N or width':>10}{'tokens/problem':>16}{'accuracy':>10}   95% interval"]
@@ -108,16 +108,16 @@ class Searched:
         return "\n".join(text)
 
     def paired(self):
-        """Rows of paired.csv: of every search of the base policy, at the tokens of N samples: its accuracy,
-        and its points over best-of-N by the ORM and over the beam by Q^pi, with intervals."""
+        """Rows of paired.csv: of every search of the base policy, at the tokens of N samples, if its budgets
+        go so far: its accuracy, its points over best-of-N by the ORM and over the beam by Q^pi."""
         orm, beam = self.main("best_of_n:orm"), self.main("beam:q_pi")
-        for (group, policy, method, score, *_), c in self.curves.by.items() if orm and beam else ():
+        for (group, policy, method, score, prover, _), c in self.curves.by.items() if orm and beam else ():
             if group in (self.group, "tuned") and policy == "base" and method != "pass":
                 for n, tokens in zip(orm.n, orm.tokens.T):
-                    here, *others = (at_tokens(x, tokens) for x in (c, orm, beam))
+                    here, *others = (at_tokens(x, tokens, beyond=False) for x in (c, orm, beam))
                     found = [interval(x) or NONE for x in (here, *(100 * (here - x) for x in others))]
                     if found[0] != NONE:
-                        yield (group, f"{method}:{score}".rstrip(":"), n,
+                        yield (group, f"{method}:{score}".rstrip(":"), prover, n,
                                *(x for each in found for x in each.values()))
 
 

@@ -51,8 +51,11 @@ class Trained:
         return self.records[n][0]["spec"]
 
     def differs(self, a, b):
-        """The flags, but for the reward, in which two trainings differ."""
-        one, other = ({k: v for k, v in self.spec(x).items() if k != "reward"} for x in (a, b))
+        """The flags, but for the reward, in which two trainings differ; each reward may have its own lr."""
+        def flags(f):
+            own = f.get("lr") == REWARDS[f["reward"]].lr if "reward" in f else False
+            return {k: "own" if own and k == "lr" else v for k, v in f.items() if k != "reward"}
+        one, other = flags(self.spec(a)), flags(self.spec(b))
         return {k for k in one.keys() & other.keys() if one[k] != other[k]}
 
     def control(self, n):
@@ -139,7 +142,9 @@ class Trained:
             minutes = spread(r.get("training_seconds", 0) / 60 for r in self.records[n])["mean"]
             kl = round(self.mean(n, "kl")[-1], 3) if n in self.trained else ""
             more = ["" if self.end(n, N) is None else round(self.end(n, N)[0], 4) for N in (16, 64)]
-            over = self.end(n) - self.end("outcome") if "outcome" in self.trained else np.array([np.nan])
+            start = {"policy", "problems", "seed"}
+            alike = "outcome" in self.trained and not self.differs(n, "outcome") & start
+            over = self.end(n) - self.end("outcome") if alike else np.array([np.nan])
             tokens = round(self.mean(n, "tokens")[-1]) if n in self.trained else 0
             yield (n, self.spec(n).get("iterations", 0), tokens, round(minutes, 2), kl,
                    *interval(self.end(n)).values(), round(self.boot[n, "greedy", 1][0], 4), *more,

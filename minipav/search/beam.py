@@ -52,9 +52,10 @@ def beam(s, problems, widths, seed):
     """Beam search at each width. -> [Result]
 
     Each level samples width * C next steps (at most s.spread at the first one), spread evenly over a
-    problem's live prefixes (s.spread 0: C for each place in the beam), drops duplicates, scores, and keeps
-    the best `width` of each problem, relatives only as far as s.quota lets them. A finished trace stays in
-    the beam with its score frozen. The answer is the finished trace with the highest Q^pi.
+    problem's live prefixes (s.spread 0: C behind each, width * C at the first level), drops duplicates and
+    last steps without END, scores, and keeps the best `width` of each problem, relatives only as far as
+    s.quota lets them. A finished trace stays in the beam with its score frozen. The answer is the finished
+    trace with the highest Q^pi.
     """
     out = []
     with progress(f"beam, {s.score.label}", sum(widths)) as bar:
@@ -64,7 +65,6 @@ def beam(s, problems, widths, seed):
             bar.set_postfix_str(f", width {width}: {accuracy:.3f} at {tokens:.0f} tokens", False)
             bar.update(width)
     return out
-
 
 
 @torch.no_grad()

@@ -79,7 +79,7 @@ class Result:
     tokens: torch.Tensor            # (P,) policy tokens generated, duplicates and losers included
     verifier_tokens: torch.Tensor   # (P,) tokens read by verifiers, prompt included
     text: list = None               # P answers, where there is one answer
-    q: torch.Tensor = None          # (P,) the verifier's value of it, -1 where there is none; beams
+    q: torch.Tensor = None          # (P,) the verifier's value of it, -1 where there is none; beams, trees
     seconds: float = 0.0            # all problems together
 
     @classmethod
@@ -115,7 +115,7 @@ class Search:
     K: int = 1
     alpha: float = 0.0
     C: int = 3                      # beam: next steps sampled for each prefix, on average
-    spread: int = 12                # beam: most samples at the first level; 0: C for each place in the beam
+    spread: int = 12                # beam: most samples at the first level; 0: C a prefix (beam.py)
     quota: Quota = Quota()          # beam: of relatives
     log: list = None                # beam: gets the candidates of every level
     # samples and their values, shared by searches of the same problems
