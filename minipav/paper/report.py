@@ -104,7 +104,8 @@ class Searched:
                 name = name_of(search) + (f" ({prover})" if prover else "") + ", tuned" * (group == "tuned")
                 text.append(f"{name:<28}{n:>10}{c.tokens[0, k]:>16.0f}{acc:>10.3f}   [{lo:.3f}, {hi:.3f}]")
         write_csv(out / "curves.csv", header, body)
-        write_csv(out / "paired.csv", PAIRED, self.paired())
+        if paired := list(self.paired()):
+            write_csv(out / "paired.csv", PAIRED, paired)
         return "\n".join(text)
 
     def paired(self):
