@@ -67,8 +67,8 @@ def tune(bench, a, mu, cell):
     alphas = [0.0, *ALPHAS] if a.alpha is None else [a.alpha]
     if "alpha" not in SCORES[cell.score].uses:
         alphas = [0.0]
-    known = [q for q in QUOTAS if q != "state" or bench.run.task.state]
-    known = known if METHODS[cell.method].shaped else ["none"]
+    shaped, states = METHODS[cell.method].shaped, bench.run.task.state
+    known = [q for q in QUOTAS if q == "none" or shaped and (q != "state" or states)]
     tables, chosen = {}, []
     for quotas in ((a.quota,), (a.quota,)) if a.quota else (known[:1], known):
         if len(choices := [(x, q) for q in quotas for x in alphas]) == 1:

@@ -60,6 +60,17 @@ def searched(tmp_path_factory):
     return report.Searched(tables, [{}, {}])
 
 
+def test_paired_rows_by_hand(searched):
+    """At the tokens of N samples, where a search's budgets go so far; without a beam there, no points over
+    it."""
+    found = {tuple(r[1:4]): r[4:] for r in searched.paired()}
+    assert set(found) == {(f"best_of_n:{v}", "", n) for v in ("orm", "q_pi") for n in (4, 8)} | {
+        (f"beam:{v}", "", 4) for v in ("q_pi", "effective")}
+    acc, _, _, over_orm, lo, hi, over_beam, _, _ = found["beam:effective", "", 4]
+    assert [acc, over_orm, lo, hi, over_beam] == pytest.approx([.8, 50, 50, 50, 10], abs=1e-3)
+    assert found["best_of_n:q_pi", "", 8][3:] == pytest.approx((0, 0, 0, None, None, None))
+
+
 # ---- statistics
 
 def test_comparisons_at_equal_tokens(searched):

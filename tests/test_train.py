@@ -124,18 +124,6 @@ def test_the_table_has_each_search_once(smoke_run):
     assert sum(row[1] == "beam:effective" for row in rows) == 2 * 3 and len(rows) == 1 + 4 * 4 + 4 * 2
 
 
-def test_paired_rows_are_told_apart_and_hold_the_curves_differences(smoke_run):
-    paired, curves = (list(csv.DictReader((smoke_run[0] / f"{x}.csv").open())) for x in ("paired", "curves"))
-    curves = {(r["search"], r["prover"], r["n"]): r for r in curves}
-    assert len({(r["search"], r["prover"], r["n"]) for r in paired}) == len(paired) > 0
-    orm = {r["n"]: r for r in paired if r["search"] == "best_of_n:orm"}
-    for r in paired:
-        gap = 100 * (float(r["accuracy"]) - float(orm[r["n"]]["accuracy"]))
-        assert abs(gap - float(r["over_orm"])) < 0.02
-        if r["search"] == "best_of_n:q_pi":
-            assert r["accuracy"] == curves["best_of_n:q_pi", "", r["n"]]["accuracy"]
-
-
 def test_what_a_run_cost_is_in_its_records(smoke_run):
     """Tokens of all seeds and of all labelled traces: the reports of RL count with them."""
     run, tokens = Run.open(smoke_run[0], "cpu"), record(smoke_run[0], "rollouts")["tokens"]

@@ -90,7 +90,7 @@ class Case:
         if samples:
             self.functions = {"rollouts": self.rollouts}
         elif not a.only or any("step" in x for x in a.only):
-            self.more_functions(a)
+            self.steps(a)
         if not a.only or any("generate" in x for x in a.only):
             self.functions |= generators(self.c, self.prompts.to(a.device), self.n, self.T, a.device,
                                          a.generate)
@@ -98,7 +98,8 @@ class Case:
             raise Fail(f"--only {min(unknown)}: choose of {', '.join(self.functions)}")
         self.functions = {k: f for k, f in self.functions.items() if k in a.only or not a.only}
 
-    def more_functions(self, a):
+    def steps(self, a):
+        """Add the training steps."""
         ours = sft_loss, verifier_loss, make_optimizers, apply_step, GPT, GPTConfig
         self.functions["rl step"] = self.rl()
         self.functions |= {f"{k} step": f for k, f in self.training(*ours, True).items()}

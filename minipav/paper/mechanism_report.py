@@ -67,9 +67,9 @@ class Mechanism:
             found = [gains(read(run.out / "mechanism", table)) for run, _ in runs]
             facts = [f[name] for _, f in runs]
             before = [f[table]["before"] | f.get(f"{table}-state", {"before": {}})["before"] for _, f in runs]
-            boot = bootstrap([pd.DataFrame(g) for g, *_ in found])
+            boot = bootstrap([pd.DataFrame(g | {"": q}) for g, *_, q in found])
+            self.plain[name] = boot.pop("").to_numpy()
             self.by[name] = {k: 100 * boot[k].to_numpy() for k in boot}
-            self.plain[name] = bootstrap([pd.DataFrame({"": q}) for *_, q in found])[""].to_numpy()
             self.facts[name] = {
                 "auc": float(np.mean([f["auc"] for f in facts])), "alphas": [x for _, x, *_ in found],
                 "by_seed": [{k: round(100 * float(v.mean()), 2) for k, v in g.items()} for g, *_ in found],
