@@ -75,11 +75,11 @@ def rotate(x, cos, sin):
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
-def causal_attention(q, k, v):
-    """q (B, H, T, D), k and v (B, G, T, D) -> (B, H, T, D). Short rows are faster by plain products on a
-    CPU."""
+def causal_attention(q, k, v, short=128):
+    """q (B, H, T, D), k and v (B, G, T, D) -> (B, H, T, D). Rows up to `short` are faster by plain products
+    on a CPU."""
     (B, H, T, D), G = q.shape, k.shape[1]
-    if T > 128 or q.device.type != "cpu":
+    if T > short or q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=G < H)
     later = q.new_full((T, T), float("-inf")).triu(1)
     scores = (q * D ** -0.5).reshape(B, G, -1, D) @ k.transpose(2, 3)           # (B, G, H / G * T, T)
@@ -91,7 +91,7 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, D = config.n_embd, config.n_embd // config.n_head
-        self.H, self.G, self.D = config.n_head, config.n_kv_head, D
+        self.H, self.G, self.D, self.large = config.n_head, config.n_kv_head, D, C >= 512
         self.wq = nn.Linear(C, self.H * D, bias=config.qkv_bias)
         self.wk = nn.Linear(C, self.G * D, bias=config.qkv_bias)
         self.wv = nn.Linear(C, self.G * D, bias=config.qkv_bias)
@@ -109,8 +109,9 @@ class Attention(nn.Module):
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))                    # (B, heads, T, D)
             if kept is not None:
                 kept[layer][0][:, :, :T], kept[layer][1][:, :, :T] = k, v
-            with torch.autocast("cpu", enabled=False):      # in fp32 there: its backward is slow in bf16
-                y = causal_attention(q, k, v.to(q.dtype))
+            low = self.large and T <= 256 and torch.is_autocast_enabled("cpu")
+            with torch.autocast("cpu", enabled=low):    # else fp32 there: the fused backward is slow in bf16
+                y = causal_attention(q, k, v.to(q.dtype), 256 if low else 128)
             y = y.transpose(1, 2).reshape(B, T, self.H * self.D)
         return self.wo(y if at is None else y[at])
 

@@ -57,10 +57,11 @@ def test_micro_batches_have_the_same_gradient():
     assert close(grads[1], grads[0], 1e-5) and close(grads[2], grads[0], 1e-5)
 
 
-def test_bf16_agrees_with_fp32():
+@pytest.mark.parametrize("width, std", [(32, 0.1), (512, 0.03)])      # 512: attention is in bf16 too
+def test_bf16_agrees_with_fp32(width, std):
     """Gradients within 3%, log-probabilities of the same tokens and a verifier's values within .03; what is
     cached is what is recomputed."""
-    model, fp32 = tiny(std=0.1), tiny(std=0.1)
+    model, fp32 = (tiny(std=std, n_embd=width) for _ in range(2))
     model.bf16 = True
     assert close(losses(model), losses(fp32), 0.03)
     s = sample(model, TOKENS, LENGTHS - 10, 5, max_new_tokens=8, stop=[3], logprobs=True)
