@@ -1,13 +1,11 @@
 """The compact GPT: one class for the policies and, with a scalar head, for the verifiers.
 
 Decoder-only: RMSNorm, rotary positions, grouped-query attention with optional q/k/v bias, SwiGLU, tied or
-untied head. One forward serves training (no cache) and cached decoding. Shapes are written beside the code
-with
+untied head. One forward serves training (no cache) and cached decoding. Shapes beside the code are of
 
     B rows, T positions, C = n_embd, H = n_head, G = n_kv_head, D = C / H, V = vocab_size
 """
 import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,7 +18,7 @@ from minipav.precision import mixed
 from minipav.utils import Fail
 
 
-@dataclass
+@dataclasses.dataclass
 class GPTConfig:
     vocab_size: int
     block_size: int = 128          # longest row, prompt and response together
@@ -50,6 +48,7 @@ class GPTConfig:
         if self.n_embd % self.n_head or self.n_head % self.n_kv_head or (self.n_embd // self.n_head) % 2:
             raise Fail(f"impossible size: n_embd={self.n_embd} must be an even multiple of "
                        f"n_head={self.n_head}, and n_head a multiple of n_kv_head={self.n_kv_head}")
+        self.large = self.n_embd >= 512         # a language model: fused AdamW, on a CPU more of it in bf16
 
 
 SIZES = {"nano": dict(n_layer=2, n_head=2, n_kv_head=1, n_embd=64, n_ffn=128),       # 0.1M parameters: tests
@@ -91,7 +90,7 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, D = config.n_embd, config.n_embd // config.n_head
-        self.H, self.G, self.D, self.large = config.n_head, config.n_kv_head, D, C >= 512
+        self.H, self.G, self.D, self.large = config.n_head, config.n_kv_head, D, config.large
         self.wq = nn.Linear(C, self.H * D, bias=config.qkv_bias)
         self.wk = nn.Linear(C, self.G * D, bias=config.qkv_bias)
         self.wv = nn.Linear(C, self.G * D, bias=config.qkv_bias)

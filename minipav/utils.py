@@ -75,7 +75,7 @@ def derive_seed(seed, *names):
 class Muon(torch.optim.Optimizer):
     """As torch.optim.Muon (Nesterov momentum, its direction made orthogonal by Newton-Schulz), for many small
     matrices: those of one shape at once. torch's is in bf16; off a GPU it is in fp32 here, but for large
-    matrices of a model in bf16."""
+    models in bf16."""
 
     def __init__(self, params, lr, momentum=0.95, bf16=False):
         super().__init__(params, dict(lr=lr, momentum=momentum, bf16=bf16))
@@ -90,8 +90,8 @@ class Muon(torch.optim.Optimizer):
                 by_shape.setdefault(p.shape, []).append((p, p.grad.lerp(m, group["momentum"])))
             for (rows, cols), pairs in by_shape.items():
                 stack = torch.stack([x for _, x in pairs])
-                low = stack.is_cuda or group["bf16"] and min(rows, cols) >= 512
-                step = orthogonal(stack.bfloat16() if low else stack).to(pairs[0][0].dtype)
+                low = stack.bfloat16() if stack.is_cuda or group["bf16"] else stack
+                step = orthogonal(low).to(stack.dtype)
                 for (p, _), x in zip(pairs, step):
                     p.sub_(x, alpha=group["lr"] * max(1, rows / cols) ** 0.5)
 
@@ -112,8 +112,9 @@ def make_optimizers(model, lr_muon, lr_adamw):
     """Muon for the matrices in the blocks, AdamW for the rest; lr_muon 0: AdamW for all (the paper: Adam)."""
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2 and lr_muon]
     others = [p for p in model.parameters() if all(p is not q for q in matrices)]
-    adamw = torch.optim.AdamW(others, lr=lr_adamw, weight_decay=0.0, betas=(0.9, 0.95))
-    return [Muon(matrices, lr_muon, bf16=model.bf16), adamw] if matrices else [adamw]
+    adamw = torch.optim.AdamW(others, lr=lr_adamw, weight_decay=0.0, betas=(0.9, 0.95),
+                              fused=model.config.large)
+    return [Muon(matrices, lr_muon, bf16=model.bf16 and model.config.large), adamw] if matrices else [adamw]
 
 
 def schedule(step, steps, warmup=0.05, decay=0.5):

@@ -90,14 +90,15 @@ def test_the_precision_is_chosen_by_the_device(monkeypatch):
         pick_dtype("bf16", "mps")
 
 
-def test_muon_is_torchs(monkeypatch):
-    """Up to the bf16 in which torch's orthogonalises; two shapes, wide and tall, and a large one in bf16."""
+@pytest.mark.parametrize("bf16", [False, True])
+def test_muon_is_torchs(monkeypatch, bf16):
+    """Up to the bf16 in which torch's orthogonalises; two shapes, wide and tall."""
     g = torch.Generator().manual_seed(0)
-    start = [torch.randn(shape, generator=g) for shape in ((16, 24), (40, 16), (16, 24), (512, 520))]
+    start = [torch.randn(shape, generator=g) for shape in ((16, 24), (40, 16), (16, 24))]
     runs, dtypes, ours = [], {}, utils.orthogonal
     monkeypatch.setattr(utils, "orthogonal", lambda x: dtypes.update({x.shape[1:]: x.dtype}) or ours(x))
     theirs = functools.partial(torch.optim.Muon, weight_decay=0.0, momentum=0.95)
-    for make in (functools.partial(Muon, bf16=True), theirs):
+    for make in (functools.partial(Muon, bf16=bf16), theirs):
         ps = [torch.nn.Parameter(x.clone()) for x in start]
         opt, g = make(ps, lr=0.02), torch.Generator().manual_seed(1)
         for _ in range(4):
@@ -108,4 +109,4 @@ def test_muon_is_torchs(monkeypatch):
     for x, a, b in zip(start, *runs):
         moved = (b - x).norm()
         assert moved > 0.1 and (a - b).norm() < 0.02 * moved
-    assert {k for k, dtype in dtypes.items() if dtype == torch.bfloat16} == {(512, 520)} and len(dtypes) == 3
+    assert len(dtypes) == 2 and set(dtypes.values()) == {torch.bfloat16 if bf16 else torch.float32}
