@@ -27,10 +27,10 @@ class KVCache:
     the samples of a prompt, the completions of a trace, the candidates behind a beam's prefix share what they
     have in common: it is kept once and read once."""
 
-    def __init__(self, prefix, group, lengths, room=1):
-        """prefix: (keys, values) of each layer; group (R,) ascending; room: slots for new tokens."""
-        self.prefix, self.lengths, self.count, self.end, k = prefix, lengths, 0, None, prefix[0][0]
-        shape = (len(group), k.shape[1], room, k.shape[3])
+    def __init__(self, prefix, group, lengths):
+        """prefix: (keys, values) of each layer; group (R,) ascending."""
+        self.prefix, self.lengths, self.count, k = prefix, lengths, 0, prefix[0][0]
+        shape = (len(group), k.shape[1], 0, k.shape[3])
         self.new = [(k.new_empty(shape), k.new_empty(shape)) for _ in prefix]
         self._lay_out(group)
 
@@ -54,43 +54,54 @@ class KVCache:
         hidden = torch.arange(k.shape[2], device=group.device) >= self.lengths[:, None]         # (R, S)
         self.mask = k.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))[:, None, None]
 
-    def widen(self, end):
-        """From here on a step adds one token and reads the first `end` new slots, filled or not; the number
-        of those that are is on the device: so one step's kernels are the next one's (graphs.py)."""
-        if self.end is None:
-            for buffer in (x for pair in self.new for x in pair):
-                buffer[:, :, self.count:] = 0           # whatever memory held before, not NaN
-            self.count = torch.full((1,), self.count, device=self.lengths.device)
-        k = self.new[0][0]
-        self.end = min(end, k.shape[2])
-        empty = torch.arange(self.end, device=k.device) >= self.count
-        self.ahead = k.new_zeros(self.end).masked_fill_(empty, float("-inf"))
+    @property
+    def end(self):
+        """Slots for new tokens."""
+        return self.new[0][0].shape[2]
+
+    def widen(self, end, recorded=False):
+        """Make room for `end` new tokens. A step reads all slots, filled or not: of a part of them a product
+        would make a copy first. recorded: the number of the filled ones is on the device from now on, so that
+        one step's kernels are the next one's (graphs.py)."""
+        more, device = aligned(end, self.lengths.device) - self.end, self.lengths.device
+        if more > 0:
+            self.new = [tuple(F.pad(x, (0, 0, 0, more)) for x in pair) for pair in self.new]
+        if recorded and not torch.is_tensor(self.count):
+            self.count = torch.full((1,), self.count, device=device)
+        empty = torch.arange(self.end, device=device) >= self.count
+        self.ahead = self.mask.new_zeros(self.end).masked_fill_(empty, float("-inf"))
 
     def append(self, layer, k, v):
         """The keys and values (R, T, G, D) of the next T tokens of every row."""
-        if self.end is not None and layer == 0:
+        recorded = torch.is_tensor(self.count)
+        if recorded and layer == 0:
             self.ahead.index_fill_(0, self.count, 0.0)
+        if not recorded:
+            at = slice(self.count, self.count + k.shape[1])
+            if at.stop > self.end:
+                self.widen(at.stop)
+            self.ahead[at] = 0.0
         for buffer, x in zip(self.new[layer], (k, v)):
-            if self.end is None:
-                buffer[:, :, self.count:self.count + k.shape[1]] = x.transpose(1, 2)
-            else:
+            if recorded:
                 buffer.index_copy_(2, self.count, x.transpose(1, 2).to(buffer.dtype))
+            else:
+                buffer[:, :, at] = x.transpose(1, 2)
 
     def attend(self, layer, q):
         """What the queries q (R, T, H, D) of the tokens appended last read. -> (R, T, H * D)"""
         (R, T, H, D), (k, v), (new_k, new_v) = q.shape, self.prefix[layer], self.new[layer]
-        G, S, end = k.shape[1], k.shape[2], self.end or self.count + T
+        G, S = k.shape[1], k.shape[2]
         # the H / G query heads of a group stand as (H / G) * T queries of one head
         q = (q.to(k.dtype) * D ** -0.5).view(R, T, G, H // G, D).permute(0, 2, 3, 1, 4).reshape(R, G, -1, D)
         old = self._apart(self._together(q) @ k.transpose(2, 3), H // G * T) + self.mask        # (R, G, N, S)
-        new = q @ new_k[:, :, :end].transpose(2, 3)                             # (R, G, N, end)
-        if self.end is not None:
+        new = q @ new_k.transpose(2, 3)                                         # (R, G, N, end)
+        if T == 1:
             new = new + self.ahead
-        elif T > 1:
-            later = torch.ones(T, end, dtype=torch.bool, device=q.device).triu(self.count + 1)
+        else:
+            later = torch.ones(T, self.end, dtype=torch.bool, device=q.device).triu(self.count + 1)
             new = new.masked_fill(later.repeat(H // G, 1), float("-inf"))
         w = torch.cat((old, new), -1).softmax(-1, dtype=torch.float32).to(v.dtype)
-        y = self._apart(self._together(w[..., :S]) @ v, H // G * T) + w[..., S:] @ new_v[:, :, :end]
+        y = self._apart(self._together(w[..., :S]) @ v, H // G * T) + w[..., S:] @ new_v
         return y.view(R, G, H // G, T, D).permute(0, 3, 1, 2, 4).reshape(R, T, H * D)
 
     def _together(self, x):
@@ -118,13 +129,14 @@ class KVCache:
 
     def put(self, rows, other, which):
         """These rows get the new tokens of those rows of a cache that went on with some of them."""
+        self.widen(other.end)
         for pair, others in zip(self.new, other.new):
             for x, y in zip(pair, others):
                 x[rows] = y[which]
 
-    def branch(self, parent, room):
+    def branch(self, parent):
         """A cache of rows behind the rows `parent` (ascending), which have added nothing."""
-        return KVCache(self.prefix, self.group[parent], self.lengths[parent], room)
+        return KVCache(self.prefix, self.group[parent], self.lengths[parent])
 
     def fold(self, rows, count):
         """A cache where each of these rows, with its first count (R',) new tokens, is a prefix of its own."""

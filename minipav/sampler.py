@@ -24,7 +24,7 @@ from minipav.tokenizer import stop_mask
 from minipav.utils import tokens_per_forward
 
 LENGTH = -1                         # Samples.finish_reason of a row that met no stop token
-SPAN = 32                           # on a GPU: tokens for which shapes stay, and one recorded step serves
+SPAN = 16                           # tokens for which shapes stay (on a GPU: twice that, recorded once)
 
 
 @dataclass
@@ -121,7 +121,7 @@ def sample(model, prompts, lengths, n=1, *, which=None, max_new_tokens, stop, se
         need = slots[at:at + max(1, max_tokens_in_flight // int(slots[at]))]
         fit = int((need * torch.arange(1, len(need) + 1) <= max_tokens_in_flight).sum())
         rows = order[at:at + max(1, fit)]
-        cache, hidden = prefill(model, prompts, which[rows // n], lengths[rows // n], max_new_tokens)
+        cache, hidden = prefill(model, prompts, which[rows // n], lengths[rows // n])
         result = decode(model, cache, hidden, rows.to(hidden.device), seed, max_new_tokens,
                         stops, pad, compact, logprobs, **choice)
         for output, value in zip(outputs, result):
@@ -136,7 +136,7 @@ def sample(model, prompts, lengths, n=1, *, which=None, max_new_tokens, stop, se
 
 @torch.no_grad()
 @mixed
-def prefill(model, prompts, which, lengths, room):
+def prefill(model, prompts, which, lengths):
     """Read prompts. -> the cache of rows (R,) behind the first lengths[r] tokens of the row which[r] (equal
     ones side by side) of prompts (P, T), and the hidden state (R, C) of the last of those tokens"""
     device = model.device
@@ -149,7 +149,7 @@ def prefill(model, prompts, which, lengths, room):
     for i, a, b in zip(range(0, len(tokens), step), first, first[1:]):
         here = [(k[i:i + step], v[i:i + step]) for k, v in kept]
         hidden.append(model.trunk(tokens[i:i + step], kept=here, at=((group[a:b] - i).to(device), at[a:b])))
-    return KVCache(kept, group.to(device), at + 1, room), torch.cat(hidden)
+    return KVCache(kept, group.to(device), at + 1), torch.cat(hidden)
 
 
 class Drawn:
@@ -196,14 +196,14 @@ def decode(model, cache, hidden, ids, seed, max_new, stops, pad=0, compact=True,
     step = Recorded(lambda: d.draw(model.head(model.trunk(d.token[:, None], cache)[:, 0]), stops, seed,
                                    **choice), hidden.device)
     ask = 1 if hidden.device.type == "cpu" else 8           # asking who is alive waits for the GPU
-    span = SPAN if step.on else ask
+    span = 2 * SPAN if step.on else SPAN
     d.draw(model.head(hidden), stops, seed, **choice)
     for i in range(max_new - 1):
         if i % ask == 0:
             living = int(d.alive.sum())
             if living == 0:
                 break
-            if compact and i % span == 0 and living < 0.8 * len(d.row):         # dead rows leave the batch
+            if compact and i % (span if step.on else 1) == 0 and living < 0.8 * len(d.row):  # dead rows leave
                 if cache is every:
                     cache = copy.copy(cache)
                 elif whole:
@@ -211,8 +211,8 @@ def decode(model, cache, hidden, ids, seed, max_new, stops, pad=0, compact=True,
                 living = d.alive.nonzero()[:, 0]
                 cache.keep(living)
                 d.keep(living)
-        if step.on and i % span == 0:
-            cache.widen(i + span)
+        if i % span == 0:
+            cache.widen(min(i + span, max_new - 1), step.on)
             step.renew()
         step()
     if whole and cache is not every:

@@ -69,14 +69,14 @@ class Values:
 
     def __init__(self, model, tokens, lengths):
         self.model, self.value, self.count = model, target_of(model).value, torch.zeros_like(lengths)
-        self.cache, hidden = prefill(model, tokens, torch.arange(len(tokens)), lengths, 1)
+        self.cache, hidden = prefill(model, tokens, torch.arange(len(tokens)), lengths)
         self.q = self.value(model.head(hidden))
 
     @torch.no_grad()
     def children(self, parent, new, new_lengths):
         """Values of the rows `parent` (N,), ascending, with new (N, T), right-padded, behind them."""
         child, new = copy.copy(self), new[:, :int(new_lengths.max())]           # no time for padding
-        child.cache, child.count = self.cache.branch(parent, new.shape[1]), new_lengths
+        child.cache, child.count = self.cache.branch(parent), new_lengths
         at = torch.arange(len(new), device=new.device), new_lengths - 1
         child.q = self.value(self.model.head(self.model.trunk(new, child.cache, at=at)))
         return child

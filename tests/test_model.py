@@ -11,10 +11,10 @@ from minipav.sampler import prefill
 from minipav.utils import Fail
 
 
-def read(model, idx, lengths, which=None, room=8):
+def read(model, idx, lengths, which=None):
     """The cache behind the first lengths[r] tokens of idx[which[r]], and the logits of the last of them."""
     which = torch.arange(len(idx)) if which is None else which
-    cache, hidden = prefill(model, idx, which, lengths, room)
+    cache, hidden = prefill(model, idx, which, lengths)
     return cache, model.head(hidden)
 
 
@@ -90,11 +90,11 @@ def test_branches_and_what_is_folded_in_equal_the_full_forward():
     """A beam's use: several tokens at once, right-padded, behind copied rows; some rows are kept, each with
     its own length, in another order; twice."""
     model, rows = tiny(), list(torch.randint(29, (3, 5)))
-    cache, _ = read(model, torch.stack(rows), torch.tensor([5, 5, 5]), room=1)
+    cache, _ = read(model, torch.stack(rows), torch.tensor([5, 5, 5]))
     for parent, keep in (([0, 0, 2], [2, 0, 1]), ([0, 1, 1, 2], [3, 1])):
         parent, keep = torch.tensor(parent), torch.tensor(keep)
         new, count = torch.randint(29, (len(parent), 4)), torch.tensor([4, 1, 3, 2])[:len(parent)]
-        child = cache.branch(parent, 4)
+        child = cache.branch(parent)
         out = model(new[:, :3], child), model(new[:, 3:], child)                # in two pieces
         for r, p in enumerate(parent.tolist()):
             full = model(torch.cat([rows[p], new[r]])[None])[0, len(rows[p]):]

@@ -135,11 +135,11 @@ class Case:
         which = torch.arange(self.B).repeat_interleave(self.n)
         if not hasattr(self, "level"):
             lengths = torch.full((R,), self.P, device=device)
-            self.level = (*prefill(self.model, self.prompts[which], torch.arange(R), lengths, 1),
+            self.level = (*prefill(self.model, self.prompts[which], torch.arange(R), lengths),
                           Values(self.verifier, self.prompts[which].to(device), lengths))
         cache, hidden, values = self.level
         parent, ids = torch.arange(R, device=device).repeat_interleave(C), torch.arange(R * C, device=device)
-        grown, stops = cache.branch(parent, STEP), torch.zeros(self.c.vocab_size, dtype=torch.bool).to(device)
+        grown, stops = cache.branch(parent), torch.zeros(self.c.vocab_size, dtype=torch.bool).to(device)
         new, count, *_ = decode(self.model, grown, hidden[parent], ids, 0, STEP, stops, whole=True)
         best = torch.arange(0, R * C, C, device=device)
         grown.fold(best, count[best] - 1), values.children(parent, new, count)[best]

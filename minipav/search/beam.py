@@ -111,7 +111,7 @@ def search_all(s, problems, width, seed):
 def search_batch(s, problems, prompts, lengths, slots, width, seed, offset=0):
     """-> the finished traces of the last beams (a Beam), policy tokens (P,), verifier tokens (P,)"""
     P, H, device, eot = len(prompts), s.env.task.max_steps, prompts.device, s.env.enc.eot_token
-    cache, hidden = prefill(s.policy, prompts, torch.arange(P), lengths, 1)     # (P, C)
+    cache, hidden = prefill(s.policy, prompts, torch.arange(P), lengths)     # (P, C)
     pi = Values(s.verifier, prompts, lengths) if s.verifier else s.exact(s.env, problems, device)
     judges = Judges(pi, s.mu_verifier and Values(s.mu_verifier, prompts, lengths), s.K)
     tokens = pad_right(prompts, (0, slots - prompts.shape[1]), value=pad_token(s.env.enc))
@@ -168,7 +168,7 @@ def expand(s, live, cache, hidden, place, times, seed):
     parent = torch.arange(len(live.owner), device=device).repeat_interleave(times)
     ids = place[parent] + places(live.owner[parent])
     stops = stop_mask(delimiter_tokens(enc, task.delimiter), enc.n_vocab, device)
-    grown = cache.branch(parent, task.max_step_tokens)
+    grown = cache.branch(parent)
     new = decode(s.policy, grown, hidden[parent], ids, seed, task.max_step_tokens, stops, pad_token(enc),
                  logprobs=True, whole=True, top_p=s.env.sampling.get("top_p"))
     return (parent, *new), grown

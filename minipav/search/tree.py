@@ -63,12 +63,12 @@ class Tree:
         steps that never ended are none, and neither is a last step without END."""
         s, owner, enc = self.s, self.owner[nodes], self.s.env.enc
         rows = self.tokens[nodes], torch.arange(len(nodes)), self.lengths[nodes]
-        cache, hidden = prefill(s.policy, *rows, 1)
+        cache, hidden = prefill(s.policy, *rows)
         row = torch.arange(len(nodes), device=self.device).repeat_interleave(n)
         ids = (owner[row] + self.offset << 24) + self.drawn[owner[row]] + places(owner[row])
         room = s.env.task.max_step_tokens
         new, count, stop, logprob = decode(
-            s.policy, cache.branch(row, room), hidden[row], ids, self.seed, room, self.stops, pad_token(enc),
+            s.policy, cache.branch(row), hidden[row], ids, self.seed, room, self.stops, pad_token(enc),
             logprobs=True, top_p=s.env.sampling.get("top_p"))
         self.drawn.index_add_(0, owner, torch.full_like(owner, n))
         self.spent.index_add_(0, owner[row], count)
