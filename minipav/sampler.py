@@ -72,7 +72,7 @@ def choose(logits, u, temperature=1.0, top_p=None):
     token, rest = _inverse_cdf(p, u)
     if top_p is None or top_p >= 1:
         return token
-    outside = torch.where(p > p.gather(1, token[:, None]), p, 0.0).sum(-1) >= top_p
+    outside = ((p > p.gather(1, token[:, None])) * p).sum(-1) >= top_p
     if p.device.type == "cpu":
         rows = outside.nonzero()[:, 0]
     else:   # to ask how many would wait for the GPU: 1 - top_p of the rows at most, and never 4 times as many
