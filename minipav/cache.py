@@ -55,21 +55,21 @@ class KVCache:
         self.mask = k.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))[:, None, None]
 
     @property
-    def end(self):
-        """Slots for new tokens."""
+    def room(self):
+        """Slots for new tokens, filled or not."""
         return self.new[0][0].shape[2]
 
-    def widen(self, end, recorded=False):
-        """Make room for `end` new tokens. A step reads all slots, filled or not: of a part of them a product
+    def widen(self, room, recorded=False):
+        """Make room for so many new tokens. A step reads all slots, filled or not: of a part of them a product
         would make a copy first. recorded: the number of the filled ones is on the device from now on, so that
         one step's kernels are the next one's (graphs.py)."""
-        more, device = aligned(end, self.lengths.device) - self.end, self.lengths.device
+        more, device = aligned(room, self.lengths.device) - self.room, self.lengths.device
         if more > 0:
             self.new = [tuple(F.pad(x, (0, 0, 0, more)) for x in pair) for pair in self.new]
         if recorded and not torch.is_tensor(self.count):
             self.count = torch.full((1,), self.count, device=device)
-        empty = torch.arange(self.end, device=device) >= self.count
-        self.ahead = self.mask.new_zeros(self.end).masked_fill_(empty, float("-inf"))
+        empty = torch.arange(self.room, device=device) >= self.count
+        self.ahead = self.mask.new_zeros(self.room).masked_fill_(empty, float("-inf"))
 
     def append(self, layer, k, v):
         """The keys and values (R, T, G, D) of the next T tokens of every row."""
@@ -78,7 +78,7 @@ class KVCache:
             self.ahead.index_fill_(0, self.count, 0.0)
         if not recorded:
             at = slice(self.count, self.count + k.shape[1])
-            if at.stop > self.end:
+            if at.stop > self.room:
                 self.widen(at.stop)
             self.ahead[at] = 0.0
         for buffer, x in zip(self.new[layer], (k, v)):
@@ -94,11 +94,11 @@ class KVCache:
         # the H / G query heads of a group stand as (H / G) * T queries of one head
         q = (q.to(k.dtype) * D ** -0.5).view(R, T, G, H // G, D).permute(0, 2, 3, 1, 4).reshape(R, G, -1, D)
         old = self._apart(self._together(q) @ k.transpose(2, 3), H // G * T) + self.mask        # (R, G, N, S)
-        new = q @ new_k.transpose(2, 3)                                         # (R, G, N, end)
+        new = q @ new_k.transpose(2, 3)                                         # (R, G, N, room)
         if T == 1:
             new = new + self.ahead
         else:
-            later = torch.ones(T, self.end, dtype=torch.bool, device=q.device).triu(self.count + 1)
+            later = torch.ones(T, self.room, dtype=torch.bool, device=q.device).triu(self.count + 1)
             new = new.masked_fill(later.repeat(H // G, 1), float("-inf"))
         w = torch.cat((old, new), -1).softmax(-1, dtype=torch.float32).to(v.dtype)
         y = self._apart(self._together(w[..., :S]) @ v, H // G * T) + w[..., S:] @ new_v
@@ -129,7 +129,7 @@ class KVCache:
 
     def put(self, rows, other, which):
         """These rows get the new tokens of those rows of a cache that went on with some of them."""
-        self.widen(other.end)
+        self.widen(other.room)
         for pair, others in zip(self.new, other.new):
             for x, y in zip(pair, others):
                 x[rows] = y[which]
