@@ -37,7 +37,8 @@ countdown=(runs/countdown-seed{0,1,2})
 for s in 0 1 2; do train "runs/countdown-seed$s" --task countdown --seed "$s"; done
 python -m minipav.paper.report --runs "${countdown[@]}" --out results/train_countdown
 python search.py --run "${countdown[@]}" --out results/search_countdown
-python -m minipav.paper.mechanism --run "${countdown[@]}" --verifiers base-30 base-60 q_pi --out results/mechanism_countdown
+python -m minipav.paper.mechanism --run "${countdown[@]}" --out results/mechanism_countdown \
+    --verifiers base-30 base-60 base-120 base-120-seed1 base-150-1000traces q_pi
 python rl.py --run "${countdown[@]}" --iterations 240 --eval_every 5 --out results/rl_countdown
 python search.py --run "${countdown[@]}" --widths 1 2 4 8 --out results/search_relatives_countdown --search greedy pass \
     best_of_n:orm beam:q_pi beam:effective dvts backtrack backtrack:effective mcts puct mcts_quality
