@@ -19,6 +19,7 @@ python search.py --run "${runs[@]}" --verifier mechanism/base-60 --all --out res
 python search.py --run "${runs[@]}" --verifier mechanism/base-60 --spread 0 --quota none --widths 4 8 16 \
     --search pass beam:q_pi beam:effective --out results/search_weak_spread0
 python rl.py --run "${runs[@]}" --iterations 240 --eval_every 5 --out results/rl
+python rl.py --run "${runs[@]}" --iterations 480 --eval_every 5 --out results/rl_480
 
 python search.py --run "${runs[@]}" --widths 1 2 4 8 16 --out results/search_relatives --search greedy pass best_of_n:orm \
     beam:q_pi beam:effective dvts backtrack backtrack:effective mcts puct mcts_quality
@@ -32,6 +33,8 @@ narrow=(runs/narrow-seed{0,1,2})
 for s in 0 1 2; do train "runs/narrow-seed$s" --H 12 --min_steps 9 --skew 2 --seed "$s"; done
 python -m minipav.paper.report --runs "${narrow[@]}" --out results/train_narrow
 python rl.py --run "${narrow[@]}" --iterations 240 --eval_every 5 --reward outcome pav pav_exact --out results/rl_narrow
+python rl.py --run "${narrow[@]}" --iterations 240 --eval_every 5 --reward pav pav_exact --alpha 3 --kl 0.078 \
+    --out results/rl_narrow_alpha3
 
 countdown=(runs/countdown-seed{0,1,2})
 for s in 0 1 2; do train "runs/countdown-seed$s" --task countdown --seed "$s"; done
