@@ -60,9 +60,9 @@ class KVCache:
         return self.new[0][0].shape[2]
 
     def widen(self, room, recorded=False):
-        """Make room for so many new tokens. A step reads all slots, filled or not: a product would first copy a
-        part of them. recorded: the number of the filled ones is on the device from now on, so that one step's
-        kernels are the next one's (graphs.py)."""
+        """Make room for so many new tokens. A step reads all slots, filled or not: a product would first copy
+        a part of them. recorded: the number of the filled ones is on the device from now on, so that one
+        step's kernels are the next one's (graphs.py)."""
         more, device = aligned(room, self.lengths.device) - self.room, self.lengths.device
         if more > 0:
             self.new = [tuple(F.pad(x, (0, 0, 0, more)) for x in pair) for pair in self.new]

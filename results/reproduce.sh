@@ -33,8 +33,11 @@ narrow=(runs/narrow-seed{0,1,2})
 for s in 0 1 2; do train "runs/narrow-seed$s" --H 12 --min_steps 9 --skew 2 --seed "$s"; done
 python -m minipav.paper.report --runs "${narrow[@]}" --out results/train_narrow
 python rl.py --run "${narrow[@]}" --iterations 240 --eval_every 5 --reward outcome pav pav_exact --out results/rl_narrow
-python rl.py --run "${narrow[@]}" --iterations 240 --eval_every 5 --reward pav pav_exact --alpha 3 --kl 0.078 \
-    --out results/rl_narrow_alpha3
+for alpha_kl in "3 0.078" "5 0.126"; do          # the KL scaled with the reward
+    read -r alpha kl <<< "$alpha_kl"
+    python rl.py --run "${narrow[@]}" --iterations 240 --eval_every 5 --reward pav pav_exact --alpha "$alpha" --kl "$kl" \
+        --out "results/rl_narrow_alpha$alpha"
+done
 
 countdown=(runs/countdown-seed{0,1,2})
 for s in 0 1 2; do train "runs/countdown-seed$s" --task countdown --seed "$s"; done
