@@ -51,7 +51,8 @@ class Loop(TreeLoop):
     def iterate(self, i):
         tree, _, V, visits, children, facts = self.search(i, self.policy)
         best, worst = pairs(V, children)
-        for rows in micro_batches(len(best), self.micro_batch):
+        longer = torch.maximum(tree.lengths[best], tree.lengths[worst])
+        for rows in micro_batches(longer, self.micro_batch):
             both = torch.cat([best[rows], worst[rows]])
             T = int(tree.lengths[both].max())
             args = tree.tokens[both, :T], tree.lengths[tree.parent[both]], tree.lengths[both]

@@ -167,7 +167,7 @@ class Reinforce:
             b = rewards.step_baseline(kind, returns, traces.ends, a.group, self.state["running"])
             baseline = rewards.to_tokens(b, step)
             self.state["running"] += 0.1 * (float(target.sum() / (step >= 0).sum()) - self.state["running"])
-        for rows in micro_batches(n, self.micro_batch):                         # gradients add up
+        for rows in micro_batches(traces.lengths, self.micro_batch):            # gradients add up
             T = int(traces.lengths[rows].max())
             tokens, step_of, returned = (x[rows, :T].to(device) for x in (traces.tokens, step, target))
             if self.learned:

@@ -1,5 +1,6 @@
 """Small things that every file needs: errors for the user, devices, seeds, the optimizer, progress."""
 import ctypes
+import itertools
 import os
 import signal
 import sys
@@ -10,6 +11,8 @@ import torch
 from tqdm import tqdm
 
 from minipav import parallel
+
+STEPS = itertools.count()           # of all trainings of this process
 
 
 class Fail(Exception):
@@ -51,15 +54,19 @@ def pick_device(name):
     return parallel.start(name)
 
 
+def glibc(name, *args):
+    """Call this function, if the C library has it."""
+    with suppress(OSError, AttributeError):
+        getattr(ctypes.CDLL("libc.so.6"), name)(*args)
+
+
 def tune_process():
     """Two settings for speed. glibc returns each large tensor's memory to the system and asks for it again at
     the next step; keeping it is 15-20% faster in training on a CPU. TF32 is a GPU's fast path for fp32
     products."""
     torch.set_float32_matmul_precision("high")
-    with suppress(OSError, AttributeError):                                     # not glibc: only slower
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 1 << 30)                       # M_MMAP_THRESHOLD: serve large blocks from the heap
-        libc.mallopt(-1, 2**31 - 1)                     # M_TRIM_THRESHOLD: keep the heap's top
+    glibc("mallopt", -3, 1 << 30)                       # M_MMAP_THRESHOLD: serve large blocks from the heap
+    glibc("mallopt", -1, 2**31 - 1)                     # M_TRIM_THRESHOLD: keep the heap's top
 
 
 def tokens_per_forward(model):
@@ -127,11 +134,7 @@ def backward(loss, model, batch, lengths, total, micro_batch=0):
     """The gradient of loss(model, *batch) / total, a sum over rows, of which this process takes its share;
     the tokens batch[0] (B, T) are cut at the longest row. -> that loss, of all processes"""
     out = torch.zeros(1)
-    if micro_batch:                     # rows of about the same length together: little padding
-        order = lengths.argsort()
-        order = torch.cat([order[i::parallel.world()] for i in range(parallel.world())])        # fair shares
-        batch, lengths = [x[order] for x in batch], lengths[order]
-    for rows in micro_batches(len(lengths), micro_batch):
+    for rows in micro_batches(lengths, micro_batch):
         parts = batch[0][rows, :int(lengths[rows].max())], *(x[rows] for x in batch[1:])
         part = loss(model, *(x.to(model.device) for x in parts)) / float(total)
         part.backward()
@@ -140,11 +143,19 @@ def backward(loss, model, batch, lengths, total, micro_batch=0):
     return out.item()
 
 
-def micro_batches(n, size=0):
-    """Slices of at most `size` (0: no limit) of this process's share of n rows."""
-    mine = parallel.share(n)
-    size = size or max(1, n)
-    return [slice(i, min(mine.stop, i + size)) for i in range(mine.start, mine.stop, size)]
+def micro_batches(lengths, size=0):
+    """Indices of this process's share of N rows of these lengths (N,): in one piece, or in pieces of no more
+    tokens, padding included, than `size` rows of mean length, those of about the same length together."""
+    every = torch.arange(len(lengths), device=lengths.device)
+    if not size:
+        return [rows] if len(rows := every[parallel.share(len(every))]) else []
+    order, pieces = lengths.argsort()[parallel.rank()::parallel.world()], []
+    while len(order):
+        tokens = lengths[order] * (every[:len(order)] + 1)
+        fit = max(1, int((tokens <= size * lengths.float().mean()).sum()))
+        pieces.append(order[:fit])
+        order = order[fit:]
+    return pieces
 
 
 def apply_step(model, optimizers, factor):
@@ -162,6 +173,8 @@ def apply_step(model, optimizers, factor):
             group["lr"] = group.setdefault("base_lr", group["lr"]) * factor
         opt.step()
         opt.zero_grad(set_to_none=True)
+    if model.config.large or next(STEPS) % 20 == 0:
+        glibc("malloc_trim", 0)                         # the heap's holes: they would add up to gigabytes
 
 
 class Bar(tqdm):

@@ -11,7 +11,7 @@ from minipav.precision import pick_dtype
 from minipav.reinforce import policy_loss
 from minipav.sampler import sample
 from minipav.sft import sft_loss
-from minipav.utils import Fail, Muon, backward
+from minipav.utils import Fail, Muon, backward, micro_batches
 from minipav.verifier import Values, score, verifier_loss
 
 TOKENS = torch.randint(1, 29, (6, 20), generator=torch.Generator().manual_seed(0))
@@ -55,6 +55,16 @@ def test_micro_batches_have_the_same_gradient():
         backward(sft_loss, model, (TOKENS, LENGTHS, LENGTHS.flip(0) - 12), LENGTHS, 72, size)
         grads.append({"sft": torch.cat([p.grad.flatten() for p in model.parameters()])})
     assert close(grads[1], grads[0], 1e-5) and close(grads[2], grads[0], 1e-5)
+
+
+def test_micro_batches_hold_as_many_tokens_as_so_many_rows_of_mean_length():
+    lengths = torch.randint(1, 400, (97,), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(micro_batches(lengths)[0], torch.arange(97)) and not micro_batches(lengths[:0])
+    for size in (1, 2, 8, 200):
+        pieces = micro_batches(lengths, size)
+        assert sorted(torch.cat(pieces).tolist()) == list(range(97))
+        tokens = [len(rows) * int(lengths[rows].max()) for rows in pieces if len(rows) > 1]
+        assert max(tokens) <= size * lengths.float().mean() and len(pieces) < 2 * 97 / size + 1
 
 
 @pytest.mark.parametrize("width, std", [(32, 0.1), (512, 0.03)])      # 512: attention is in bf16 too

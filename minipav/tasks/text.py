@@ -51,11 +51,11 @@ class Text(Task):
     phrases = []                    # without --init: bytes
     keys = ("question", "answer")   # of a problem and its solution
     # clean(solution) -> its text; extract(text) -> the final answer, or None; end(answer) -> a last line
-    defaults = dict(sft_steps=420, batch_size=32, micro_batch=8, lr_muon=0.0, lr_adamw=5e-5, strong_steps=0,
+    defaults = dict(sft_steps=420, batch_size=32, micro_batch=4, lr_muon=0.0, lr_adamw=5e-5, strong_steps=0,
                     problems=3000, n_cov=4, branches=4000, pit_traces=0, prover_rollouts=0, q_steps=400,
                     orm_steps=60, lr_muon_verifier=0.0, lr_adamw_verifier=3e-5, test_problems=300, max_n=16,
                     widths=[1, 2, 4])
-    rl_defaults = dict(lr=1e-5, value_lr=2e-5, value_lr_muon=0.0, batch=32, micro_batch=8, eval_every=10,
+    rl_defaults = dict(lr=1e-5, value_lr=2e-5, value_lr_muon=0.0, batch=32, micro_batch=4, eval_every=10,
                        problems=200, eval_n=1, n=16)
 
     def __post_init__(self):
