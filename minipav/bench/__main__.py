@@ -4,6 +4,7 @@
     python -m minipav.bench --sizes 30M 0.5B --rows 64 512 4096                 # on a GPU: rollouts alone
     python -m minipav.bench --quick              # the smallest, within a minute
     python -m minipav.bench --against FOLDER     # another checkout: the ratio of its training steps to ours
+    python -m minipav.bench --only rollouts --profile       # and where the time goes, by operation
 
 Random weights; everything is timed in turns, several rounds, after a warm-up; medians. `generate` is that of
 transformers (if installed) for the same shape, its best of dynamic and static cache and of fp32 and bf16;
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 
 from minipav.bench.cases import SIZES, Case
-from minipav.bench.machine import rates, rollout_floor, seconds
+from minipav.bench.machine import operations, rates, rollout_floor, seconds
 from minipav.files import make_folder, write_csv, write_json
 from minipav.flags import flag, parse
 from minipav.precision import pick_dtype
@@ -36,6 +37,7 @@ class Flags:
     generate: list = flag(["dynamic", "static"], "caches of transformers' generate",
                           choices=["dynamic", "static"])
     quick: bool = flag(False, "0.5M, a quarter of the prompts, 3 rounds")
+    profile: bool = flag(False, "write profile.csv, too: each operation's share of the time")
     against: Path = flag(None, "folder of another checkout, to time its training steps too", kind=Path)
     device: str = flag("auto", "where it runs", choices=("auto", "cpu", "cuda"))
     dtype: str = flag("auto", "of matrix products", choices=("auto", "fp32", "bf16"))
@@ -71,8 +73,9 @@ def main():
     if a.quick:
         a.sizes, a.rounds = ["0.5M"], 3
     dtype = torch.bfloat16 if a.dtype == "bf16" else torch.float32
-    rows, facts = [], {"command": " ".join(["python -m minipav.bench", *sys.argv[1:]]), "commit": commit(),
-                       "hardware": hardware(a.device), "dtype": a.dtype}
+    rows, profile = [], []
+    facts = {"command": " ".join(["python -m minipav.bench", *sys.argv[1:]]), "commit": commit(),
+             "hardware": hardware(a.device), "dtype": a.dtype}
     for size, samples in itertools.product(a.sizes, a.rows or [None]):
         case, (rate, copied) = Case(size, a, samples), rates(a.device, dtype, a.rounds)
         size += f" x {case.B * case.n}" if samples else ""
@@ -87,6 +90,10 @@ def main():
         if (size, "sft step") in [r[:2] for r in rows] and size == "135M":
             facts["train_135M_tokens_per_s"] = rows[[r[:2] for r in rows].index((size, "sft step"))][-1]
         write_csv(a.out / "bench.csv", ["size", "what", "tokens", "seconds", "tokens_per_s"], rows)
+        if a.profile:
+            profile += [(size, *row) for row in operations(case.functions, a.device)]
+            write_csv(a.out / "profile.csv", ["size", "what", "operation", "calls", "seconds", "share"],
+                      profile)
         write_json(a.out / "summary.json", facts)
     print(f"all in {a.out}")
 

@@ -18,6 +18,22 @@ def seconds(functions, rounds, device):
     return {name: median(t) for name, t in times.items()}
 
 
+def operations(functions, device):
+    """Of one call of each function, after `seconds`: (name, operation, calls, seconds in it alone, share of
+    all), from the longest down to a hundredth; on a GPU of its kernels."""
+    rows = []
+    for name, f in functions.items():
+        with torch.profiler.profile() as profile:
+            f()
+        own = "self_cpu_time_total" if device == "cpu" else "self_device_time_total"
+        found = [(getattr(e, own) / 1e6, e.key, e.count) for e in profile.key_averages()
+                 if e.device_type.name.lower() == device]
+        total = sum(s for s, *_ in found)
+        rows += [(name, key, n, f"{s:.4f}", f"{s / total:.3f}")
+                 for s, key, n in sorted(found, reverse=True) if s >= total / 100]
+    return rows
+
+
 def rates(device, dtype, rounds):
     """(FLOP a second of the best of three matrix products, bytes a second of a copy, read and write)"""
     shapes = [(2048, 2048, 2048), (2048, 128, 256), (512, 256, 640)]
