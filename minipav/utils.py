@@ -147,15 +147,16 @@ def micro_batches(lengths, size=0):
     """Indices of this process's share of N rows of these lengths (N,): in one piece, or in pieces of no more
     tokens, padding included, than `size` rows of mean length, those of about the same length together."""
     every = torch.arange(len(lengths), device=lengths.device)
-    if not size:
-        return [rows] if len(rows := every[parallel.share(len(every))]) else []
-    order, pieces = lengths.argsort()[parallel.rank()::parallel.world()], []
+    if size:
+        order, room = lengths.argsort()[parallel.rank()::parallel.world()], size * lengths.float().mean()
+    else:
+        order, room = every[parallel.share(len(every))], float("inf")
     while len(order):
-        tokens = lengths[order] * (every[:len(order)] + 1)
-        fit = max(1, int((tokens <= size * lengths.float().mean()).sum()))
-        pieces.append(order[:fit])
+        fit = max(1, int((lengths[order] * (every[:len(order)] + 1) <= room).sum()))
+        yield order[:fit]
         order = order[fit:]
-    return pieces
+        if size or next(STEPS) % 20 == 0:
+            glibc("malloc_trim", 0)                     # the heap's holes: they would add up to gigabytes
 
 
 def apply_step(model, optimizers, factor):
@@ -173,8 +174,6 @@ def apply_step(model, optimizers, factor):
             group["lr"] = group.setdefault("base_lr", group["lr"]) * factor
         opt.step()
         opt.zero_grad(set_to_none=True)
-    if model.config.large or next(STEPS) % 20 == 0:
-        glibc("malloc_trim", 0)                         # the heap's holes: they would add up to gigabytes
 
 
 class Bar(tqdm):
