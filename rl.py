@@ -35,7 +35,7 @@ class Flags:
     all: bool = flag(False, "every reward")
     sweep: bool = flag(False, "also other alphas, provers, base policies, KLs, baselines")
     tune: str = flag(None, "try this flag over a grid, on validation problems", choices=list(GRID), kind=str)
-    micro_batch: int = flag(0, "traces in one backward pass; 0: all. Changes no result", high=1 << 16)
+    micro_batch: int = flag(0, "as train.py's; changes no result", high=1 << 16)
     device: str = flag("auto", "where it runs", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = flag("auto", "of matrix products; auto: bf16 where the device is made for it",
                       choices=("auto", "fp32", "bf16"))

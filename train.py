@@ -90,7 +90,7 @@ class Flags:
     lr_adamw_verifier: float = flag(1e-3, "as --lr_adamw, for verifiers", low=1e-12, high=10)
     balance: bool = flag(False, "weigh labels Q < .5 and Q >= .5 the same, as in the paper")
     # memory
-    micro_batch: int = flag(0, "rows of one backward pass; 0: all", high=1 << 16)
+    micro_batch: int = flag(0, "rows of mean length in one backward pass; 0: all", high=1 << 16)
     checkpointing: bool = flag(False, "compute each block again for its backward pass")
     # evaluation
     test_problems: int = flag(500, "held-out problems", low=1, high=10**6)
