@@ -5,6 +5,8 @@
 import torch
 import torch.nn.functional as F
 
+from minipav.utils import give_back
+
 
 def tokens_in_flight(config, device):
     """How many slots of buffers (keys and values in fp32) fit into a quarter of a GPU's memory; elsewhere
@@ -63,6 +65,7 @@ class KVCache:
         """Make room for so many new tokens. A step reads all slots, filled or not: a product would first copy
         a part of them. recorded: the number of the filled ones is on the device from now on, so that one
         step's kernels are the next one's (graphs.py)."""
+        give_back()
         more, device = aligned(room, self.lengths.device) - self.room, self.lengths.device
         if more > 0:
             self.new = [tuple(F.pad(x, (0, 0, 0, more)) for x in pair) for pair in self.new]

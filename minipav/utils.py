@@ -1,9 +1,9 @@
 """Small things that every file needs: errors for the user, devices, seeds, the optimizer, progress."""
 import ctypes
-import itertools
 import os
 import signal
 import sys
+import time
 import zlib
 from contextlib import suppress
 
@@ -11,8 +11,6 @@ import torch
 from tqdm import tqdm
 
 from minipav import parallel
-
-STEPS = itertools.count()           # of all trainings of this process
 
 
 class Fail(Exception):
@@ -67,6 +65,16 @@ def tune_process():
     torch.set_float32_matmul_precision("high")
     glibc("mallopt", -3, 1 << 30)                       # M_MMAP_THRESHOLD: serve large blocks from the heap
     glibc("mallopt", -1, 2**31 - 1)                     # M_TRIM_THRESHOLD: keep the heap's top
+
+
+def give_back():
+    """At most once in five seconds: return the holes in the heap, which add up to gigabytes."""
+    if time.monotonic() > give_back.next:
+        glibc("malloc_trim", 0)
+        give_back.next = time.monotonic() + 5
+
+
+give_back.next = 0.0
 
 
 def tokens_per_forward(model):
@@ -155,8 +163,7 @@ def micro_batches(lengths, size=0):
         fit = max(1, int((lengths[order] * (every[:len(order)] + 1) <= room).sum()))
         yield order[:fit]
         order = order[fit:]
-        if size or next(STEPS) % 20 == 0:
-            glibc("malloc_trim", 0)                     # the heap's holes: they would add up to gigabytes
+        give_back()
 
 
 def apply_step(model, optimizers, factor):
