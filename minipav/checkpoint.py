@@ -70,28 +70,30 @@ class Keeper:
 class Partial:
     """Saves the outputs of a long call every ten minutes; the same call, made again, goes on from there."""
 
-    def __init__(self, folder, outputs, model, *call):
-        """outputs: tensors that the call fills; call: all that they depend on, beside the model's weights.
-        Without a folder, and in one of several processes, nothing is saved."""
-        self.folder = folder if parallel.world() == 1 else None
-        self.outputs, self.saved, self.at, self.of = outputs, time.time(), 0, (model, call)
+    def __init__(self, folder, outputs, models, *call, texts=None):
+        """outputs, texts: tensors, and a list, that the call fills; call: all that they depend on, beside the
+        models' weights. Without a folder, and in one of several processes, nothing is saved."""
+        self.folder, self.texts = folder if parallel.world() == 1 else None, [] if texts is None else texts
+        self.outputs, self.saved, self.at, self.of = outputs, time.time(), 0, (models, call)
         if self.folder and folder.exists() and self.path.exists():
-            found, _ = read_tensors(self.path)
-            self.at = int(found["0"])
+            found, meta = read_tensors(self.path)
+            self.at, self.texts[:] = int(found["0"]), json.loads(meta["texts"])
             for i, to in enumerate(outputs):
                 to.copy_(found[str(i + 1)])
 
     @property
     def path(self):
-        model, call = self.of
-        of = [torch.stack([p.detach().double().sum() for p in model.parameters()]).cpu(), *call]
+        models, call = self.of
+        of = [p.detach().double().sum() for m in models for p in m.parameters()]
+        of = [torch.stack(of).cpu(), *call]
         of = [torch.as_tensor(x) for x in of]
         return self.folder / f"{tensor_checksum(named(of), {})}.safetensors"
 
-    def save(self, at):
-        """The call has come to `at`."""
-        if self.folder and time.time() - self.saved > EVERY:
-            write_tensors(self.path, named([torch.tensor(at), *self.outputs]))
+    def save(self, at, last=False):
+        """The call has come to `at`; last: others may follow, so its end is saved if it took a minute."""
+        if self.folder and time.time() - self.saved > (EVERY / 10 if last else EVERY):
+            write_tensors(self.path, named([torch.tensor(at), *self.outputs]),
+                          {"texts": json.dumps(self.texts)})
             self.saved = time.time()
 
 

@@ -114,7 +114,7 @@ def sample(model, prompts, lengths, n=1, *, which=None, max_new_tokens, stop, se
     slots = read[which[order // n]] + max_new_tokens
     outputs = [x for x in vars(out).values() if x is not None]
     how = n, seed, max_new_tokens, choice, list(stop), pad, logprobs, model.bf16
-    kept = Partial(keep, outputs, model, prompts, lengths, which, crc32(repr(how).encode()))
+    kept = Partial(keep, outputs, [model], prompts, lengths, which, crc32(repr(how).encode()))
     at = kept.at
     stops = stop_mask(stop, model.config.vocab_size, model.device)
     while at < len(order):

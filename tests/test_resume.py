@@ -1,5 +1,7 @@
 """Long work that is killed goes on to the same end: trainings, and calls of the sampler."""
 import copy
+import importlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +11,10 @@ import train
 from minipav import checkpoint
 from minipav.checkpoint import Keeper
 from minipav.data import Traces
+from minipav.run import Run
 from minipav.sampler import sample
+from minipav.search import METHODS
+from minipav.search.measure import Bench, Cell
 from minipav.sft import _train
 from minipav.verifier import train_verifier
 
@@ -101,3 +106,33 @@ def test_a_call_of_the_sampler_goes_on_where_it_was_killed(tmp_path):
         args = changed.get("model", model), prompts, lengths
         again = sample(*args, **changed.get("how", how), keep=tmp_path)
         assert torch.equal(again.tokens, sample(*args, **changed.get("how", how)).tokens)
+
+
+def test_a_beam_goes_on_where_it_was_killed(smoke_run, tmp_path, monkeypatch):
+    """In its second width, of three: the first one and the finished problems of the second are not searched
+    again."""
+    run, batches, module = Run.open(smoke_run[0], "cpu"), [], importlib.import_module("minipav.search.beam")
+    run.sampling = run.sampling | {"keep": None, "max_tokens_in_flight": 1}         # a problem at a time
+    search_batch, problems = module.search_batch, run.problems("test", 4)
+
+    def searched(*args):
+        batches.append(args)
+        if len(batches) == 7:
+            raise Killed
+        return search_batch(*args)
+
+    def found(**changes):
+        s = Bench(run).search(Cell("beam", "effective", alpha=0.5))
+        return METHODS["beam"].run(replace(s, **changes), problems, [1, 2, 3], 0)
+    want = found()
+    run.sampling["keep"] = tmp_path
+    monkeypatch.setattr(module, "search_batch", searched)
+    with pytest.raises(Killed):
+        found()
+    got = found()
+    assert len(batches) == 7 + 2 + 4
+    for a, b in zip(got, want):
+        assert a.text == b.text and any(a.text) and all(torch.equal(getattr(a, k), getattr(b, k)) for k in
+                                                        ("right", "solved", "tokens", "verifier_tokens", "q"))
+    found(alpha=1.0)
+    assert len(batches) == 13 + 12                              # another search

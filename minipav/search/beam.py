@@ -1,12 +1,14 @@
 """Step-level beam search (section 4.1): sample steps, score them, keep the best, all problems at once."""
 import time
 from dataclasses import dataclass, fields, replace
+from zlib import crc32
 
 import torch
 from torch.nn.functional import pad as pad_right
 
 from minipav import graphs, parallel
 from minipav.advantage import q_best_of_k
+from minipav.checkpoint import Partial
 from minipav.sampler import decode, prefill
 from minipav.search.score import Result, Step, places, ranks, top
 from minipav.tokenizer import delimiter_tokens, encode_rows, pad_token, stop_mask
@@ -85,9 +87,9 @@ def search_all(s, problems, width, seed):
     per_row = 2 * (1 + s.readers) * (slots + s.C * task.max_step_tokens)
     per_row //= 4 if device.type == "cuda" else 1       # rows are seldom so long; if they are, it is told
     batch = max(1, s.env.sampling.get("max_tokens_in_flight", 1 << 18) // (width * per_row))
-    r = Result.empty(P)
-    mine = parallel.share(P)
-    end, logged = mine.start, len(s.log or ())
+    r, mine, logged = Result.empty(P), parallel.share(P), len(s.log or ())
+    kept = partial(s, r, prompts, lengths, width, seed)
+    end = kept.at or mine.start
     while end < mine.stop:
         at = slice(end, min(end + batch, mine.stop))
         try:
@@ -104,8 +106,18 @@ def search_all(s, problems, width, seed):
         if len(finished.owner):
             texts = responses(enc, finished.tokens, finished.lengths, lengths[at][finished.owner])
             r.enter(task, problems, finished.owner + i, finished.q_pi[:, -1], texts)
+        kept.save(end, end == P)
     r.exchange(mine)
     return replace(r, seconds=time.time() - start)
+
+
+def partial(s, r, *call):
+    """What saves the result r of a long call, unless it is logged."""
+    how = s.C, s.alpha, s.spread, s.quota, s.K, s.score.label, s.policy.bf16, s.env.sampling.get("top_p")
+    models = [m for m in (s.policy, s.verifier, s.mu_verifier) if m]
+    return Partial(None if s.log is not None else s.env.sampling.get("keep"),
+                   [r.right, r.solved, r.tokens, r.verifier_tokens, r.q], models, *call,
+                   crc32(repr(how).encode()), texts=r.text)
 
 
 def search_batch(s, problems, prompts, lengths, slots, width, seed, offset=0):
