@@ -59,19 +59,17 @@ def beam(s, problems, widths, seed):
     s.quota lets them. A finished trace stays in the beam with its score frozen. The answer is the finished
     trace with the highest Q^pi.
     """
-    out = []
-    with progress(f"beam, {s.score.label}", sum(widths)) as bar:
-        for width in widths:
-            out.append(search_all(s, problems, width, seed))
-            accuracy, tokens = out[-1].right.mean(), out[-1].tokens.mean()
-            bar.set_postfix_str(f", width {width}: {accuracy:.3f} at {tokens:.0f} tokens", False)
-            bar.update(width)
+    out, mine = [], parallel.share(len(problems))
+    with progress(f"beam, {s.score.label}", sum(widths) * (mine.stop - mine.start)) as bar:
+        for i, width in enumerate(widths):
+            out.append(search_all(s, problems, width, seed, bar))
+            bar.to(sum(widths[:i + 1]) * (mine.stop - mine.start))              # if it was done before
     return out
 
 
 @torch.no_grad()
-def search_all(s, problems, width, seed):
-    """A beam of one width. -> Result
+def search_all(s, problems, width, seed, bar=None):
+    """A beam of one width, whose progress the bar tells. -> Result
 
     The problems go in batches whose KV buffers have at most max_tokens_in_flight slots (on a GPU: would have
     if rows were a quarter as long as they can be; a batch that does not fit its memory is halved).
@@ -107,6 +105,10 @@ def search_all(s, problems, width, seed):
             texts = responses(enc, finished.tokens, finished.lengths, lengths[at][finished.owner])
             r.enter(task, problems, finished.owner + i, finished.q_pi[:, -1], texts)
         kept.save(end, end == P)
+        if bar is not None:
+            right, tokens = (x[mine.start:end].mean() for x in (r.right, r.tokens))
+            bar.set_postfix_str(f", width {width}: {right:.3f} at {tokens:.0f} tokens", False)
+            bar.update(width * (end - i))
     r.exchange(mine)
     return replace(r, seconds=time.time() - start)
 
