@@ -1,6 +1,6 @@
 """The whole of minipav, from nothing to a figure, in the order of the paper.
 
-    python train.py                       # calculator, 2 CPU cores: 8 minutes; or a GPU
+    python train.py                       # calculator, 2 CPU cores: 9 minutes; or a GPU
     python train.py --smoke --out /tmp/x  # every stage at toy size, seconds
     python train.py --resume              # go on where an interrupted run stopped: to the same result
 

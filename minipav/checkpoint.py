@@ -7,7 +7,7 @@ import torch
 from minipav import parallel
 from minipav.files import damaged, read_tensors, tensor_checksum, write_tensors
 
-EVERY = 600                             # seconds between two saves of a long training, or of a long sampling
+EVERY = 600                             # seconds between two saves of a long training, sampling or beam
 
 
 def save(path, modules, optimizers, curve, state, rows):
@@ -77,7 +77,7 @@ class Partial:
         self.outputs, self.saved, self.at, self.of = outputs, time.time(), 0, (models, call)
         if self.folder and folder.exists() and self.path.exists():
             found, meta = read_tensors(self.path)
-            self.at, self.texts[:] = int(found["0"]), json.loads(meta["texts"])
+            self.at, self.texts[:] = int(found["0"]), json.loads(meta.get("texts", "[]"))
             for i, to in enumerate(outputs):
                 to.copy_(found[str(i + 1)])
 

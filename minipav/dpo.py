@@ -52,7 +52,7 @@ class Loop(TreeLoop):
         tree, _, V, visits, children, facts = self.search(i, self.policy)
         best, worst = pairs(V, children)
         longer = torch.maximum(tree.lengths[best], tree.lengths[worst])
-        for rows in micro_batches(longer, self.micro_batch):
+        for rows in micro_batches(longer, (self.micro_batch + 1) // 2):         # two rows a pair
             both = torch.cat([best[rows], worst[rows]])
             T = int(tree.lengths[both].max())
             args = tree.tokens[both, :T], tree.lengths[tree.parent[both]], tree.lengths[both]

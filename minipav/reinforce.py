@@ -73,7 +73,7 @@ def outcomes(policy, env, problems, n, seed, **sampling):
 
 class Reinforce:
     """One training; `folder` gets log.csv and the checkpoint. init: the initial policy; a: a Trial (rl.py);
-    split: of the problems it is evaluated on; micro_batch: traces in one backward pass (0: all)."""
+    split: of the problems it is evaluated on; micro_batch: as in SFT."""
 
     def __init__(self, run, init, folder, reward, a, split="test", micro_batch=0):
         self.run, self.a, self.folder, self.split, self.micro_batch = run, a, folder, split, micro_batch

@@ -68,7 +68,7 @@ def tune_process():
 
 
 def give_back():
-    """At most once in five seconds: return the holes in the heap, which add up to gigabytes."""
+    """At most once in five seconds: return freed memory all the same, since holes add up to gigabytes."""
     if time.monotonic() > give_back.next:
         glibc("malloc_trim", 0)
         give_back.next = time.monotonic() + 5
@@ -153,7 +153,7 @@ def backward(loss, model, batch, lengths, total, micro_batch=0):
 
 def micro_batches(lengths, size=0):
     """Indices of this process's share of N rows of these lengths (N,): in one piece, or in pieces of no more
-    tokens, padding included, than `size` rows of mean length, those of about the same length together."""
+    tokens, padding included, than `size` rows of mean length (or of one row), similar lengths together."""
     every = torch.arange(len(lengths), device=lengths.device)
     if size:
         order, room = lengths.argsort()[parallel.rank()::parallel.world()], size * lengths.float().mean()

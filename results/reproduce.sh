@@ -38,6 +38,7 @@ for alpha_kl in "3 0.078" "5 0.126"; do          # the KL scaled with the reward
     python rl.py --run "${narrow[@]}" --iterations 240 --eval_every 5 --reward pav pav_exact --alpha "$alpha" --kl "$kl" \
         --out "results/rl_narrow_alpha$alpha"
 done
+python rl.py --run "${narrow[@]}" --iterations 480 --eval_every 5 --reward outcome pav pav_exact --out results/rl_narrow_480
 
 countdown=(runs/countdown-seed{0,1,2})
 for s in 0 1 2; do train "runs/countdown-seed$s" --task countdown --seed "$s"; done
@@ -49,7 +50,9 @@ python rl.py --run "${countdown[@]}" --iterations 240 --eval_every 5 --out resul
 python search.py --run "${countdown[@]}" --widths 1 2 4 8 --out results/search_relatives_countdown --search greedy pass \
     best_of_n:orm beam:q_pi beam:effective dvts backtrack backtrack:effective mcts puct mcts_quality
 python rl.py --run "${countdown[@]}" --iterations 240 --eval_every 5 --out results/rl_relatives_countdown \
-    --reward outcome pav grpo abc uniform
+    --reward outcome pav grpo abc uniform dpo selftrain
+python rl.py --run "${countdown[@]}" --iterations 240 --eval_every 5 --reward dpo --lr 0.0001 \
+    --out results/rl_relatives_countdown_dpo
 
 python -m minipav.paper.didactic --out results/didactic
 python -m minipav.paper.theory --out results/didactic

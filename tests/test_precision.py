@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import tiny
 
-from minipav import precision, utils
+from minipav import parallel, precision, utils
 from minipav.precision import pick_dtype
 from minipav.reinforce import policy_loss
 from minipav.sampler import sample
@@ -64,7 +64,20 @@ def test_micro_batches_hold_as_many_tokens_as_so_many_rows_of_mean_length():
         pieces = list(micro_batches(lengths, size))
         assert sorted(torch.cat(pieces).tolist()) == list(range(97))
         tokens = [len(rows) * int(lengths[rows].max()) for rows in pieces if len(rows) > 1]
-        assert max(tokens) <= size * lengths.float().mean() and len(pieces) < 2 * 97 / size + 1
+        assert max(tokens) <= size * lengths.float().mean() and len(pieces) < 97 / size ** 0.5 + 1
+
+
+def test_each_process_has_its_share_of_the_micro_batches(monkeypatch):
+    lengths = torch.randint(1, 400, (97,), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(parallel, "world", lambda: 3)
+    for size in (0, 4):
+        shares = []
+        for rank in range(3):
+            monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+            shares.append(torch.cat(list(micro_batches(lengths, size))))
+        assert sorted(torch.cat(shares).tolist()) == list(range(97))
+    tokens = [int(lengths[rows].sum()) for rows in shares]
+    assert max(tokens) < 1.1 * min(tokens)
 
 
 @pytest.mark.parametrize("width, std", [(32, 0.1), (512, 0.03)])      # 512: attention is in bf16 too

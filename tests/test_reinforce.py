@@ -7,7 +7,7 @@ from conftest import even, tiny
 from safetensors.torch import load_file
 
 import rl
-from minipav import advantage, reinforce, rewards
+from minipav import advantage, dpo, reinforce, rewards
 from minipav.advantage import rollout_from, seed_rollouts
 from minipav.reinforce import COLUMNS, Reinforce, policy_loss, value_loss
 from minipav.rewards import REWARDS, close, loop_of, step_of_token
@@ -118,16 +118,17 @@ def test_trust_verifier_believes_it_to_the_end(smoke, tmp_path, monkeypatch):
     assert believed.unique().tolist() == [0] and known.sum(1).tolist() == [-1] * 8      # none is right
 
 
-@pytest.mark.parametrize("baseline", ["value", "group"])
-def test_micro_batches_change_nothing(smoke, tmp_path, monkeypatch, baseline):
+@pytest.mark.parametrize("how", [dict(baseline="value"), dict(baseline="group"), dict(reward="dpo")])
+def test_micro_batches_change_nothing(smoke, tmp_path, monkeypatch, how):
     """The gradients before they are clipped, of the policy and of the value network."""
     grads = {}
-    monkeypatch.setattr(reinforce, "apply_step", lambda model, *_: grads.setdefault(size, []).append(
-        torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+    for module in (reinforce, dpo):
+        monkeypatch.setattr(module, "apply_step", lambda model, *_: grads.setdefault(size, []).append(
+            torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
     for size in (0, 1, 7, 64):
-        trained(smoke, tmp_path / str(size), batch=64, iterations=1, micro_batch=size, baseline=baseline)
+        trained(smoke, tmp_path / str(size), batch=64, iterations=1, micro_batch=size, **how)
     for size in (1, 7, 64):
-        assert len(grads[size]) == (2 if baseline == "value" else 1)
+        assert len(grads[size]) == (2 if how == dict(baseline="value") else 1)
         for part, whole in zip(grads[size], grads[0]):
             assert whole.norm() > 1e-3 and (part - whole).norm() < 1e-5 * whole.norm()
 

@@ -1,5 +1,6 @@
-"""Long work that is killed goes on to the same end: trainings, and calls of the sampler."""
+"""Long work that is killed goes on to the same end: trainings, calls of the sampler, beams."""
 import copy
+import functools
 import importlib
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ from minipav.sampler import sample
 from minipav.search import METHODS
 from minipav.search.measure import Bench, Cell
 from minipav.sft import _train
-from minipav.verifier import train_verifier
+from minipav.verifier import ExactValues, train_verifier
 
 LESS = ("--weak_at 0.3 --problems 40 --branches 40 --pit_traces 0 --prover_rollouts 40 --test_problems 8 "
         "--max_n 2 --widths 1")
@@ -134,5 +135,7 @@ def test_a_beam_goes_on_where_it_was_killed(smoke_run, tmp_path, monkeypatch):
     for a, b in zip(got, want):
         assert a.text == b.text and any(a.text) and all(torch.equal(getattr(a, k), getattr(b, k)) for k in
                                                         ("right", "solved", "tokens", "verifier_tokens", "q"))
-    found(alpha=1.0)
-    assert len(batches) == 13 + 12                              # another search
+    for i, other in enumerate((dict(alpha=1.0), dict(verifier=None),
+                               dict(verifier=None, exact=functools.partial(ExactValues)))):
+        found(**other)
+        assert len(batches) == 13 + 12 * (i + 1)                # another search

@@ -59,12 +59,9 @@ def beam(s, problems, widths, seed):
     s.quota lets them. A finished trace stays in the beam with its score frozen. The answer is the finished
     trace with the highest Q^pi.
     """
-    out, mine = [], parallel.share(len(problems))
+    mine = parallel.share(len(problems))
     with progress(f"beam, {s.score.label}", sum(widths) * (mine.stop - mine.start)) as bar:
-        for i, width in enumerate(widths):
-            out.append(search_all(s, problems, width, seed, bar))
-            bar.to(sum(widths[:i + 1]) * (mine.stop - mine.start))              # if it was done before
-    return out
+        return [search_all(s, problems, width, seed, bar) for width in widths]
 
 
 @torch.no_grad()
@@ -85,9 +82,11 @@ def search_all(s, problems, width, seed, bar=None):
     per_row = 2 * (1 + s.readers) * (slots + s.C * task.max_step_tokens)
     per_row //= 4 if device.type == "cuda" else 1       # rows are seldom so long; if they are, it is told
     batch = max(1, s.env.sampling.get("max_tokens_in_flight", 1 << 18) // (width * per_row))
-    r, mine, logged = Result.empty(P), parallel.share(P), len(s.log or ())
-    kept = partial(s, r, prompts, lengths, width, seed)
-    end = kept.at or mine.start
+    r, mine, logged, spent = Result.empty(P), parallel.share(P), len(s.log or ()), torch.zeros(1)
+    kept = partial(s, r, spent, prompts, lengths, width, seed)
+    end, start = kept.at or mine.start, start - spent.item()
+    if bar is not None:
+        bar.update(width * (end - mine.start))
     while end < mine.stop:
         at = slice(end, min(end + batch, mine.stop))
         try:
@@ -104,6 +103,7 @@ def search_all(s, problems, width, seed, bar=None):
         if len(finished.owner):
             texts = responses(enc, finished.tokens, finished.lengths, lengths[at][finished.owner])
             r.enter(task, problems, finished.owner + i, finished.q_pi[:, -1], texts)
+        spent[0] = time.time() - start
         kept.save(end, end == P)
         if bar is not None:
             right, tokens = (x[mine.start:end].mean() for x in (r.right, r.tokens))
@@ -113,12 +113,13 @@ def search_all(s, problems, width, seed, bar=None):
     return replace(r, seconds=time.time() - start)
 
 
-def partial(s, r, *call):
-    """What saves the result r of a long call, unless it is logged."""
-    how = s.C, s.alpha, s.spread, s.quota, s.K, s.score.label, s.policy.bf16, s.env.sampling.get("top_p")
+def partial(s, r, spent, *call):
+    """What saves the result r of a long call, and the seconds spent, unless it is logged."""
+    how = (s.C, s.alpha, s.spread, s.quota, s.K, s.score.label, s.exact, s.policy.bf16,
+           s.env.sampling.get("top_p"))
     models = [m for m in (s.policy, s.verifier, s.mu_verifier) if m]
     return Partial(None if s.log is not None else s.env.sampling.get("keep"),
-                   [r.right, r.solved, r.tokens, r.verifier_tokens, r.q], models, *call,
+                   [r.right, r.solved, r.tokens, r.verifier_tokens, r.q, spent], models, *call,
                    crc32(repr(how).encode()), texts=r.text)
 
 
