@@ -34,6 +34,7 @@ class Flags:
     reward: list = flag(["outcome", "pav"], "what a step is worth", choices=list(REWARDS))
     all: bool = flag(False, "every reward")
     sweep: bool = flag(False, "also other alphas, provers, base policies, KLs, baselines")
+    no_control: bool = flag(False, "leave out ORM-RL whose KL weighs as little as that of a dense reward")
     tune: str = flag(None, "try this flag over a grid, on validation problems", choices=list(GRID), kind=str)
     micro_batch: int = flag(0, "as train.py's; changes no result", high=1 << 16)
     device: str = flag("auto", "where it runs", choices=("auto", "cpu", "cuda", "mps"))
@@ -173,6 +174,8 @@ def trials(a, trial, swept=()):
     if a.tune:
         return [(r, replace(trial, **{a.tune: x})) for r in rewards for x in GRID[a.tune]]
     out = [(r, trial) for r in rewards] + [(r, replace(trial, **changes)) for r, changes in swept]
+    if a.no_control:
+        return out
     if any(REWARDS[r].scaled for r in rewards) and trial.alpha:
         out.append(("outcome", replace(trial, kl=trial.kl / (1 + trial.alpha))))        # their control
     mu = Prover.parse(trial.prover, trial.policy)

@@ -38,7 +38,8 @@ for alpha_kl in "3 0.078" "5 0.126"; do          # the KL scaled with the reward
     python rl.py --run "${narrow[@]}" --iterations 240 --eval_every 5 --reward pav pav_exact --alpha "$alpha" --kl "$kl" \
         --out "results/rl_narrow_alpha$alpha"
 done
-python rl.py --run "${narrow[@]}" --iterations 480 --eval_every 5 --reward outcome pav pav_exact --out results/rl_narrow_480
+python rl.py --run "${narrow[@]}" --iterations 480 --eval_every 5 --reward outcome pav pav_exact --no_control \
+    --out results/rl_narrow_480
 
 countdown=(runs/countdown-seed{0,1,2})
 for s in 0 1 2; do train "runs/countdown-seed$s" --task countdown --seed "$s"; done

@@ -61,6 +61,7 @@ def test_rewards_of_another_scale_bring_their_control():
     both = rl.trials(rl.Flags(), rl.Trial(alpha=2.0, kl=0.09))
     assert [(r, t.kl) for r, t in both] == [("outcome", 0.09), ("pav", 0.09), ("outcome", 0.09 / 9)]
     assert len(rl.trials(rl.Flags(all=True), rl.Trial())) == len(rl.REWARDS) + 2
+    assert len(rl.trials(rl.Flags(all=True, no_control=True), rl.Trial())) == len(rl.REWARDS)
     tuned = rl.trials(rl.Flags(tune="kl", reward=["pav"]), rl.Trial())
     assert [t.kl for _, t in tuned] == list(experiments.GRID["kl"])
 
