@@ -85,8 +85,7 @@ def search_all(s, problems, width, seed, bar=None):
     r, mine, logged, spent = Result.empty(P), parallel.share(P), len(s.log or ()), torch.zeros(1)
     kept = partial(s, r, spent, prompts, lengths, width, seed)
     end, start = kept.at or mine.start, start - spent.item()
-    if bar is not None:
-        bar.update(width * (end - mine.start))
+    tell(bar, r, width, slice(mine.start, end), end - mine.start)
     while end < mine.stop:
         at = slice(end, min(end + batch, mine.stop))
         try:
@@ -105,12 +104,17 @@ def search_all(s, problems, width, seed, bar=None):
             r.enter(task, problems, finished.owner + i, finished.q_pi[:, -1], texts)
         spent[0] = time.time() - start
         kept.save(end, end == P)
-        if bar is not None:
-            right, tokens = (x[mine.start:end].mean() for x in (r.right, r.tokens))
-            bar.set_postfix_str(f", width {width}: {right:.3f} at {tokens:.0f} tokens", False)
-            bar.update(width * (end - i))
+        tell(bar, r, width, slice(mine.start, end), end - i)
     r.exchange(mine)
     return replace(r, seconds=time.time() - start)
+
+
+def tell(bar, r, width, done, more):
+    """On the bar, if there is one: `more` problems, and what all that are done have come to."""
+    if bar is not None and more:
+        right, tokens = r.right[done].mean(), r.tokens[done].mean()
+        bar.set_postfix_str(f", width {width}: {right:.3f} at {tokens:.0f} tokens", False)
+        bar.update(width * more)
 
 
 def partial(s, r, spent, *call):
