@@ -76,19 +76,19 @@ class KVCache:
 
     def append(self, layer, k, v):
         """The keys and values (R, T, G, D) of the next T tokens of every row."""
-        recorded = torch.is_tensor(self.count)
-        if recorded and layer == 0:
-            self.ahead.index_fill_(0, self.count, 0.0)
-        if not recorded:
-            at = slice(self.count, self.count + k.shape[1])
-            if at.stop > self.room:
-                self.widen(at.stop)
-            self.ahead[at] = 0.0
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+        if torch.is_tensor(self.count):                                         # recorded
+            if layer == 0:
+                self.ahead.index_fill_(0, self.count, 0.0)
+            for buffer, x in zip(self.new[layer], (k, v)):
+                buffer.index_copy_(2, self.count, x.to(buffer.dtype))
+            return
+        at = slice(self.count, self.count + k.shape[2])
+        if at.stop > self.room:
+            self.widen(at.stop)
+        self.ahead[at] = 0.0
         for buffer, x in zip(self.new[layer], (k, v)):
-            if recorded:
-                buffer.index_copy_(2, self.count, x.transpose(1, 2).to(buffer.dtype))
-            else:
-                buffer[:, :, at] = x.transpose(1, 2)
+            buffer[:, :, at] = x
 
     def attend(self, layer, q):
         """What the queries q (R, T, H, D) of the tokens appended last read. -> (R, T, H * D)"""
