@@ -46,6 +46,7 @@ from minipav.utils import Fail, NotFinite, derive_seed, progress
 TRAINED = ("policies", "rollouts", "q_pi", "orm")               # stages that search.py and rl.py build on
 CONFIG = dict(task=str, dials=dict, seed=int, device=str, dtype=str, checkpointing=bool, top_p=(int, float),
               max_tokens_in_flight=int)
+MEMORY = ("max_tokens_in_flight", "micro_batch", "checkpointing")           # which change no result but in rounding
 
 
 class Run:
@@ -63,7 +64,7 @@ class Run:
             old, new = ({k: v for k, v in x.items() if k != "dials"} | x["dials"] for x in (old, new))
             config["data_crc"] = old.get("data_crc", 0)
             for k, v in new.items():
-                if old.get(k) != v and k != "max_tokens_in_flight":     # which changes no sample
+                if old.get(k) != v and k not in MEMORY:
                     raise Fail(f"--{k} is {v}, but the run in {out} was started with {old.get(k)}: repeat "
                                "its flags to resume it, or choose another --out")
         elif config.get("init"):
@@ -217,8 +218,8 @@ def open_runs(folders, device, dtype="auto"):
     """Runs that differ in their seed and in nothing else. Raises Fail otherwise."""
     runs = [Run.open(folder, device, dtype) for folder in folders]
     for run in runs[1:]:
-        same = {**run.config, "seed": 0} == {**runs[0].config, "seed": 0}
-        if not same or [r.config["seed"] for r in runs].count(run.config["seed"]) > 1:
+        one, other = ({k: v for k, v in r.config.items() if k != "seed" and k not in MEMORY} for r in (run, runs[0]))
+        if one != other or [r.config["seed"] for r in runs].count(run.config["seed"]) > 1:
             raise Fail(f"--run {run.out}: the runs must differ in their seed and in nothing else")
     return runs
 
