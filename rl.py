@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from minipav import parallel
-from minipav.files import make_folder, write_csv
+from minipav.files import write_csv
 from minipav.flags import few, flag, parse
 from minipav.paper.experiments import GRID, SWEEPS
 from minipav.paper.rl_report import ROWS, report_rl
@@ -55,6 +55,7 @@ class Trial:
     # the loop
     policy: str = flag("base", "of train.py: where RFT starts", choices=("weak", "base", "strong"))
     no_rft: bool = flag(False, "start from that policy itself")
+    rft_lr: float = flag(3e-4, "of RFT (AdamW)", low=1e-12, high=10)
     iterations: int = flag(150, "of the loop", low=1, high=10**6)
     batch: int = flag(128, "traces an iteration", low=1, high=1 << 16)
     group: int = flag(4, "traces a problem", low=1, high=1 << 16)
@@ -62,7 +63,7 @@ class Trial:
                          choices=("value", "group", "mean", "none"))
     lr: float = flag(None, "of the policy (AdamW); default: the task's, else the reward's own, mostly .001",
                      low=1e-12, high=10, kind=float)
-    warmup: float = flag(0.1, "share of the iterations with a linear warm-up; or a cosine to 0, if lower",
+    warmup: float = flag(0.1, "share of the iterations with a linear warm-up; a cosine to 0, where lower",
                          high=1)
     value_lr: float = flag(1e-3, "of the value network's embedding and head (AdamW)", low=1e-12, high=10)
     value_lr_muon: float = flag(0.01, "and of its matrices (Muon); 0: AdamW alone", high=10)
@@ -121,14 +122,15 @@ def start(run, a, split, micro_batch):
     stages = {}
     for kind in ("sft", "rft")[:1 if a.no_rft else 2]:
         spec = {"policy": a.policy, "seed": a.seed, "problems": a.problems,
-                "n": a.n * (4 if kind == "sft" else 1), "split": split}
+                "n": a.n * (4 if kind == "sft" else 1), "split": split} | (
+                    {"lr": a.rft_lr} if kind == "rft" else {})
         stages[kind] = name = keyed(f"rl/{kind}", spec)
 
         def work(kind=kind, spec=spec, folder=run.out / name):
             model = run.model(a.policy)
             if kind == "rft":
                 seeds = run.traces(f"seeds_{a.policy}_train")
-                model = rft(model, seeds, run.seed("rft"), a.policy, micro_batch=micro_batch)
+                model = rft(model, seeds, run.seed("rft"), a.policy, lr=a.rft_lr, micro_batch=micro_batch)
             model.save(folder)
             # which problems does SFT never solve? (Fig. 8b)
             return evaluate(run, folder, model, a, spec["n"], split) if split == "test" else {}
@@ -167,12 +169,17 @@ def sweeps(run, trial):
     return out
 
 
+def grid(name, trial):
+    """The values of a flag that --tune tries: a learning rate's are multiples of --lr."""
+    return [float(f"{x * (trial.lr or 1e-3):.3g}") if name == "lr" else x for x in GRID[name]]
+
+
 def trials(a, trial, swept=()):
     """(reward, Trial) of everything that this call trains."""
     alone = [r for r in REWARDS if REWARDS[r].loop] if parallel.world() > 1 else []     # in one process only
     rewards = [r for r in REWARDS if r not in alone] if a.all else a.reward
     if a.tune:
-        return [(r, replace(trial, **{a.tune: x})) for r in rewards for x in GRID[a.tune]]
+        return [(r, replace(trial, **{a.tune: x})) for r in rewards for x in grid(a.tune, trial)]
     out = [(r, trial) for r in rewards] + [(r, replace(trial, **changes)) for r, changes in swept]
     if a.no_control:
         return out
@@ -193,15 +200,11 @@ def main():
         raise Fail(f"--batch {trial.batch}: must be a multiple of --group {trial.group}")
     if trial.group == 1 and trial.baseline == "group":
         raise Fail("--group 1: --baseline group needs the problem's other traces; use --group 2 or more")
-    if len(a.run) > 1 and a.out is None:
-        raise Fail(f"--run {' '.join(map(str, a.run))}: several folders need an --out for their mean")
     if a.tune and a.sweep:
         raise Fail("--tune and --sweep: one at a time")
     few(problems=trial.problems, n=4 * trial.n)
     few(batch=trial.batch, n_mc=trial.n_mc)
-    if a.out:
-        make_folder(a.out)
-    runs, split = open_runs(a.run, pick_device(a.device), a.dtype), "validation" if a.tune else "test"
+    runs, split = open_runs(a.run, a.out, pick_device(a.device), a.dtype), "validation" if a.tune else "test"
     swept = sweeps(runs[0], trial) if a.sweep else ()
     wanted = [(r, plain(r, t)) for r, t in trials(a, trial, swept)
               if REWARDS[r].values != "exact" or runs[0].task.exact]
@@ -229,6 +232,8 @@ def main():
         print(f"all in {out / f'tune_{a.tune}.csv'}")
     else:
         report_rl(runs, done, out)
+    for run in runs:
+        run.close()
 
 
 if __name__ == "__main__":

@@ -14,13 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from minipav import parallel
-from minipav.files import make_folder
 from minipav.flags import few, flag, parse
 from minipav.paper.experiments import EXPERIMENTS
 from minipav.paper.prediction import predict
 from minipav.paper.report import report_search
 from minipav.prover import Prover, check_head
-from minipav.run import open_runs
+from minipav.run import open_runs, task_of
 from minipav.search import METHODS
 from minipav.search.inspect import show
 from minipav.search.measure import Bench, Cell, choose
@@ -117,26 +116,23 @@ def measure(run, a, wanted):
 
 
 def main():
-    a = parse(Flags, __doc__)
+    a = parse(Flags, __doc__, defaults=lambda known: task_of(known.run[0]).search_defaults)
     tune_process()
     if a.prover:
         check_head(Prover.parse(a.prover).policy, "scalar")
-    if len(a.run) > 1 and a.out is None and not a.show:
-        raise Fail(f"--run {' '.join(map(str, a.run))}: several folders need an --out for their mean")
     few(problems=a.problems, n=a.n)
     few(problems=a.problems, widths=max(a.widths))
-    if a.out:
-        make_folder(a.out)
     ns = tuple(2 ** k for k in range(a.n.bit_length()))
     budgets = {"n": ns, "widths": tuple(sorted(a.widths)), "one": (1,)}
-    if a.quota:
-        Quota.parse(a.quota)
+    quota = Quota.parse(a.quota or "none")
     wanted = [Cell.parse(x, policy=a.policy, problems=a.problems, spread=a.spread,
                          verifier=a.verifier or "") for x in a.search]
     wanted = [replace(c, ns=budgets[METHODS[c.method].budgets], seed=s) for c in wanted for s in a.seeds]
     if a.verifier and a.policy != "base":
         raise Fail(f"--verifier {a.verifier}: stands in for the base policy's; leave --policy out")
-    runs = open_runs(a.run, pick_device(a.device), a.dtype)
+    out = a.out or (Path() if a.show else None)                 # of --show nothing is kept
+    runs = open_runs(a.run, out, pick_device(a.device), a.dtype)
+    quota.fits(runs[0].task)
     if (a.show or a.predict) and parallel.world() > 1:
         raise Fail(f"--{'show' if a.show else 'predict'}: in one process; start it without torchrun")
     if a.show:
@@ -146,8 +142,13 @@ def main():
             show(Bench(run), Cell("beam", "effective", (4,), a.policy, mu, alpha, a.spread, a.quota or "none",
                                   a.verifier or "", problems=a.problems, seed=a.seeds[0]), a.show)
         return
+    runs[0].problems("test", a.problems)                        # are so many there?
+    if not a.quota or a.alpha is None:
+        runs[0].problems("validation", a.validation)
     measured = [measure(run, a, wanted) for run in runs]
     report_search(runs, measured, a.out or runs[0].out / "search")
+    for run in runs:
+        run.close()
 
 
 if __name__ == "__main__":

@@ -9,8 +9,7 @@
 3 verifiers   Q^pi, the ORM, and Q^mu of both provers
 4 evaluation  re-ranking and beam search on held-out problems (section 4.1)
 """
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +65,7 @@ class Flags:
     lr_muon: float = flag(0.02, "learning rate of the blocks' matrices; 0: AdamW alone", high=10)
     lr_adamw: float = flag(3e-3, "learning rate of the rest", low=1e-12, high=10)
     # rollouts; a count of 0 means none
+    temperature: float = flag(1.0, "of every sample of every policy", low=0.01, high=100)
     top_p: float = flag(0.98, "nucleus of every sample of every policy; 1: all of it", low=1e-6, high=1)
     recipe: str = flag("dense", "of the verifiers' data: dense is ours, paper the paper's",
                        choices=list(RECIPES))
@@ -100,8 +100,7 @@ class Flags:
     quota: str = flag(None, "of relatives in a beam: none, parent, grandparent, state or a penalty; default: "
                       "state, of a task that has states, else grandparent", kind=str)
     K: int = flag(4, "the prover of the PAV beam is best-of-K of pi (Eq. 30)", low=1, high=999999)
-    max_tokens_in_flight: int = flag(None, "bound on rows x slots of the KV buffers", low=1, high=1 << 40,
-                                     kind=int)
+    max_tokens_in_flight: int = flag(None, "most slots of the KV buffers", low=1, high=1 << 40, kind=int)
 
 
 def provers(a):
@@ -219,7 +218,7 @@ def main():
     if a.init and TASKS[a.task].phrases:
         raise Fail(f"--init: for tasks in words; {a.task} has an encoding of its own")
     a.quota = a.quota or ("state" if TASKS[a.task].state else "grandparent")
-    Quota.parse(a.quota)
+    Quota.parse(a.quota).fits(task)
     few(problems=a.problems, n_cov=a.n_cov)
     few(test_problems=a.test_problems, max_n=a.max_n)
     few(test_problems=a.test_problems, widths=max(a.widths))
@@ -231,7 +230,7 @@ def main():
     fit(a, size, task, a.out)
     config = {k: v for k, v in vars(a).items() if k not in ("out", "resume")}
     task.check(a.problems, a.test_problems)
-    run = Run(a.out, config | {"dials": dataclasses.asdict(task)}, a.resume)
+    run = Run(a.out, config | {"dials": asdict(task)}, a.resume)
     run.stage("policies", lambda: policies(run, a))
     run.stage("rollouts", lambda: rollouts(run, a))
     run.stage("q_pi", lambda: verifier(run, a, "q_pi", "base", a.q_from, a.q_steps))
@@ -244,6 +243,7 @@ def main():
     made = {"tables": [str(t.relative_to(run.out)) for t in tables], "stages": stages}
     run.stage("example", lambda: describe(bench, a, seed, tables) | made)
     report_training([run.out], run.out)
+    run.close()
 
 
 if __name__ == "__main__":

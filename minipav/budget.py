@@ -26,9 +26,11 @@ def fit(a, config, task, out):
         vars(a).update({k: old[k] for k in FEWEST})
         return
     step, token = speeds(a, config, length := task.max_new_tokens // 2)
+    paper = a.recipe == "paper"                                 # n_mc completions at every prefix
+    each = (1 + paper * a.n_mc * task.max_steps / 2) * length * token
     seconds = dict.fromkeys(FEWEST, step) | {
-        "problems": a.n_cov * length * token, "branches": length * token,
-        "prover_rollouts": 2 * length * token,                  # by two provers
+        "problems": a.n_cov * each, "branches": 0 if paper else length * token,
+        "prover_rollouts": 2 * each,                            # by two provers
         "test_problems": (a.max_n + 6 * sum(a.widths)) * length * token}    # 2 beams, 3 samples a place
     share = torch.tensor(min(1.0, 60 * a.minutes / sum(getattr(a, k) * s for k, s in seconds.items())))
     parallel.add_up(share)                                      # several processes cut alike

@@ -65,8 +65,8 @@ def first_pits(mu, env, problems, probed, n_mc, threshold, seed):
 
 
 def high_value_branches(mu, c, seeds):
-    """Where the values are: n_mc completions by mu of prefixes of the seeds that came out right, `branches`
-    in all.
+    """Where the values are: n_mc completions by mu of prefixes of the seeds that came out right (if none did,
+    of any), `branches` in all.
 
     At a low success rate almost every seed says "wrong" at every step end, and a verifier learns little from
     it. App. D spends an initial budget on finding high-value states; the prefixes of right seeds are such

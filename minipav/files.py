@@ -63,7 +63,11 @@ def write_tensors(path, tensors, metadata=None):
     """Tensors and metadata (text by name), with a checksum of them."""
     if parallel.rank():
         return
-    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    memory = {}                         # copies only of what shares it (a tied head): weights can be large
+    for k, v in tensors.items():
+        if memory.setdefault(v.untyped_storage().data_ptr(), k) != k:
+            tensors[k] = v.clone()
     metadata = dict(metadata or {})
     meta = json.dumps(metadata | {"crc": tensor_checksum(tensors, metadata)}, sort_keys=True)
     write_whole(path, lambda p: save_file(tensors, p, {"minipav": meta}))       # several keys: in no order

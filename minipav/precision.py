@@ -1,7 +1,8 @@
 """What makes large models fit and fast devices fast: bf16, and losses in pieces.
 
 A model's weights are fp32. If it is set to bf16 (GPT.bf16), its matrix products are computed in bf16; norms,
-softmax, losses and, on a CPU, the attention of training (its backward pass is slower in bf16) in fp32.
+softmax, losses and, on a CPU, the attention of training in fp32 (its backward pass is slower in bf16, but for
+large models on rows of up to 256 tokens).
 """
 import functools
 

@@ -20,7 +20,7 @@ from minipav.files import write_csv, write_tensors
 from minipav.precision import in_chunks, mixed
 from minipav.prover import Prover, verifier_of
 from minipav.tokenizer import pad_token
-from minipav.traces import Traces, responses
+from minipav.traces import WHOLE, Traces, responses
 from minipav.utils import Fail, NotFinite, apply_step, backward, make_optimizers, micro_batches, progress
 from minipav.verifier import label_weights, verifier_loss
 
@@ -65,7 +65,7 @@ def value_loss(value, tokens, step, target):
 
 
 def outcomes(policy, env, problems, n, seed, **sampling):
-    """Rex (P, n) of n samples of each problem, with the run's top_p, as everywhere but in training."""
+    """Rex (P, n) of n samples of each problem, sampled as the run's policies are; not so in training."""
     return seed_rollouts(policy, env, problems, n, seed, **sampling).reward.view(len(problems), n)
 
 
@@ -140,7 +140,7 @@ class Reinforce:
         a, run = self.a, self.run
         problems = run.task.problems("train", a.batch // a.group, run.seed("rl problems", a.seed, i))
         seed = run.seed("rl traces", a.seed, i)
-        return problems, seed_rollouts(self.policy, run, problems, a.group, seed, top_p=None)
+        return problems, seed_rollouts(self.policy, run, problems, a.group, seed, **WHOLE)
 
     def credit(self, i, problems, traces):
         """(Q^mu (N, S + 1), the return (N, S) of each step)"""
@@ -197,9 +197,9 @@ class Reinforce:
         rollouts too. mu is then best-of-K of a policy between the initial and the present one."""
         a, run, seed = self.a, self.run, self.run.seed("refresh", self.a.seed, i)
         rng = np.random.default_rng(seed)
-        hot = seed_rollouts(self.policy, run, problems, a.group, seed, temperature=2.0, top_p=None)
+        hot = seed_rollouts(self.policy, run, problems, a.group, seed, **WHOLE | {"temperature": 2.0})
         rows, ends = torch.arange(len(hot)), random_ends(hot.ends, rng)
-        branches = rollout_from(self.policy, run, problems, hot, rows, ends, 1, seed + 1, top_p=None)
+        branches = rollout_from(self.policy, run, problems, hot, rows, ends, 1, seed + 1, **WHOLE)
         self.state["tokens"] += int(hot.cost.sum() + branches.cost.sum())
         old = self.old[torch.from_numpy(rng.integers(len(self.old), size=2 * a.batch))]
         wrong = corrupted_steps(run, problems, traces[:max(1, a.batch // 2)], rng)

@@ -15,6 +15,7 @@ from minipav.advantage import advantage, effective_reward, q_best_of_k, rollout_
 from minipav.attention import BETA, attention_share, uniform_share
 from minipav.prover import check_head
 from minipav.search.best_of_n import pass_at_n
+from minipav.traces import WHOLE
 from minipav.utils import Fail
 from minipav.verifier import exact_q, score
 
@@ -28,7 +29,7 @@ class Reward:
     known: bool = True              # known values (Rex at the end) take the place of Q^mu's there
     lr: float = 1e-3                # of the policy: chosen for `outcome` and `pav`, others' where said
     loop: str = ""                  # a module whose Loop trains, in the place of REINFORCE
-    scaled: bool = False  # 1 + alpha times outcome reward's gradient: to be held against it at so small a KL
+    scaled: bool = False  # 1 + alpha times outcome reward's gradient; control: outcome, the KL over 1 + alpha
 
 
 def pav(rex, q, adv, alpha):
@@ -154,7 +155,7 @@ VALUES = {"verifier": by_verifier, "group": by_group,
           "rollouts": lambda l, problems, traces, seed: by_rollouts(
               l.mu_policy, l.mu.K, l.run, problems, traces, l.a.n_mc, seed),
           "current": lambda l, problems, traces, seed: by_rollouts(
-              l.policy, 1, l.run, problems, traces, l.a.n_mc, seed, top_p=None)}
+              l.policy, 1, l.run, problems, traces, l.a.n_mc, seed, **WHOLE)}
 
 
 def check_prover(reward, mu, a):

@@ -6,28 +6,28 @@ go on.
     run.model("q_pi"), run.traces("base_train"), run.problems("test", 500)
 
 A stage is done once stages/NAME.json is there, which is written last. A stage that was killed is run again
-from its start, from its own seed and the files of the stages before it: the result is that of the
-uninterrupted run.
+from its own seed and the files of the stages before it; a training, sampling or beam in it that was long goes
+on where it last saved (checkpoint.py). The result is that of the uninterrupted run.
 """
 import dataclasses
 import json
-import platform
 import resource
 import shutil
-import subprocess
 import sys
 import time
-import zlib
 from pathlib import Path
 
 import torch
 
 from minipav import parallel
+from minipav.cache import tokens_in_flight
 from minipav.checkpoint import Keeper
 from minipav.files import (
+    checksum,
     damaged,
     file_checksum,
     lock,
+    make_folder,
     read_json,
     read_tensors,
     write_csv,
@@ -41,12 +41,12 @@ from minipav.tasks import TASKS, make_task
 from minipav.tasks.task import Task
 from minipav.tokenizer import synthetic_encoding
 from minipav.traces import Traces
-from minipav.utils import Fail, NotFinite, derive_seed, progress
+from minipav.utils import Fail, NotFinite, command, commit, derive_seed, hardware, progress
 
 TRAINED = ("policies", "rollouts", "q_pi", "orm")               # stages that search.py and rl.py build on
-CONFIG = dict(task=str, dials=dict, seed=int, device=str, dtype=str, checkpointing=bool, top_p=(int, float),
-              max_tokens_in_flight=int)
-MEMORY = ("max_tokens_in_flight", "micro_batch", "checkpointing")           # which change no result but in rounding
+CONFIG = dict(task=str, dials=dict, seed=int, device=str, dtype=str, checkpointing=bool,
+              temperature=(int, float), top_p=(int, float), max_tokens_in_flight=int)
+MEMORY = ("max_tokens_in_flight", "micro_batch", "checkpointing")               # no result depends on these
 
 
 class Run:
@@ -83,8 +83,8 @@ class Run:
         self.task.fits(self.enc)
         if config.setdefault("data_crc", self.task.data_crc) != self.task.data_crc:
             raise Fail(f"--data: other problems are in {self.task.data} than when the run began")
-        self.sampling = dict(top_p=None if config["top_p"] == 1 else config["top_p"],
-                             max_tokens_in_flight=config["max_tokens_in_flight"], keep=self.out / "partial")
+        self.sampling = {k: config[k] for k in ("temperature", "top_p", "max_tokens_in_flight")}
+        self.sampling["keep"] = self.out / "partial" / "calls"
 
     @classmethod
     def open(cls, out, device, dtype="auto"):
@@ -101,9 +101,11 @@ class Run:
                        "finish it with its flags and --resume")
         lock(run.out)
         try:
-            same = dtype == "auto" and device == config["device"]
-            dtype = config["dtype"] if same else pick_dtype(dtype, device)
+            same = device == config["device"]
+            dtype = config["dtype"] if same and dtype == "auto" else pick_dtype(dtype, device)
             run._prepare(config | {"device": device, "dtype": dtype})
+            if not same:
+                run.sampling["max_tokens_in_flight"] = tokens_in_flight(run.model("base").config, device)
         except Fail as e:
             raise e if "data" in config["dials"] else damaged(run.out / "config.json", e) from None
         return run
@@ -141,9 +143,14 @@ class Run:
         if parallel.rank() == 0:
             record["files"] = {str(f.relative_to(self.out)): file_checksum(f) for f in facts.get("files", ())}
             write_json(path, record)
-            shutil.rmtree(self.out / "partial", ignore_errors=True)
+            for path in (self.out / "partial").glob("*.safetensors"):           # its trainings'
+                path.unlink()
         parallel.barrier()
         return record
+
+    def close(self):
+        """The command has come to its end: nothing that was saved within a call is asked for again."""
+        shutil.rmtree(self.out / "partial", ignore_errors=True)
 
     def keeper(self, name):
         """What saves a long training of this stage."""
@@ -162,7 +169,7 @@ class Run:
         def log(step, steps, loss, held_out=float("nan")):
             bar.set_postfix_str(f", loss {loss:.3f}" + ("" if held_out != held_out
                                                         else f", held out {held_out:.4f}"), False)
-            bar.update()
+            bar.to(step)
             self.log_rows.append((name, step, f"{loss:.5f}", f"{held_out:.5f}"))
             if step == steps:
                 bar.close()
@@ -205,7 +212,7 @@ def check_files(folder, record):
 
 def keyed(name, spec):
     """NAME-HASH: a name of its own for what depends on `spec`, whatever today's defaults are."""
-    return f"{name}-{zlib.crc32(json.dumps(spec, sort_keys=True).encode()):08x}"
+    return f"{name}-{checksum(spec):08x}"
 
 
 def task_of(folder):
@@ -214,37 +221,21 @@ def task_of(folder):
     return TASKS.get(read_json(path, task=str)["task"], Task) if path.exists() else Task
 
 
-def open_runs(folders, device, dtype="auto"):
-    """Runs that differ in their seed and in nothing else. Raises Fail otherwise."""
+def differ(one, other):
+    """Whether configurations differ in more than their seed and what changes no result."""
+    return any(one.get(k) != other.get(k) for k in {*one, *other} - {"seed", *MEMORY})
+
+
+def open_runs(folders, out, device, dtype="auto"):
+    """Runs that differ in their seed and in nothing else, for results in the folder `out` (None: that of the
+    run). Raises Fail otherwise."""
+    if len(folders) > 1 and out is None:
+        raise Fail(f"--run {' '.join(map(str, folders))}: several folders need an --out for their mean")
+    if out:
+        make_folder(out)
     runs = [Run.open(folder, device, dtype) for folder in folders]
+    seeds = [run.config["seed"] for run in runs]
     for run in runs[1:]:
-        one, other = ({k: v for k, v in r.config.items() if k != "seed" and k not in MEMORY} for r in (run, runs[0]))
-        if one != other or [r.config["seed"] for r in runs].count(run.config["seed"]) > 1:
+        if differ(run.config, runs[0].config) or seeds.count(run.config["seed"]) > 1:
             raise Fail(f"--run {run.out}: the runs must differ in their seed and in nothing else")
     return runs
-
-
-def command():
-    """The command line of this process, without the folder that the code is in."""
-    path, root = Path(sys.argv[0]).resolve(), Path(__file__).resolve().parent.parent
-    name = str(path.relative_to(root)) if path.is_relative_to(root) else path.name
-    if name.startswith("minipav/"):
-        name = "-m " + name.removesuffix(".py").removesuffix("/__main__").replace("/", ".")
-    return " ".join(["python", name, *sys.argv[1:]])
-
-
-def commit():
-    """The commit of the code, "-dirty" if files differ from it, or "unknown" outside of a checkout."""
-    try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
-                              timeout=10,
-                              cwd=Path(__file__).parent)
-        return done.stdout.strip() or "unknown"
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-
-
-def hardware(device):
-    if device == "cuda":
-        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    return f"{platform.machine()} {device}, {torch.get_num_threads()} threads, torch {torch.__version__}"

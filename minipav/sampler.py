@@ -127,7 +127,7 @@ def sample(model, prompts, lengths, n=1, *, which=None, max_new_tokens, stop, se
         for output, value in zip(outputs, result):
             output[rows] = value.cpu()
         at += len(rows)
-        kept.save(at)
+        kept.save(at, at >= len(order))
         if progress:
             progress(at * parallel.world())
     parallel.exchange(order, *outputs)

@@ -15,6 +15,7 @@ from minipav.search.mcts import BRANCH, ROLL, iterate
 from minipav.search.score import SCORES, Search
 from minipav.search.tree import Tree
 from minipav.sft import sft_loss
+from minipav.traces import WHOLE
 from minipav.utils import apply_step, backward, make_optimizers
 from minipav.verifier import verifier_loss
 
@@ -45,7 +46,7 @@ class TreeLoop(Reinforce):
 
     def log(self, problems):
         """As in REINFORCE; the KL, which no loss has computed, from one trace of each problem."""
-        traces = close(seed_rollouts(self.policy, self.run, problems, 1, self.run.seed("rl kl"), top_p=None))
+        traces = close(seed_rollouts(self.policy, self.run, problems, 1, self.run.seed("rl kl"), **WHOLE))
         step = step_of_token(traces.tokens, traces.ends)
         with torch.no_grad():
             batch = (x.to(self.policy.device) for x in (traces.tokens, step, torch.zeros(step.shape)))

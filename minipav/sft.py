@@ -55,8 +55,7 @@ def train_policy(model, env, expert_fraction, *, steps, batch_size, lr_muon, lr_
     _train(model, batches(), steps, lr_muon, lr_adamw, log, micro_batch, keep)
 
 
-def rft(policy, seeds, seed, name="", epochs=2, batch_size=64, lr=3e-4,
-        micro_batch=0):
+def rft(policy, seeds, seed, name="", epochs=2, batch_size=64, lr=3e-4, micro_batch=0):
     """Rejection fine-tuning: a copy of `policy`, trained on with the right ones of its seed rollouts (App. E;
     there with the settings of SFT). Raises Fail if none is right."""
     policy, right = copy.deepcopy(policy), seeds[seeds.reward == 1]

@@ -26,7 +26,8 @@ def smoothed(traces, a=1.0):
     """Labels that are estimates, c right outcomes of n, become (c + a) / (n + 2a): the mean of the posterior
     behind a Beta(a, a). SEER (arXiv 2405.18688) smooths labels of preferences; its formula was not found."""
     q = (traces.q * traces.n + a) / (traces.n + 2 * a)
-    known = traces.exact | (torch.arange(q.shape[1]) == traces.last[:, None])   # an outcome
+    outcome = torch.arange(q.shape[1]) == traces.last[:, None]
+    known = traces.exact | outcome | (traces.cost == 0)[:, None]                # the last: corrupted copies
     return replace(traces, q=torch.where(known, traces.q, q))
 
 

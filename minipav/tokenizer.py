@@ -52,7 +52,7 @@ def encode_rows(enc, texts):
     """Token rows (B, T) right-padded and their lengths (B,); END in a text becomes the end-of-text token, and
     the marks of a chat, where the encoding has them, their tokens."""
     special = {END, *CHAT} & enc.special_tokens_set
-    # its threads cost more
+    # the threads of encode_batch cost more than they save
     rows = [enc.encode(t, allowed_special=special, disallowed_special=()) for t in texts]
     lengths = torch.tensor([len(r) for r in rows])
     out = torch.full((len(rows), int(lengths.max())), pad_token(enc))

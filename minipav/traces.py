@@ -16,7 +16,15 @@ class Env:
     """What every sampling function needs to know of the world; a Run is one too."""
     task: object
     enc: object
-    sampling: dict = field(default_factory=dict)  # top_p, max_tokens_in_flight: of every call of the sampler
+    sampling: dict = field(default_factory=dict)  # of every call of the sampler: temperature, top_p, ...
+
+
+WHOLE = dict(temperature=1.0, top_p=None)           # a policy's own distribution, as its gradient asks for
+
+
+def choice(env):
+    """Temperature and top_p of the policies that are searched with."""
+    return {k: env.sampling[k] for k in WHOLE if k in env.sampling}
 
 
 @dataclass

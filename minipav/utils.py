@@ -1,11 +1,14 @@
 """Small things that every file needs: errors for the user, devices, seeds, the optimizer, progress."""
 import ctypes
 import os
+import platform
 import signal
+import subprocess
 import sys
 import time
 import zlib
 from contextlib import suppress
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -181,6 +184,31 @@ def apply_step(model, optimizers, factor):
             group["lr"] = group.setdefault("base_lr", group["lr"]) * factor
         opt.step()
         opt.zero_grad(set_to_none=True)
+
+
+def command():
+    """The command line of this process, without the folder that the code is in."""
+    path, root = Path(sys.argv[0]).resolve(), Path(__file__).resolve().parent.parent
+    name = str(path.relative_to(root)) if path.is_relative_to(root) else path.name
+    if name.startswith("minipav/"):
+        name = "-m " + name.removesuffix(".py").removesuffix("/__main__").replace("/", ".")
+    return " ".join(["python", name, *sys.argv[1:]])
+
+
+def commit():
+    """The commit of the code, "-dirty" if files differ from it, or "unknown" outside of a checkout."""
+    try:
+        done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
+                              timeout=10, cwd=Path(__file__).parent)
+        return done.stdout.strip() or "unknown"
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def hardware(device):
+    if device == "cuda":
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    return f"{platform.machine()} {device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 class Bar(tqdm):

@@ -191,8 +191,8 @@ def train_verifier(init, train, held_out, *, steps, batch_size, lr_muon, lr_adam
     """Fit a verifier that starts from `init` (a policy, or another verifier) to `train`; the checkpoint with
     the lowest cross-entropy on `held_out` (traces of other problems) is kept. -> (model, Report)
 
-    log(step, steps, loss, held-out loss) is called at every step. micro_batch: rows of mean length in one
-    backward pass (0: all); keep: of checkpoint.py.
+    log(step, steps, loss, lowest held-out loss so far) is called at every step. micro_batch: rows of mean
+    length in one backward pass (0: all); keep: of checkpoint.py.
     """
     torch.manual_seed(seed)
     same = init.config.head == "scalar" and init.config.target == target

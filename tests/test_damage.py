@@ -467,7 +467,7 @@ def of_configs():
         {"H": 4, "min_steps": 2, "x": 1})} | {
         f"task {x}": put("task", x) for x in ("chess", "countdown", "", 3, ["calculator"])}
     out += of("search pass", "config.json", JSON | dials) + of("search pass", "config.json", keys(
-        "task", "dials", "seed", "device", "top_p", "max_tokens_in_flight", "K",
+        "task", "dials", "seed", "device", "temperature", "top_p", "max_tokens_in_flight", "K",
         wrong=("null", "text", "[]", "NaN", "-1", "0", "1e30", "inf")))
     out += of("rl pav", "config.json", FEW | dict(keys(
         "lr_muon_verifier", "lr_adamw_verifier", "seed", "top_p", wrong=("null", "text", "NaN", "-1"))))
@@ -730,6 +730,7 @@ def to_train(t="train"):
     yield from each(t, "--widths", (), "0", "-1", "text", "", BIG, ("1", "1"), ("1", "2", "1"), "4097")
     yield from each(t, "--seed", "-1", BIG, HUGE, str(2**32), "nan")
     yield from each(t, "--top_p", "0", "1.5", "nan", "-1")
+    yield from each(t, "--temperature", "0", "1000", "nan", "-1")
     yield from each(t, "--lr_muon", "-1", "11", "nan", "inf")
     yield from each(t, "--lr_adamw_verifier", "0", "-1", "1e38", "nan")
     for flag in ("--expert_fraction", "--weak_at", "--pit_threshold", "--corrupted_fraction"):

@@ -9,8 +9,7 @@ from conftest import ROOT
 from minipav import files
 from minipav.files import read_csv, read_json, read_tensors, write_csv, write_json, write_tensors, write_whole
 from minipav.paper.statistics import read_table
-from minipav.run import command
-from minipav.utils import Fail
+from minipav.utils import Fail, command
 
 
 def test_any_text_survives_in_a_table(tmp_path):

@@ -220,13 +220,15 @@ def test_smoothing_is_the_mean_of_the_posterior():
     """Behind a uniform prior, by quadrature; an exact label stays."""
     t = make_traces(torch.zeros(1, 4).long(), torch.tensor([4]), torch.tensor([[0, 1, 2, 3]]),
                     q=torch.tensor([[0.25, 1.0, 0.0, 1.0]]), n=torch.tensor([[4, 3, 1, 1]]),
-                    exact=torch.tensor([[False, False, False, True]]))
+                    exact=torch.tensor([[False, False, False, True]]), cost=torch.tensor([9]))
     p = (torch.arange(100000, dtype=torch.double) + 0.5) / 100000
     got = smoothed(t).q[0]
     for i, (c, n) in enumerate(((1, 4), (3, 3), (0, 1))):
         density = p ** c * (1 - p) ** (n - c)
         assert got[i] == pytest.approx(float((p * density).sum() / density.sum()), abs=1e-5)
     assert got[3] == 1
+    t.cost[:] = 0                                               # a corrupted copy, which is known to be wrong
+    assert torch.equal(smoothed(t).q, t.q)
 
 
 def test_the_backup_is_the_maximum_over_logged_actions():

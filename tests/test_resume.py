@@ -2,6 +2,7 @@
 import copy
 import functools
 import importlib
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -107,6 +108,25 @@ def test_a_call_of_the_sampler_goes_on_where_it_was_killed(tmp_path):
         args = changed.get("model", model), prompts, lengths
         again = sample(*args, **changed.get("how", how), keep=tmp_path)
         assert torch.equal(again.tokens, sample(*args, **changed.get("how", how)).tokens)
+
+
+def test_a_killed_search_neither_samples_nor_searches_again(smoke_run, tmp_path, monkeypatch):
+    """What one search has sampled, and Q^pi's beam for alpha = 0, the next ones find on disk until the
+    command ends."""
+    shutil.copytree(smoke_run[0], out := tmp_path / "run")
+    run, how = Run.open(out, "cpu"), dict(ns=(1, 2), problems=7)
+    for cell in (Cell("pass", **how), Cell("beam", "q_pi", **how)):
+        Bench(run).measure(cell)
+    with monkeypatch.context() as m:
+        for name in ("minipav.sampler", "minipav.search.beam"):
+            module = importlib.import_module(name)
+            m.setattr(module, "decode", lambda *x, **kw: pytest.fail("sampled again"))
+        for search in (("best_of_n", "q_pi"), ("majority",), ("beam", "effective")):
+            Bench(run).measure(Cell(*search, **how))
+        with pytest.raises(pytest.fail.Exception):
+            Bench(run).measure(Cell("pass", **how | {"seed": 1}))
+    run.close()
+    assert not (out / "partial").exists()
 
 
 def test_a_beam_goes_on_where_it_was_killed(smoke_run, tmp_path, monkeypatch):

@@ -64,6 +64,9 @@ def test_rewards_of_another_scale_bring_their_control():
     assert len(rl.trials(rl.Flags(all=True, no_control=True), rl.Trial())) == len(rl.REWARDS)
     tuned = rl.trials(rl.Flags(tune="kl", reward=["pav"]), rl.Trial())
     assert [t.kl for _, t in tuned] == list(experiments.GRID["kl"])
+    for lr, grid in ((None, [1e-4, 3e-4, 1e-3, 2e-3]), (1e-5, [1e-6, 3e-6, 1e-5, 2e-5])):
+        tuned = rl.trials(rl.Flags(tune="lr", reward=["pav"]), rl.Trial(lr=lr))
+        assert [t.lr for _, t in tuned] == grid
 
 
 def test_rft_makes_right_seeds_likelier(searched):
@@ -162,7 +165,7 @@ def test_another_policys_verifier_may_be_the_prover(done, tmp_path):
 
 
 def test_tuning_is_on_validation_problems(searched, tmp_path, monkeypatch):
-    monkeypatch.setattr(rl, "GRID", {"lr": (1e-3, 2e-3)})
+    monkeypatch.setattr(rl, "GRID", {"lr": (1, 2)})
     flags = ("--n", 3, "--tune", "lr", "--reward", "outcome", "--out", tmp_path / "out")
     run_main(rl, "--run", searched, *SMALL, *flags)
     rows = [line.split(",")[:2] for line in (tmp_path / "out" / "tune_lr.csv").read_text().splitlines()[1:]]

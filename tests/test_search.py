@@ -113,6 +113,23 @@ def test_greedy_takes_the_likeliest_token(small):
 
 # ---- beams
 
+def test_every_search_samples_at_the_runs_temperature(small):
+    """At nearly 0 all samples are greedy, and so is what a beam finds."""
+    class Tilted(WalkPolicy):
+        def head(self, hidden):
+            return hidden + torch.arange(hidden.shape[1]) / 1000
+
+    env = replace(small.env, sampling={"temperature": 1e-5})
+    cold = replace(small, env=env, policy=Tilted(env, small.problems), memo={})
+    [want] = greedy(cold, small.problems, [1], 0)
+    assert not torch.equal(at_n(small, small.problems, [1], 0)[0].tokens, want.tokens)
+    [sampled] = at_n(cold, small.problems, [1], 0)
+    assert torch.equal(sampled.tokens, want.tokens) and torch.equal(sampled.right, want.right)
+    found = search_all(cold, small.problems, 2, 0)
+    finished = [i for i, text in enumerate(found.text) if text]
+    assert finished and all(found.text[i] == want.text[i] for i in finished)
+
+
 def test_duplicates_and_endless_steps_leave_the_beam():
     new = torch.tensor([[5, 1], [5, 1], [6, 1], [5, 1], [7, 8]])
     assert distinct(torch.tensor([0, 0, 0, 1, 1]), new, torch.tensor([1, 1, 1, 1, -1])).tolist() == [0, 2, 3]

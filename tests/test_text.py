@@ -16,7 +16,7 @@ from test_pretrained import a_folder
 from minipav.files import read_json
 from minipav.tasks.answers import boxed, same
 from minipav.tasks.text import GSM8K, Math, Problem
-from minipav.tokenizer import END
+from minipav.tokenizer import END, synthetic_encoding
 from minipav.utils import Fail
 
 F = Path(os.environ.get("GSM8K", "data/gsm8k"))                 # the real one, where it is
@@ -172,6 +172,27 @@ def test_bad_files_and_formats_are_named(tmp_path, data):
     assert END not in marks.prompt(marks.problems("test", 1, 0)[0])
 
 
+def test_a_reference_answer_that_is_no_single_number_is_refused(tmp_path):
+    """A part of it would be taken for the answer, and every label be wrong."""
+    def one(answer):
+        row = {"question": "q", "answer": f"a step\n#### {answer}"}
+        return GSM8K(data=write(tmp_path, train=[row], test=[row])).problems("test", 1, 0)[0].answer
+    for answer in ("5", "-5", "$5", "1,234", "2.5", "5 cups", "5%", "5."):
+        assert one(answer).strip("$") in answer, answer
+    for answer in ("1/2", "3:30", "5 or 6", "1e5", "2^3", "x", "", "5 1/2"):
+        with pytest.raises(Fail, match="test.jsonl, line 1.*answer"):
+            one(answer)
+
+
+def test_what_no_search_could_write_is_told(data, capsys):
+    task = GSM8K(data=data, max_steps=2, max_step_tokens=12)
+    enc = synthetic_encoding([])
+    assert task.room(enc) > 3 * task.max_new_tokens
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 2 and "--max_steps 2" in told[0] and "--max_step_tokens 12" in told[1]
+    assert GSM8K(data=data).room(enc) and capsys.readouterr().out == ""
+
+
 def test_math_takes_the_last_box(tmp_path):
     pytest.importorskip("math_verify")
     rows = [{"problem": "What is $1/2+1/2$?", "solution": "Add:\n$\\frac12+\\frac12=1$.\nSo $\\boxed{1}$."}]
@@ -278,6 +299,7 @@ def test_wrong_flags_of_language_models_are_named(tmp_path, data, trained):
                         ("--init smollm2", "tasks in words"),
                         ("--task gsm8k --data {data} --problems 9999", "--problems"),
                         ("--task gsm8k --smoke --data {data} --test_problems 62", "--test_problems"),
+                        ("--task gsm8k --smoke --data {data} --quota state", "--quota state"),
                         ("--task gsm8k --smoke --data {data} --prompt_format chatml", "im_start")):
         flags = flags.format(data=data).split()
         assert says in fails(ROOT / "train.py", "--out", tmp_path / "x", *flags)

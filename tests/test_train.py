@@ -197,6 +197,8 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_flags(smoke_run):
     assert "--resume" in fails(train, *SMOKE, "--out", out)
     assert "--seed" in fails(train, *SMOKE, "--out", out, "--resume", "--seed", 5)
     assert "--min_steps" in fails(train, *SMOKE, "--out", out, "--resume", "--min_steps", 4)
+    memory = "--micro_batch", 8, "--checkpointing", "--max_tokens_in_flight", 5000
+    assert "done before" in run_main(train, *SMOKE, "--out", out, "--resume", *memory)
 
 
 def test_a_run_has_one_process_at_a_time(smoke_run, monkeypatch):

@@ -13,7 +13,6 @@ The floor of rollouts is the time of their products at this machine's matrix rat
 and cache at its copy rate, whichever is larger, both rates measured in the same run.
 """
 import itertools
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +23,7 @@ from minipav.bench.machine import operations, rates, rollout_floor, seconds
 from minipav.files import make_folder, write_csv, write_json
 from minipav.flags import flag, parse
 from minipav.precision import pick_dtype
-from minipav.run import commit, hardware
-from minipav.utils import Fail, main_guard, pick_device, tune_process
+from minipav.utils import Fail, command, commit, hardware, main_guard, pick_device, tune_process
 
 
 @dataclass
@@ -74,8 +72,7 @@ def main():
         a.sizes, a.rounds = ["0.5M"], 3
     dtype = torch.bfloat16 if a.dtype == "bf16" else torch.float32
     rows, profile = [], []
-    facts = {"command": " ".join(["python -m minipav.bench", *sys.argv[1:]]), "commit": commit(),
-             "hardware": hardware(a.device), "dtype": a.dtype}
+    facts = {"command": command(), "commit": commit(), "hardware": hardware(a.device), "dtype": a.dtype}
     for size, samples in itertools.product(a.sizes, a.rows or [None]):
         case, (rate, copied) = Case(size, a, samples), rates(a.device, dtype, a.rounds)
         size += f" x {case.B * case.n}" if samples else ""

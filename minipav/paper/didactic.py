@@ -7,7 +7,6 @@ The task and the policy are in planted.py. A condition is (alpha, gamma, baselin
 the prover mu_gamma; baseline: minus its mean over the policy's actions. All conditions x seeds train at once.
 """
 import argparse
-import sys
 import time
 from pathlib import Path
 
@@ -17,8 +16,7 @@ import torch
 from minipav.files import write_csv, write_json
 from minipav.paper.figures import draw
 from minipav.paper.planted import EOS, Made, Planted
-from minipav.run import commit, hardware
-from minipav.utils import Fail, main_guard, progress
+from minipav.utils import Fail, command, commit, hardware, main_guard, progress
 
 GAMMAS = [1, 2, 3, 5, 8, 10, 12, 15, 20, 30, 50, 100]
 BATCH, LR, EVERY, PROBE = 64, 1e-3, 10, 100     # accuracy is measured EVERY 10 iterations, with care at PROBE
@@ -166,8 +164,8 @@ def main():
     start, seeds, rows, out = time.time(), list(range(args.seeds)), [], args.out
     exact = {g: float(Planted().values(Planted().prover(g))[1][0, 0]) for g in GAMMAS}
     print("exact V^mu(s0): " + ", ".join(f"gamma {g}: {v:.4f}" for g, v in exact.items()))
-    summary = {"command": " ".join(["python -m minipav.paper.didactic", *sys.argv[1:]]), "seeds": seeds,
-               "commit": commit(), "hardware": hardware("cpu"), "V_mu": exact, "horizon": {},
+    summary = {"command": command(), "seeds": seeds, "commit": commit(), "hardware": hardware("cpu"),
+               "V_mu": exact, "horizon": {},
                "iterations_to_90": {}, "start": {}, "useful_gamma": {}, "ratio_of_medians": {}}
     for label, baseline in (("no baseline", False), ("state baseline", True)):
         fig3(summary, rows, out, label, baseline, seeds, args.iterations)

@@ -17,7 +17,7 @@ from minipav.tokenizer import delimiter_tokens, join, pad_token
 from minipav.traces import Traces
 from minipav.verifier import exact_q, score, train_verifier
 
-GRID = {"lr": (1e-4, 3e-4, 1e-3, 2e-3), "kl": (0.01, 0.03, 0.1)}      # of --tune, the same for every reward
+GRID = {"lr": (0.1, 0.3, 1, 2), "kl": (0.01, 0.03, 0.1)}      # of --tune, for every reward; lr: times --lr
 # of --sweep; ORM-RL in 480 iterations costs about what PAV-RL does in 150, its verifier's data included
 SWEEPS = [("pav", {flag: x}) for flag, x in (
     ("alpha", 0.5), ("alpha", 3.0), ("alpha", 6.0), ("prover", "bo16"), ("prover", "weak"),

@@ -18,7 +18,7 @@ import torch
 
 from minipav import parallel
 from minipav.data import RECIPES, Collect
-from minipav.files import make_folder, write_csv
+from minipav.files import write_csv
 from minipav.flags import flag, parse
 from minipav.model import GPT, SIZES
 from minipav.paper.mechanism_report import COLUMNS, NOISE, best, report
@@ -175,14 +175,10 @@ def main():
     device = pick_device(a.device)
     if parallel.world() > 1:
         raise Fail("mechanism: in one process; start it without torchrun")
-    if len(a.run) > 1 and a.out is None:
-        raise Fail(f"--run {' '.join(map(str, a.run))}: several folders need an --out for their mean")
     if "none" not in a.quotas:
         raise Fail(f"--quotas {' '.join(a.quotas)}: add none, which the others are held against")
-    out = a.out or a.run[0] / "mechanism"
-    make_folder(out)
     recipes, runs = [r for r in VERIFIERS + RELATIVES if r.name in a.verifiers], []
-    for run in open_runs(a.run, device):
+    for run in open_runs(a.run, a.out, device):
         made, fixed = {}, {"width": a.width, "problems": a.problems, "validation": a.validation, "K": a.K}
         for recipe in recipes:
             name, spec = recipe.name, recipe.spec
@@ -197,7 +193,8 @@ def main():
             name = f"noise-w{a.width}"
             made[name] = run.stage(f"mechanism-{name}", partial(put_noise, run, a, name), fixed)
         runs.append((run, made))
-    report(runs, [r.name for r in recipes], a.width, out)
+        run.close()
+    report(runs, [r.name for r in recipes], a.width, a.out or a.run[0] / "mechanism")
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from minipav.paper.claims import DIDACTIC, SEARCH, THEORY, collect, judge, sente
 from minipav.paper.figures import draw, lines, name_of, search_figures, tune_figure
 from minipav.paper.quantities import ahead
 from minipav.paper.statistics import NONE, Curves, at_tokens, interval, load, read_table, spread
-from minipav.run import check_files, command
-from minipav.utils import Fail, main_guard
+from minipav.run import check_files, differ
+from minipav.utils import Fail, command, main_guard
 
 PAIRED = ["group", "search", "prover", "n", *(f"{what}{x}" for what in ("accuracy", "over_orm", "over_beam")
                                     for x in ("", "_lo", "_hi"))]
@@ -129,7 +129,7 @@ def report_training(runs, out):
     seeds, same = [c["seed"] for c in configs], {**configs[0], "seed": "each"}
     if len(set(seeds)) < len(runs):
         raise Fail("two of these runs have the same seed: each counts once")
-    if any({**c, "seed": "each"} != same for c in configs):
+    if any(differ(c, same) for c in configs):
         raise Fail("these runs differ in more than their seed: their numbers cannot be averaged")
     examples = [stage(run, "example") for run in runs]
     names = [[*x["stages"], "example", *(t.removesuffix(".csv") for t in x["tables"])] for x in examples]

@@ -12,8 +12,8 @@ from minipav.checkpoint import Partial
 from minipav.sampler import decode, prefill
 from minipav.search.score import Result, Step, places, ranks, top
 from minipav.tokenizer import delimiter_tokens, encode_rows, pad_token, stop_mask
-from minipav.traces import responses
-from minipav.utils import Fail, progress
+from minipav.traces import choice, responses
+from minipav.utils import progress
 from minipav.verifier import Values
 
 
@@ -72,8 +72,7 @@ def search_all(s, problems, width, seed, bar=None):
     if rows were a quarter as long as they can be; a batch that does not fit its memory is halved).
     """
     task, enc, device, start, P = s.env.task, s.env.enc, s.policy.device, time.time(), len(problems)
-    if s.quota.kin == "state" and task.state is None:
-        raise Fail(f"--quota state: task {task.name} does not say what a state is")
+    s.quota.fits(task)
     if width < 1 or s.C < 1 or s.alpha < 0:
         raise ValueError(f"a beam needs width >= 1, C >= 1 and alpha >= 0, not {width}, {s.C}, {s.alpha}")
     prompts, lengths = encode_rows(enc, [task.prompt(p) for p in problems])
@@ -119,8 +118,7 @@ def tell(bar, r, width, done, more):
 
 def partial(s, r, spent, *call):
     """What saves the result r of a long call, and the seconds spent, unless it is logged."""
-    how = (s.C, s.alpha, s.spread, s.quota, s.K, s.score.label, s.exact, s.policy.bf16,
-           s.env.sampling.get("top_p"))
+    how = (s.C, s.alpha, s.spread, s.quota, s.K, s.score.label, s.exact, s.policy.bf16, choice(s.env))
     models = [m for m in (s.policy, s.verifier, s.mu_verifier) if m]
     return Partial(None if s.log is not None else s.env.sampling.get("keep"),
                    [r.right, r.solved, r.tokens, r.verifier_tokens, r.q, spent], models, *call,
@@ -180,16 +178,16 @@ def allot(s, owner, width, level):
 
 
 def expand(s, live, cache, hidden, place, times, seed):
-    """times (N,) next steps of every live prefix. place (N,): a number for each prefix's problem and level,
-    from which and from its place in the level comes a sample's randomness. -> (parent, tokens, lengths, stop
-    token, log-probabilities) of each, the cache behind"""
+    """times (N,) next steps of every live prefix. place (N,): the number of the first sample of each prefix's
+    problem at this level, from which its others count on; a sample's number fixes its randomness. -> (parent,
+    tokens, lengths, stop token, log-probabilities) of each, the cache behind"""
     task, enc, device = s.env.task, s.env.enc, hidden.device
     parent = torch.arange(len(live.owner), device=device).repeat_interleave(times)
     ids = place[parent] + places(live.owner[parent])
     stops = stop_mask(delimiter_tokens(enc, task.delimiter), enc.n_vocab, device)
     grown = cache.branch(parent)
     new = decode(s.policy, grown, hidden[parent], ids, seed, task.max_step_tokens, stops, pad_token(enc),
-                 logprobs=True, whole=True, top_p=s.env.sampling.get("top_p"))
+                 logprobs=True, whole=True, **choice(s.env))
     return (parent, *new), grown
 
 

@@ -1,7 +1,7 @@
 """Search over whole samples: best-of-N by a score, majority vote, pass@N, greedy decoding.
 
-All use the same M = max(N) samples a problem, and the accuracy of best-of-N is its exact expectation over the
-subsets of size N, not that of the first N samples.
+All but greedy use the same M = max(N) samples a problem. pass@N and best-of-N are exact expectations over the
+subsets of size N, not of the first N samples; majority vote is a mean over disjoint groups.
 """
 import time
 
@@ -105,8 +105,9 @@ def values(s, model, t, problems):
 
 def best_of_n(s, problems, ns, seed):
     """Best-of-N by the score of each sample's last step (its Step has all values in `path`, no logprob)."""
-    P, M, start = len(problems), max(ns), time.time()
-    t, seconds = draw(s, problems, M, seed)
+    P, M = len(problems), max(ns)
+    t, _ = draw(s, problems, M, seed)
+    start = time.time()
     q = values(s, s.verifier, t, problems)
     q_mu = q_best_of_k(q, s.K) if s.mu_verifier is None else values(s, s.mu_verifier, t, problems)
     row, last = torch.arange(len(t)), t.last

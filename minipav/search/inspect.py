@@ -8,7 +8,7 @@ from minipav.files import read_csv, write_text
 from minipav.search.beam import beam
 from minipav.search.best_of_n import draw
 from minipav.search.measure import COLUMNS, Cell
-from minipav.tokenizer import decode_rows, encode_rows
+from minipav.tokenizer import encode_rows
 from minipav.traces import label_with_outcome, responses
 from minipav.verifier import auc, score
 
@@ -24,9 +24,8 @@ def describe(bench, a, seed, tables):
     texts = responses(run.enc, s.tokens, s.lengths, s.ends[:, 0] + 1)
     judged = [run.task.judge(problems[i], t) for i, t in zip(s.problem.tolist(), texts)]
     failures = [v for v in judged if v != "right"]
-    rows = [row for path in tables for row in read_csv(path,
-                                                       COLUMNS) if row["prover"] == f"bo{a.K}" or not a.alpha]
-    solved = [r for r in rows if r["method"] == "beam" and r["n"] == str(a.widths[-1])
+    solved = [r for path in tables for r in read_csv(path, COLUMNS) if r["method"] == "beam"
+              and (r["prover"] == f"bo{a.K}" or not a.alpha) and r["n"] == str(a.widths[-1])
               and float(r["right"]) == 1]
     text = "no problem was solved\n"
     if solved:
@@ -74,6 +73,7 @@ def show(bench, cell, count):
     run, problems, s = bench.run, bench.run.problems(cell.split, cell.problems)[:count], bench.search(cell)
     s.log = []
     r = beam(s, problems, cell.ns, cell.seed)[0]
+    lengths = encode_rows(run.enc, [run.task.prompt(p) for p in problems])[1].to(s.policy.device)
     for i, problem in enumerate(problems):
         prompt = run.task.prompt(problem)
         print(f"{prompt.strip()}  (mu = {cell.prover or 'none'}, alpha = {cell.alpha}, width {cell.ns[0]})\n"
@@ -81,10 +81,13 @@ def show(bench, cell, count):
         for level in s.log:
             b, step = level["beam"], level["step"]
             rows = (b.owner == i).nonzero()[:, 0]
+            if len(rows) == 0:
+                continue
             rows = rows[b.score[rows].argsort(descending=True)]
-            for x, text in zip(rows.tolist(), decode_rows(run.enc, b.tokens[rows], b.lengths[rows])):
+            texts = responses(run.enc, b.tokens[rows], b.lengths[rows], lengths[i].expand(len(rows)))
+            for x, text in zip(rows.tolist(), texts):
                 q, q_mu, adv, value = (float(v[x]) for v in (step.q_pi, step.q_mu, step.adv_mu, b.score))
-                steps = ", ".join(run.task.steps(text.removeprefix(prompt).strip()))
+                steps = ", ".join(run.task.steps(text.strip()))
                 kept = "  *" if level["kept"][x] else ""
                 print(f"{kept:<6}{q:>7.3f}{q_mu:>7.3f}{adv:>8.3f}{value:>8.3f}   {steps}")
             print()

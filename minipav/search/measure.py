@@ -1,6 +1,5 @@
 """Search a run's problems and write one row for each (method, score, policy, prover, alpha, n, problem)."""
-import dataclasses
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
@@ -83,7 +82,7 @@ class Bench:
 
     def measure(self, cell):
         """Search, unless it was done before. -> path of the rows, a table with COLUMNS"""
-        spec = dataclasses.asdict(cell)
+        spec = asdict(cell)
         name = keyed("search/" + "-".join(x for x in (cell.method, cell.score, cell.policy) if x), spec)
         path = self.run.out / f"{name}.csv"
 
@@ -91,11 +90,11 @@ class Bench:
             problems = self.run.problems(cell.split, cell.problems)
             at_0 = cell.alpha == 0 and cell.score in ("effective", "bonus")
             at_0 = at_0 or cell.alpha == 0 and cell.score == "log_odds" and cell.method in ("beam", "dvts")
-            plain = str(replace(cell, score="q_pi") if at_0 else cell)
-            if plain not in self.found:                         # Q^pi + 0 A^mu is searched as Q^pi, once
-                self.found[plain] = METHODS[cell.method].run(self.search(cell), problems,
-                                                             list(cell.ns), cell.seed)
-            results = self.found[plain]
+            plain = replace(cell, score="q_pi") if at_0 else cell
+            if str(plain) not in self.found:                    # Q^pi + 0 A^mu is searched as Q^pi, once
+                self.found[str(plain)] = METHODS[cell.method].run(self.search(plain), problems,
+                                                                  list(cell.ns), cell.seed)
+            results = self.found[str(plain)]
             write_csv(path, COLUMNS, rows(cell, results))
             seconds = {n: round(r.seconds, 2) for n, r in zip(cell.ns, results)}
             return {"seconds_by_n": seconds, "files": [path]}

@@ -20,8 +20,10 @@ class Step:
     q_mu: torch.Tensor              # (N,) Q^mu after it
     q_pi_before: torch.Tensor       # (N,) and before it
     q_mu_before: torch.Tensor
-    path: torch.Tensor  # (N, h) Q^pi at the ancestors, from the prompt on (best-of-N: all values)
-    depth: int                      # h, from 1; (N,) in best-of-N
+    # (N, h) Q^pi at the ancestors, from the prompt on; in trees (N, H + 1), the parent's repeated; in
+    # best-of-N all values
+    path: torch.Tensor
+    depth: int                      # h, from 1; (N,) in trees and best-of-N
     logprob: torch.Tensor           # (N,) log pi of the step's tokens
     alpha: float
 
@@ -69,6 +71,11 @@ class Quota(NamedTuple):
         if text != "none" and not re.fullmatch(r"[0-9]*[.]?[0-9]+", text, re.ASCII):
             raise Fail(f"--quota {text}: choose none, parent, grandparent, state, or a penalty such as 0.1")
         return cls("parent", 0.0 if text == "none" else float(text))
+
+    def fits(self, task):
+        """Raises Fail if this task has no such relatives."""
+        if self.kin == "state" and task.state is None:
+            raise Fail(f"--quota state: task {task.name} does not say what a state is")
 
 
 @dataclass

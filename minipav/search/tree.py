@@ -9,7 +9,7 @@ from minipav.sampler import decode, prefill
 from minipav.search.beam import distinct
 from minipav.search.score import Result, Step, places
 from minipav.tokenizer import delimiter_tokens, encode_rows, pad_token, stop_mask
-from minipav.traces import responses
+from minipav.traces import choice, responses
 from minipav.utils import progress
 from minipav.verifier import value_at_end
 
@@ -69,7 +69,7 @@ class Tree:
         room = s.env.task.max_step_tokens
         new, count, stop, logprob = decode(
             s.policy, cache.branch(row), hidden[row], ids, self.seed, room, self.stops, pad_token(enc),
-            logprobs=True, top_p=s.env.sampling.get("top_p"))
+            logprobs=True, **choice(s.env))
         self.drawn.index_add_(0, owner, torch.full_like(owner, n))
         self.spent.index_add_(0, owner[row], count)
         kept = distinct(row, new, stop)

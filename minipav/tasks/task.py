@@ -25,7 +25,8 @@ class Task:
     # judge(problem, response) -> 'right', 'planning' (each step legal, the target missed) or 'illegal'
 
     defaults = {}                  # of flags of train.py
-    rl_defaults = {}               # of flags of rl.py
+    search_defaults = {}           # of search.py
+    rl_defaults = {}               # of rl.py
     data_crc = 0                   # of the files that the problems are from
 
     # Optional; where they are None, what needs them is left out with a word.
@@ -43,8 +44,9 @@ class Task:
         """Raises Fail if its prompts do not fit this encoding."""
 
     def room(self, enc):
-        """Tokens of the longest row: a prompt, a long prefix, and a whole completion behind it."""
-        return max(128, 32 + 2 * self.max_new_tokens)
+        """Tokens of the longest row: a prompt, a response that was branched off another one, and a whole
+        completion behind a part of it."""
+        return max(128, 32 + 3 * self.max_new_tokens)
 
     def exact_values(self, problems):
         """`exact`; raises Fail if the task has none."""

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from minipav.files import read_text
 from minipav.flags import flag
@@ -52,11 +53,12 @@ class Text(Task):
     keys = ("question", "answer")   # of a problem and its solution
     # clean(solution) -> its text; extract(text) -> the final answer, or None; end(answer) -> a last line
     defaults = dict(sft_steps=420, batch_size=32, micro_batch=4, lr_muon=0.0, lr_adamw=5e-5, strong_steps=0,
-                    problems=3000, n_cov=4, branches=4000, pit_traces=0, prover_rollouts=0, q_steps=400,
-                    orm_steps=60, lr_muon_verifier=0.0, lr_adamw_verifier=3e-5, test_problems=300, max_n=16,
-                    widths=[1, 2, 4])
-    rl_defaults = dict(lr=1e-5, value_lr=2e-5, value_lr_muon=0.0, batch=32, micro_batch=4, eval_every=10,
-                       problems=200, eval_n=1, n=16)
+                    temperature=0.7, problems=3000, n_cov=4, branches=4000, pit_traces=0, prover_rollouts=0,
+                    q_steps=400, orm_steps=60, lr_muon_verifier=0.0, lr_adamw_verifier=3e-5,
+                    test_problems=300, max_n=16, widths=[1, 2, 4])
+    search_defaults = dict(n=16, widths=[1, 2, 4, 8], problems=300, validation=150, tuned_at=4)
+    rl_defaults = dict(lr=1e-5, rft_lr=5e-5, value_lr=2e-5, value_lr_muon=0.0, batch=32, micro_batch=4,
+                       eval_every=10, problems=200, eval_n=1, n=16)
 
     def __post_init__(self):
         if "{question}" not in self.template:
@@ -81,10 +83,18 @@ class Text(Task):
 
     def room(self, enc):
         every = [p for split in self.splits.values() for p in split]
-        prompt, solution = (int(encode_rows(enc, texts)[1].max()) for texts in (
-            [self.prompt(p) for p in every], [p.solution for p in every]))
+        steps = [p.solution.split("\n") for p in every]
+        prompt, solution, step = (encode_rows(enc, texts)[1] for texts in (
+            [self.prompt(p) for p in every], [p.solution for p in every], [x for s in steps for x in s]))
+        count = torch.tensor([len(s) for s in steps])
+        for what, sizes, dial in (("solutions", count, "max_steps"), ("steps", step + 1, "max_step_tokens"),
+                                  ("solutions", solution + 1, "max_new_tokens")):
+            if n := int((sizes > getattr(self, dial)).sum()):
+                print(f"  {n:,} of {len(sizes):,} reference {what} are longer than --{dial} "
+                      f"{getattr(self, dial)}: a search cannot write such")
         beam = (self.max_steps + 1) * self.max_step_tokens
-        return prompt + max(solution + 1, 2 * self.max_new_tokens, beam)
+        longest = max(int(solution.max()) + 1, 2 * self.max_new_tokens, beam)
+        return int(prompt.max()) + longest + self.max_new_tokens
 
     def check(self, problems, test_problems):
         for name, n, split in (("problems", problems, "train"), ("test_problems", test_problems, "test"),
@@ -103,14 +113,18 @@ class Text(Task):
             try:
                 texts = [json.loads(line)[k].replace("<|", "< |").strip() for k in self.keys]
                 solution = "\n".join(filter(None, map(str.strip, self.clean(texts[1]).splitlines())))
-                answer = self.extract(solution)
+                answer = self.reference(solution)
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
                 raise Fail(f"{path}, line {i + 1}: not an object with the texts {' and '.join(self.keys)} "
                            f"({type(e).__name__})") from None
             if not answer:
-                raise Fail(f"{path}, line {i + 1}: its {self.keys[1]} has no final answer")
+                raise Fail(f"{path}, line {i + 1}: its {self.keys[1]} has no final answer that is understood")
             found[texts[0]] = Problem(texts[0], answer, solution)
         return found
+
+    def reference(self, solution):
+        """The final answer of a reference solution, or None."""
+        return self.extract(solution)
 
     def problems(self, split, n, seed):
         pool = self.splits[split]
@@ -198,6 +212,11 @@ class GSM8K(Text):
         """The number behind the last ####, which must be worked out: 12*6 is 12."""
         m = re.match(r"\s*(\$?\s*-?\s*\$?\s*[\d.,]*\d)", text.rpartition("####")[2], re.ASCII)
         return m[1] if m and "####" in text else None
+
+    def reference(self, solution):
+        """Not 3:30, 1/2 or 5 or 6, of which a part would be taken."""
+        found, end = self.extract(solution), solution.rpartition("####")[2]
+        return found if found and not re.search(r"[\d/^]", end.partition(found)[2]) else None
 
     def end(self, answer):
         return f"#### {answer}"
