@@ -58,8 +58,7 @@ SIZES = {"nano": dict(n_layer=2, n_head=2, n_kv_head=1, n_embd=64, n_ffn=128),  
 
 
 def rope_tables(config):
-    """cos and sin, each (block_size, D), of the rotary angles pos * theta^(-2i/D), halves paired as in Llama;
-    the sine of the first half is negative."""
+    """cos and sin (block_size, D) of the angles pos theta^(-2i/D), halves paired as in Llama; -sin first."""
     D = config.n_embd // config.n_head
     freq = config.rope_theta ** (-torch.arange(0, D, 2).float() / D)
     turns = config.rope_original * freq / (2 * torch.pi)
@@ -75,8 +74,7 @@ def rotate(x, cos, sin):
 
 
 def causal_attention(q, k, v, short=128):
-    """q (B, H, T, D), k and v (B, G, T, D) -> (B, H, T, D). Rows up to `short` are faster by plain products
-    on a CPU."""
+    """q (B, H, T, D), k and v (B, G, T, D) -> (B, H, T, D). Short rows: faster by plain products on a CPU."""
     (B, H, T, D), G = q.shape, k.shape[1]
     if T > short or q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=G < H)
@@ -202,9 +200,9 @@ class GPT(nn.Module):
             cache.count += T
         return self.norm(x)
 
-    def forward(self, idx, cache=None, kept=None):
+    def forward(self, idx, cache=None):
         """Logits (B, T, V), or (B, T, n_out) with the scalar head."""
-        return self.head(self.trunk(idx, cache, kept))
+        return self.head(self.trunk(idx, cache))
 
     def as_verifier(self, target="bce", n_out=1):
         """A new model with this trunk's weights and a fresh scalar head (section 4.2)."""
@@ -213,6 +211,8 @@ class GPT(nn.Module):
         model.bf16, model.checkpointing = self.bf16, self.checkpointing
         model.load_state_dict({k: v for k, v in self.state_dict().items() if not k.startswith("head.")},
                               strict=False)
+        if config.large:                # the small steps of its training would not undo a random one
+            nn.init.zeros_(model.head.weight)
         return model
 
     def save(self, folder):

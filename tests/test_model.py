@@ -132,6 +132,7 @@ def test_a_verifier_starts_from_the_policys_trunk():
         idx = torch.randint(29, (2, 9))
         assert torch.equal(verifier.trunk(idx), policy.trunk(idx)) and verifier(idx).shape == (2, 9, n_out)
     assert verifier.config.target == "mine" and policy.as_verifier().config.target == "bce"
+    assert verifier(idx).any() and not tiny(n_embd=512, n_ffn=8).as_verifier()(idx).any(), "large: from 0"
 
 
 def test_damaged_foreign_and_missing_weights_are_one_line_errors(tmp_path):

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import train
 from minipav import files
+from minipav.cache import tokens_in_flight
 from minipav.paper import report
 from minipav.run import Run
 from minipav.utils import Fail
@@ -199,6 +200,16 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_flags(smoke_run):
     assert "--min_steps" in fails(train, *SMOKE, "--out", out, "--resume", "--min_steps", 4)
     memory = "--micro_batch", 8, "--checkpointing", "--max_tokens_in_flight", 5000
     assert "done before" in run_main(train, *SMOKE, "--out", out, "--resume", *memory)
+
+
+def test_a_run_of_another_device_is_searched_with_this_ones_memory(smoke_run, tmp_path):
+    shutil.copytree(smoke_run[0], out := tmp_path / "run")
+    config = files.read_json(out / "config.json")
+    files.write_json(out / "config.json", config | {"device": "cuda", "max_tokens_in_flight": 1 << 40})
+    run = Run.open(out, "cpu")
+    fits = tokens_in_flight(run.model("base").config, "cpu")
+    assert run.sampling["max_tokens_in_flight"] == fits < 1 << 40
+    assert Run.open(smoke_run[0], "cpu").sampling["max_tokens_in_flight"] == config["max_tokens_in_flight"]
 
 
 def test_a_run_has_one_process_at_a_time(smoke_run, monkeypatch):
