@@ -22,7 +22,7 @@ from minipav.paper.rl_report import ROWS, report_rl
 from minipav.prover import Prover, verifier_of
 from minipav.reinforce import outcomes
 from minipav.rewards import REWARDS, check_prover, gradient_ratio, loop_of
-from minipav.run import keyed, open_runs, task_of
+from minipav.run import check_out, keyed, open_runs, task_of
 from minipav.sft import rft
 from minipav.utils import Fail, main_guard, pick_device, progress, tune_process
 
@@ -91,7 +91,8 @@ def plain(reward, a):
 
 def used(reward, a, split):
     """All that a training's result depends on, as a dict."""
-    return {"reward": reward, "split": split} | {k: v for k, v in vars(a).items() if k not in unused(reward)}
+    without = unused(reward) | ({"rft_lr"} if a.no_rft else set())
+    return {"reward": reward, "split": split} | {k: v for k, v in vars(a).items() if k not in without}
 
 
 def label(reward, a, default):
@@ -204,7 +205,8 @@ def main():
         raise Fail("--tune and --sweep: one at a time")
     few(problems=trial.problems, n=4 * trial.n)
     few(batch=trial.batch, n_mc=trial.n_mc)
-    runs, split = open_runs(a.run, a.out, pick_device(a.device), a.dtype), "validation" if a.tune else "test"
+    check_out(a.run, a.out)
+    runs, split = open_runs(a.run, pick_device(a.device), a.dtype), "validation" if a.tune else "test"
     swept = sweeps(runs[0], trial) if a.sweep else ()
     wanted = [(r, plain(r, t)) for r, t in trials(a, trial, swept)
               if REWARDS[r].values != "exact" or runs[0].task.exact]

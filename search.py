@@ -19,7 +19,7 @@ from minipav.paper.experiments import EXPERIMENTS
 from minipav.paper.prediction import predict
 from minipav.paper.report import report_search
 from minipav.prover import Prover, check_head
-from minipav.run import open_runs, task_of
+from minipav.run import check_out, open_runs, task_of
 from minipav.search import METHODS
 from minipav.search.inspect import show
 from minipav.search.measure import Bench, Cell, choose
@@ -130,9 +130,12 @@ def main():
     wanted = [replace(c, ns=budgets[METHODS[c.method].budgets], seed=s) for c in wanted for s in a.seeds]
     if a.verifier and a.policy != "base":
         raise Fail(f"--verifier {a.verifier}: stands in for the base policy's; leave --policy out")
-    out = a.out or (Path() if a.show else None)                 # of --show nothing is kept
-    runs = open_runs(a.run, out, pick_device(a.device), a.dtype)
+    if not a.show:
+        check_out(a.run, a.out)
+    runs = open_runs(a.run, pick_device(a.device), a.dtype)
     quota.fits(runs[0].task)
+    if a.all and not runs[0].task.phrases:
+        raise Fail(f"--all: asks for more problems than {runs[0].task.name} has")
     if (a.show or a.predict) and parallel.world() > 1:
         raise Fail(f"--{'show' if a.show else 'predict'}: in one process; start it without torchrun")
     if a.show:
@@ -143,8 +146,9 @@ def main():
                                   a.verifier or "", problems=a.problems, seed=a.seeds[0]), a.show)
         return
     runs[0].problems("test", a.problems)                        # are so many there?
-    if not a.quota or a.alpha is None:
-        runs[0].problems("validation", a.validation)
+    methods = [METHODS[c.method] for c in wanted]
+    if any(m.budgets == "widths" and (a.alpha is None or m.shaped and not a.quota) for m in methods):
+        runs[0].problems("validation", a.validation)            # on which they are tuned
     measured = [measure(run, a, wanted) for run in runs]
     report_search(runs, measured, a.out or runs[0].out / "search")
     for run in runs:

@@ -30,7 +30,7 @@ def fit(a, config, task, out):
     each = (1 + paper * a.n_mc * task.max_steps / 2) * length * token
     seconds = dict.fromkeys(FEWEST, step) | {
         "problems": a.n_cov * each, "branches": 0 if paper else length * token,
-        "prover_rollouts": 2 * each,                            # by two provers
+        "prover_rollouts": (1 if paper else 2) * each,          # dense: as many completions of pi's prefixes
         "test_problems": (a.max_n + 6 * sum(a.widths)) * length * token}    # 2 beams, 3 samples a place
     share = torch.tensor(min(1.0, 60 * a.minutes / sum(getattr(a, k) * s for k, s in seconds.items())))
     parallel.add_up(share)                                      # several processes cut alike

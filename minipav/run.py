@@ -46,7 +46,7 @@ from minipav.utils import Fail, NotFinite, command, commit, derive_seed, hardwar
 TRAINED = ("policies", "rollouts", "q_pi", "orm")               # stages that search.py and rl.py build on
 CONFIG = dict(task=str, dials=dict, seed=int, device=str, dtype=str, checkpointing=bool,
               temperature=(int, float), top_p=(int, float), max_tokens_in_flight=int)
-MEMORY = ("max_tokens_in_flight", "micro_batch", "checkpointing")               # no result depends on these
+MEMORY = ("max_tokens_in_flight", "micro_batch", "checkpointing")       # change no result but in rounding
 
 
 class Run:
@@ -71,12 +71,11 @@ class Run:
             open_pretrained(config["init"]).describe(self.out / "init")
         parallel.barrier()
         self._prepare(config)
-        if not found:
-            write_json(path, config)
+        write_json(path, config)                                # MEMORY may have changed
         parallel.barrier()
 
     def _prepare(self, config):
-        self.config, self.log_rows = config, []
+        self.config, self.log_rows, self.moved = config, [], False
         self.task = make_task(config["task"], config["dials"])
         init = self.out / "init"
         self.enc = read_encoding(init) if config.get("init") else synthetic_encoding(self.task.phrases)
@@ -104,8 +103,7 @@ class Run:
             same = device == config["device"]
             dtype = config["dtype"] if same and dtype == "auto" else pick_dtype(dtype, device)
             run._prepare(config | {"device": device, "dtype": dtype})
-            if not same:
-                run.sampling["max_tokens_in_flight"] = tokens_in_flight(run.model("base").config, device)
+            run.moved = not same
         except Fail as e:
             raise e if "data" in config["dials"] else damaged(run.out / "config.json", e) from None
         return run
@@ -186,6 +184,9 @@ class Run:
     def model(self, name):
         """A model of this run, or of another folder by its absolute path."""
         model = GPT.load(self.out / name, self.config["device"])
+        if self.moved:                                          # the bound in config.json is another device's
+            fits = tokens_in_flight(model.config, self.config["device"])
+            self.sampling["max_tokens_in_flight"] = fits
         model.bf16, model.checkpointing = self.config["dtype"] == "bf16", self.config["checkpointing"]
         return model
 
@@ -226,13 +227,17 @@ def differ(one, other):
     return any(one.get(k) != other.get(k) for k in {*one, *other} - {"seed", *MEMORY})
 
 
-def open_runs(folders, out, device, dtype="auto"):
-    """Runs that differ in their seed and in nothing else, for results in the folder `out` (None: that of the
-    run). Raises Fail otherwise."""
+def check_out(folders, out):
+    """Make the folder `out` for the results of these runs (None: that of the only one). Raises Fail if it
+    cannot be made."""
     if len(folders) > 1 and out is None:
         raise Fail(f"--run {' '.join(map(str, folders))}: several folders need an --out for their mean")
     if out:
         make_folder(out)
+
+
+def open_runs(folders, device, dtype="auto"):
+    """Runs that differ in their seed and in nothing else. Raises Fail otherwise."""
     runs = [Run.open(folder, device, dtype) for folder in folders]
     seeds = [run.config["seed"] for run in runs]
     for run in runs[1:]:

@@ -156,6 +156,19 @@ def test_resumed_equals_uninterrupted(smoke, tmp_path, monkeypatch, how):
         assert [[r[k] for k in same] for r in again.rows] == [[r[k] for k in same] for r in whole.rows]
 
 
+@pytest.mark.parametrize("how", [{}, dict(reward="pav_rollout"), dict(refresh=1)])
+def test_training_samples_the_whole_distribution_and_evaluation_the_runs(smoke, tmp_path, monkeypatch, how):
+    asked, sample = [], advantage.sample
+
+    def spy(*args, **kw):
+        asked.append((kw["temperature"], kw["top_p"]))
+        return sample(*args, **kw)
+    monkeypatch.setattr(advantage, "sample", spy)
+    monkeypatch.setitem(smoke.sampling, "temperature", 0.5)
+    trained(smoke, tmp_path / "run", iterations=1, **how)
+    assert {(1.0, None), (0.5, 0.98)} <= set(asked) <= {(1.0, None), (2.0, None), (0.5, 0.98), (0.0, 0.98)}
+
+
 def test_refresh_learns_what_the_present_policy_is_worth(smoke, tmp_path, monkeypatch):
     """Its hot samples are only prefixes: their labels are the outcomes of completions that are not hot."""
     hot, asked, learned = [], [], []

@@ -12,6 +12,7 @@ from conftest import Says, WalkPolicy, tiny
 from minipav.advantage import q_best_of_k, seed_rollouts
 from minipav.model import GPT, GPTConfig
 from minipav.sampler import uniform
+from minipav.search import METHODS
 from minipav.search.beam import allot, distinct, prune, search_all, search_batch, top
 from minipav.search.best_of_n import (
     at_n,
@@ -128,6 +129,8 @@ def test_every_search_samples_at_the_runs_temperature(small):
     found = search_all(cold, small.problems, 2, 0)
     finished = [i for i, text in enumerate(found.text) if text]
     assert finished and all(found.text[i] == want.text[i] for i in finished)
+    [walked] = METHODS["backtrack"].run(cold, small.problems, [2], 0)
+    assert any(walked.text) and all(x in ("", y) for x, y in zip(walked.text, want.text))
 
 
 def test_duplicates_and_endless_steps_leave_the_beam():

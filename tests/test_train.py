@@ -198,8 +198,17 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_flags(smoke_run):
     assert "--resume" in fails(train, *SMOKE, "--out", out)
     assert "--seed" in fails(train, *SMOKE, "--out", out, "--resume", "--seed", 5)
     assert "--min_steps" in fails(train, *SMOKE, "--out", out, "--resume", "--min_steps", 4)
+
+
+def test_a_run_is_resumed_with_other_flags_of_memory(smoke_run, tmp_path):
+    """And keeps them, for search.py and rl.py."""
+    shutil.copytree(smoke_run[0], out := tmp_path / "run")
+    (out / "stages" / "orm.json").unlink()
     memory = "--micro_batch", 8, "--checkpointing", "--max_tokens_in_flight", 5000
-    assert "done before" in run_main(train, *SMOKE, "--out", out, "--resume", *memory)
+    assert "\norm\n" in run_main(train, *SMOKE, "--out", out, "--resume", *memory)
+    run = Run.open(out, "cpu")
+    assert run.config["micro_batch"] == 8 and run.model("orm").checkpointing
+    assert run.sampling["max_tokens_in_flight"] == 5000
 
 
 def test_a_run_of_another_device_is_searched_with_this_ones_memory(smoke_run, tmp_path):

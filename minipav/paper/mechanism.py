@@ -24,7 +24,7 @@ from minipav.model import GPT, SIZES
 from minipav.paper.mechanism_report import COLUMNS, NOISE, best, report
 from minipav.paper.noise import SCORES, SIGMAS, noise
 from minipav.paper.prediction import describe_beam, same_states
-from minipav.run import open_runs
+from minipav.run import check_out, open_runs
 from minipav.search.beam import search_all
 from minipav.search.dvts import dvts
 from minipav.search.measure import Bench, Cell
@@ -178,7 +178,8 @@ def main():
     if "none" not in a.quotas:
         raise Fail(f"--quotas {' '.join(a.quotas)}: add none, which the others are held against")
     recipes, runs = [r for r in VERIFIERS + RELATIVES if r.name in a.verifiers], []
-    for run in open_runs(a.run, a.out, device):
+    check_out(a.run, a.out)
+    for run in open_runs(a.run, device):
         made, fixed = {}, {"width": a.width, "problems": a.problems, "validation": a.validation, "K": a.K}
         for recipe in recipes:
             name, spec = recipe.name, recipe.spec

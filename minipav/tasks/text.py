@@ -91,7 +91,7 @@ class Text(Task):
                                   ("solutions", solution + 1, "max_new_tokens")):
             if n := int((sizes > getattr(self, dial)).sum()):
                 print(f"  {n:,} of {len(sizes):,} reference {what} are longer than --{dial} "
-                      f"{getattr(self, dial)}: a search cannot write such")
+                      f"{getattr(self, dial)} lets what is searched be")
         beam = (self.max_steps + 1) * self.max_step_tokens
         longest = max(int(solution.max()) + 1, 2 * self.max_new_tokens, beam)
         return int(prompt.max()) + longest + self.max_new_tokens
@@ -216,7 +216,7 @@ class GSM8K(Text):
     def reference(self, solution):
         """Not 3:30, 1/2 or 5 or 6, of which a part would be taken."""
         found, end = self.extract(solution), solution.rpartition("####")[2]
-        return found if found and not re.search(r"[\d/^]", end.partition(found)[2]) else None
+        return found if found and not re.search(r"\d", end.partition(found)[2]) else None
 
     def end(self, answer):
         return f"#### {answer}"
