@@ -71,10 +71,10 @@ def tune_process():
 
 
 def give_back():
-    """At most twice a minute: return freed memory all the same, since holes add up to gigabytes."""
+    """At most every 15 seconds: return freed memory all the same, since holes add up to gigabytes."""
     if time.monotonic() > give_back.next:
         glibc("malloc_trim", 0)
-        give_back.next = time.monotonic() + 30
+        give_back.next = time.monotonic() + 15
 
 
 give_back.next = 0.0
