@@ -225,7 +225,7 @@ def main():
     a.device, a.widths = pick_device(a.device), sorted(a.widths)
     a.dtype = pick_dtype(a.dtype, a.device)
     size = open_pretrained(a.init).config if a.init else GPTConfig(1, **SIZES[a.size])
-    a.max_tokens_in_flight = a.max_tokens_in_flight or tokens_in_flight(size, a.device)
+    a.max_tokens_in_flight = a.max_tokens_in_flight or tokens_in_flight(size, a.device, a.dtype)
     a.out = a.out or Path("runs") / f"{a.task}-seed{a.seed}"
     fit(a, size, task, a.out)
     config = {k: v for k, v in vars(a).items() if k not in ("out", "resume")}

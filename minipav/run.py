@@ -185,7 +185,7 @@ class Run:
         """A model of this run, or of another folder by its absolute path."""
         model = GPT.load(self.out / name, self.config["device"])
         if self.moved:                                          # the bound in config.json is another device's
-            fits = tokens_in_flight(model.config, self.config["device"])
+            fits = tokens_in_flight(model.config, self.config["device"], self.config["dtype"])
             self.sampling["max_tokens_in_flight"] = fits
         model.bf16, model.checkpointing = self.config["dtype"] == "bf16", self.config["checkpointing"]
         return model

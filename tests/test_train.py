@@ -216,7 +216,7 @@ def test_a_run_of_another_device_is_searched_with_this_ones_memory(smoke_run, tm
     config = files.read_json(out / "config.json")
     files.write_json(out / "config.json", config | {"device": "cuda", "max_tokens_in_flight": 1 << 40})
     run = Run.open(out, "cpu")
-    fits = tokens_in_flight(run.model("base").config, "cpu")
+    fits = tokens_in_flight(run.model("base").config, "cpu", "fp32")
     assert run.sampling["max_tokens_in_flight"] == fits < 1 << 40
     assert Run.open(smoke_run[0], "cpu").sampling["max_tokens_in_flight"] == config["max_tokens_in_flight"]
 
