@@ -82,6 +82,7 @@ class Text(Task):
                        f"your own with it, such as '{bos}{{question}}\\n'")
 
     def room(self, enc):
+        """As of every task; says how many references are longer than what a search may write."""
         every = [p for split in self.splits.values() for p in split]
         steps = [p.solution.split("\n") for p in every]
         prompt, solution, step = (encode_rows(enc, texts)[1] for texts in (
@@ -91,7 +92,7 @@ class Text(Task):
                                   ("solutions", solution + 1, "max_new_tokens")):
             if n := int((sizes > getattr(self, dial)).sum()):
                 print(f"  {n:,} of {len(sizes):,} reference {what} are longer than --{dial} "
-                      f"{getattr(self, dial)} lets what is searched be")
+                      f"{getattr(self, dial)} allows in a search")
         beam = (self.max_steps + 1) * self.max_step_tokens
         longest = max(int(solution.max()) + 1, 2 * self.max_new_tokens, beam)
         return int(prompt.max()) + longest + self.max_new_tokens
