@@ -1,4 +1,4 @@
-"""Small things that every file needs: errors for the user, devices, seeds, the optimizer, progress."""
+"""Small things that every file needs: errors for the user, devices, seeds, optimizers, what ran, progress."""
 import ctypes
 import os
 import platform

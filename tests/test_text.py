@@ -281,6 +281,7 @@ def test_a_language_model_goes_through_training_search_and_rl(trained):
     run_main(ROOT / "search.py", *(flags + "--widths 1 --validation 3 --tuned_at 1").split())
     run_main(ROOT / "rl.py", *(flags + "--iterations 2 --batch 4 --eval_every 2 --eval_n 1 --no_rft").split())
     assert (trained / "rl" / "summary.json").exists()
+    assert "--all" in fails(ROOT / "search.py", *flags.split(), "--all")
 
 
 @pytest.mark.slow

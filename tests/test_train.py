@@ -18,7 +18,7 @@ import train
 from minipav import files
 from minipav.cache import tokens_in_flight
 from minipav.paper import report
-from minipav.run import Run
+from minipav.run import Run, differ
 from minipav.utils import Fail
 
 TRAINED = ["policies", "rollouts", "q_pi", "orm", "q_weak", "q_strong"]
@@ -209,6 +209,12 @@ def test_a_run_is_resumed_with_other_flags_of_memory(smoke_run, tmp_path):
     run = Run.open(out, "cpu")
     assert run.config["micro_batch"] == 8 and run.model("orm").checkpointing
     assert run.sampling["max_tokens_in_flight"] == 5000
+
+
+def test_runs_are_averaged_that_differ_in_seed_and_memory_alone():
+    one = {"seed": 0, "micro_batch": 4, "H": 8}
+    assert not differ(one, {"seed": 1, "micro_batch": 8, "H": 8, "checkpointing": True})
+    assert differ(one, one | {"H": 9}) and differ(one, one | {"alpha": 1.0})
 
 
 def test_a_run_of_another_device_is_searched_with_this_ones_memory(smoke_run, tmp_path):
