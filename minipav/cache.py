@@ -5,6 +5,8 @@
 import torch
 import torch.nn.functional as F
 
+from minipav import kernels
+from minipav.model import rotate
 from minipav.utils import give_back
 
 
@@ -19,8 +21,13 @@ def tokens_in_flight(config, device, dtype):
 
 
 def aligned(slots, device):
-    """A GPU's products of bf16 matrices are faster in rows of whole 16 bytes."""
-    return slots if device.type == "cpu" else -(-slots // 8) * 8
+    """A GPU's products of bf16 matrices are faster in rows of whole 16 bytes, and kernels are compiled for
+    multiples of 16."""
+    return slots if device.type == "cpu" else -(-slots // 16) * 16
+
+
+def fused(device):
+    return device.type == "cuda"
 
 
 class KVCache:
@@ -74,15 +81,16 @@ class KVCache:
         empty = torch.arange(self.room, device=device) >= self.count
         self.ahead = self.mask.new_zeros(self.room).masked_fill_(empty, float("-inf"))
 
-    def append(self, layer, k, v):
-        """The keys and values (R, T, G, D) of the next T tokens of every row."""
-        k, v = k.transpose(1, 2), v.transpose(1, 2)
+    def step(self, layer, q, k, v, rope):
+        """The next T tokens of every row: append their keys and values k, v (R, T, G, D). -> what their
+        queries q (R, T, H, D) read, (R, T, H * D). q and k come without their rotary embedding."""
         if torch.is_tensor(self.count):                                         # recorded
-            if layer == 0:
-                self.ahead.index_fill_(0, self.count, 0.0)
-            for buffer, x in zip(self.new[layer], (k, v)):
-                buffer.index_copy_(2, self.count, x.to(buffer.dtype))
-            return
+            return kernels.attend(self, layer, q, k, v, rope)
+        self.append(layer, rotate(k, *rope), v)
+        return (self.attend_fused if fused(k.device) else self.attend)(layer, rotate(q, *rope))
+
+    def append(self, layer, k, v):
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
         at = slice(self.count, self.count + k.shape[2])
         if at.stop > self.room:
             self.widen(at.stop)
@@ -91,7 +99,6 @@ class KVCache:
             buffer[:, :, at] = x
 
     def attend(self, layer, q):
-        """What the queries q (R, T, H, D) of the tokens appended last read. -> (R, T, H * D)"""
         (R, T, H, D), (k, v), (new_k, new_v) = q.shape, self.prefix[layer], self.new[layer]
         G, S = k.shape[1], k.shape[2]
         # the H / G query heads of a group stand as (H / G) * T queries of one head
@@ -106,6 +113,21 @@ class KVCache:
         w = torch.cat((old, new), -1).softmax(-1, dtype=torch.float32).to(v.dtype)
         y = self._apart(self._together(w[..., :S]) @ v, H // G * T) + w[..., S:] @ new_v
         return y.view(R, G, H // G, T, D).permute(0, 3, 1, 2, 4).reshape(R, T, H * D)
+
+    def attend_fused(self, layer, q):
+        """The same by PyTorch's kernels, which keep no weights (R, G, N, slots); every row's slots are copied
+        for them."""
+        (R, T, H, D), prefix, new = q.shape, self.prefix[layer], self.new[layer]
+        N = H // new[0].shape[1]
+        if layer == 0:
+            later = torch.ones(T, self.room, dtype=torch.bool, device=q.device).triu(self.count + 1)
+            new_mask = self.mask.new_zeros(T, self.room).masked_fill_(later, float("-inf"))
+            both = self.mask.expand(R, 1, T, -1), new_mask.expand(R, 1, T, self.room)
+            self.bias = torch.cat(both, -1).repeat(1, 1, N, 1)                  # (R, 1, N * T, S + room)
+        k, v = (torch.cat((x[self.group], y), 2) for x, y in zip(prefix, new))
+        q = q.to(k.dtype).view(R, T, -1, N, D).permute(0, 2, 3, 1, 4).reshape(R, -1, N * T, D)
+        y = F.scaled_dot_product_attention(q, k, v, self.bias)
+        return y.view(R, -1, N, T, D).permute(0, 3, 1, 2, 4).reshape(R, T, H * D)
 
     def _together(self, x):
         """(R, G, N, E) -> (P, G, M * N, E)"""

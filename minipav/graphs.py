@@ -4,6 +4,8 @@ import functools
 
 import torch
 
+from minipav import kernels
+
 LAST = []                           # the graph recorded last, whose memory the next one takes over
 
 
@@ -14,7 +16,7 @@ def forget():
 
 
 def wanted(device):
-    return device.type == "cuda"
+    return kernels.there(device)    # without them a step would wait for the GPU within itself
 
 
 class Recorded:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from minipav.files import damaged, read_json, read_tensors, write_json, write_tensors
-from minipav.precision import mixed
+from minipav.precision import lowered, mixed
 from minipav.utils import Fail
 
 
@@ -96,14 +96,12 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, layer, cache, kept, at):
         B, T, _ = x.shape
-        q = rotate(self.wq(x).view(B, T, self.H, self.D), *rope)                # (B, T, H, D)
-        k = rotate(self.wk(x).view(B, T, self.G, self.D), *rope)                # (B, T, G, D)
-        v = self.wv(x).view(B, T, self.G, self.D)
+        q = self.wq(x).view(B, T, self.H, self.D)
+        k, v = self.wk(x).view(B, T, self.G, self.D), self.wv(x).view(B, T, self.G, self.D)
         if cache is not None:
-            cache.append(layer, k, v)
-            y = cache.attend(layer, q)
+            y = cache.step(layer, q, k, v, rope)
         else:
-            q, k, v = (x.transpose(1, 2) for x in (q, k, v))                    # (B, heads, T, D)
+            q, k, v = (x.transpose(1, 2) for x in (rotate(q, *rope), rotate(k, *rope), v))  # (B, heads, T, D)
             if kept is not None:
                 kept[layer][0][:, :, :T], kept[layer][1][:, :, :T] = k, v
             low = self.large and T <= 256 and torch.is_autocast_enabled("cpu")
@@ -133,9 +131,9 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config)
 
     def forward(self, x, rope, layer, cache, kept, at):
-        y = self.attn(self.norm1(x), rope, layer, cache, kept, at)
+        y = self.attn(lowered(self.norm1(x)), rope, layer, cache, kept, at)
         x = y + (x if at is None else x[at])
-        return x + self.mlp(self.norm2(x))
+        return x + self.mlp(lowered(self.norm2(x)))
 
 
 class GPT(nn.Module):

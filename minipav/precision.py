@@ -35,6 +35,13 @@ def mixed(f):
     return g
 
 
+def lowered(x):
+    """x as the matrix products of a model in bf16 read it, lest each converts it for itself. Not in training,
+    where its gradients from several of them are added in fp32."""
+    low = torch.is_autocast_enabled(x.device.type) and not torch.is_grad_enabled()
+    return x.to(torch.bfloat16) if low else x
+
+
 def in_chunks(f, vocab_size, *tensors):
     """The sums that f returns for `tensors` (K, ...), K tokens with logits (K, vocab_size): if those are
     large, in chunks of tokens, each computed again for the backward pass."""

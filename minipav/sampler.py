@@ -3,7 +3,7 @@
 What makes it fast, in the order of the code: requests are sorted by length and cut into chunks that fit
 `max_tokens_in_flight`; each distinct row of prompts is read once, and all samples behind it, or behind a part
 of it, share its keys and values (KVCache); every row stops by itself at any of several stop tokens; stopped
-rows are compacted away; on a GPU a step is recorded once and replayed (graphs.py).
+rows are compacted away; on a GPU a step is recorded, then replayed (graphs.py, kernels.py).
 
 What makes it exact: the randomness of a sample's t-th token is one uniform number, a hash of the call's seed,
 the sample's number and t. So a sample does not depend on the batch it is computed in, on the chunks or on
@@ -15,7 +15,7 @@ from zlib import crc32
 
 import torch
 
-from minipav import parallel
+from minipav import kernels, parallel
 from minipav.cache import KVCache
 from minipav.checkpoint import Partial
 from minipav.graphs import Recorded
@@ -24,7 +24,7 @@ from minipav.tokenizer import stop_mask
 from minipav.utils import tokens_per_forward
 
 LENGTH = -1                         # Samples.finish_reason of a row that met no stop token
-SPAN = 16                           # tokens for which shapes stay (on a GPU: twice that, recorded once)
+SPAN = 16                           # tokens for which shapes stay (on a GPU: until half of the rows stopped)
 
 
 @dataclass
@@ -73,11 +73,7 @@ def choose(logits, u, temperature=1.0, top_p=None):
     if top_p is None or top_p >= 1:
         return token
     outside = ((p > p.gather(1, token[:, None])) * p).sum(-1) >= top_p
-    if p.device.type == "cpu":
-        rows = outside.nonzero()[:, 0]
-    else:   # to ask how many would wait for the GPU: 1 - top_p of the rows at most, and never 4 times as many
-        rows = outside.int().topk(min(len(p), 64 + int(4 * (1 - top_p) * len(p)))).indices
-    token[rows] = torch.where(outside[rows], _nucleus(p[rows], rest[rows], top_p), token[rows])
+    token[outside] = _nucleus(p[outside], rest[outside], top_p)
     return token
 
 
@@ -167,12 +163,16 @@ class Drawn:
 
     def draw(self, logits, stops, seed, **choice):
         """The t-th token of every row, from logits (rows, V)."""
-        row, alive = self.row, self.alive
-        self.token.copy_(choose(logits, uniform(seed, self.ids, self.t), **choice))
-        self.tokens[row, self.t] = torch.where(alive, self.token, self.pad)
-        if self.logp is not None:
-            chosen = logits.float().log_softmax(-1).gather(1, self.token[:, None])[:, 0]
-            self.logp[row, self.t] = torch.where(alive, chosen, 0.0)
+        row, alive, u, ask = self.row, self.alive, uniform(seed, self.ids, self.t), self.logp is not None
+        if kernels.there(logits.device) and choice.get("temperature") != 0:
+            token, logp = kernels.choose(logits, u, logprobs=ask, **choice)
+        else:
+            token = choose(logits, u, **choice)
+            logp = logits.float().log_softmax(-1).gather(1, token[:, None])[:, 0] if ask else None
+        if ask:
+            self.logp[row, self.t] = torch.where(alive, logp, 0.0)
+        self.token.copy_(token)
+        self.tokens[row, self.t] = torch.where(alive, token, self.pad)
         self.count[row] += alive
         stopped = alive & stops[self.token]
         self.reason[row] = torch.where(stopped, self.token, self.reason[row])
@@ -196,14 +196,14 @@ def decode(model, cache, hidden, ids, seed, max_new, stops, pad=0, compact=True,
     step = Recorded(lambda: d.draw(model.head(model.trunk(d.token[:, None], cache)[:, 0]), stops, seed,
                                    **choice), hidden.device)
     ask = 1 if hidden.device.type == "cpu" else 8           # asking who is alive waits for the GPU
-    span = 2 * SPAN if step.on else SPAN
+    span = max_new if step.on else SPAN
     d.draw(model.head(hidden), stops, seed, **choice)
     for i in range(max_new - 1):
         if i % ask == 0:
             living = int(d.alive.sum())
             if living == 0:
                 break
-            if compact and i % (span if step.on else 1) == 0 and living < 0.8 * len(d.row):  # dead rows leave
+            if compact and living < (0.5 if step.on else 0.8) * len(d.row):     # dead rows leave
                 if cache is every:
                     cache = copy.copy(cache)
                 elif whole:
@@ -211,9 +211,9 @@ def decode(model, cache, hidden, ids, seed, max_new, stops, pad=0, compact=True,
                 living = d.alive.nonzero()[:, 0]
                 cache.keep(living)
                 d.keep(living)
+                step.renew()
         if i % span == 0:
             cache.widen(min(i + span, max_new - 1), step.on)
-            step.renew()
         step()
     if whole and cache is not every:
         every.put(d.row, cache, slice(None))

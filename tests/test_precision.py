@@ -59,8 +59,9 @@ def test_micro_batches_have_the_same_gradient():
 
 def test_micro_batches_hold_as_many_tokens_as_so_many_rows_of_mean_length():
     lengths = torch.randint(1, 400, (97,), generator=torch.Generator().manual_seed(0))
-    assert [len(rows) for rows in micro_batches(lengths)] == [97] and not list(micro_batches(lengths[:0]))
-    for size in (1, 2, 8, 200):
+    assert all([len(rows) for rows in micro_batches(lengths, size)] == [97] for size in (0, 97, 200))
+    assert not list(micro_batches(lengths[:0])) and len(list(micro_batches(lengths, 96))) > 1
+    for size in (1, 2, 8, 40):
         pieces = list(micro_batches(lengths, size))
         assert sorted(torch.cat(pieces).tolist()) == list(range(97))
         tokens = [len(rows) * int(lengths[rows].max()) for rows in pieces if len(rows) > 1]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import tiny
 
-from minipav import cache, graphs, sampler
+from minipav import cache, graphs, kernels, sampler
 from minipav.sampler import LENGTH, choose, sample, uniform
 
 STOP = 3
@@ -130,8 +130,7 @@ def test_top_p_keeps_exactly_the_right_tokens():
     assert torch.allclose(share(temperature=0.5), cold / cold.sum(), atol=1e-3)
 
 
-@pytest.mark.parametrize("top_p", [0.3, 0.9, 0.99])
-def test_the_nucleus_is_that_of_the_definition(top_p):
+def shares(choose, top_p, device="cpu"):
     """Flat and peaked rows of 200 tokens at a fine grid of uniform numbers: each token has its share."""
     torch.manual_seed(0)
     n, sizes = 20_000, []
@@ -140,11 +139,17 @@ def test_the_nucleus_is_that_of_the_definition(top_p):
         p, order = logits.softmax(-1).sort(descending=True)
         p = p[:int((p.cumsum(0) < top_p).sum()) + 1]
         want = torch.zeros(200).index_copy(0, order[:len(p)], p / p.sum())
-        got = choose(logits.expand(n, 200), (torch.arange(n) + 0.5) / n, top_p=top_p)
-        got = torch.bincount(got, minlength=200)
+        grid = (torch.arange(n, device=device) + 0.5) / n
+        got = choose(logits.to(device).expand(n, 200), grid, top_p=top_p)
+        got = torch.bincount(got, minlength=200).cpu()
         assert ((got > 0) <= (want > 0)).all() and (got / n - want).abs().max() < 2e-3
         sizes.append(len(p))
     assert min(sizes) < 10 and max(sizes) > 30
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 0.99])
+def test_the_nucleus_is_that_of_the_definition(top_p):
+    shares(choose, top_p)
 
 
 def test_uniform_numbers_are_uniform_and_belong_to_seed_row_and_token():
@@ -171,25 +176,37 @@ def test_rows_that_do_not_fit_are_refused():
         run(model, max_new_tokens=40)
 
 
+def record(monkeypatch):
+    """As on a GPU, with a recording that runs the step, and the kernel's work done by KVCache.step."""
+    def attend(cache, *args):
+        count, cache.count = cache.count, int(cache.count)
+        try:
+            return cache.step(*args)
+        finally:
+            cache.count = count
+    monkeypatch.setattr(graphs, "wanted", lambda device: True)
+    monkeypatch.setattr(graphs, "record", lambda step: SimpleNamespace(replay=step))
+    monkeypatch.setattr(kernels, "attend", attend)
+
+
 @pytest.mark.parametrize("compact", [False, True])
 def test_a_recorded_step_samples_the_same(monkeypatch, compact):
-    """As on a GPU, whose steps all have one shape, with a recording that runs the step."""
+    """As on a GPU, whose steps all have one shape."""
     model = tiny(std=0.2, block_size=96)
     kw = dict(n=20, top_p=0.9, max_new_tokens=80, max_tokens_in_flight=2000, compact=compact)
     want, widths = run(model, **kw), []
     widen = sampler.KVCache.widen
     monkeypatch.setattr(sampler.KVCache, "widen", lambda self, *a: widths.append(a) or widen(self, *a))
-    monkeypatch.setattr(graphs, "wanted", lambda device: True)
-    monkeypatch.setattr(graphs, "record", lambda step: SimpleNamespace(replay=step))
+    record(monkeypatch)
     got = run(model, **kw)
     assert same(got, want) and torch.allclose(got.logprobs, want.logprobs, atol=1e-4)
-    assert set(widths) == {(end, True) for end in (32, 64, 79)}
+    assert set(widths) == {(79, True)}
 
 
 @pytest.mark.parametrize("recorded", [False, True])
 def test_a_cache_holds_what_its_rows_sampled_although_they_left_the_batch(monkeypatch, recorded):
-    monkeypatch.setattr(graphs, "wanted", lambda device: recorded)
-    monkeypatch.setattr(graphs, "record", lambda step: SimpleNamespace(replay=step))
+    if recorded:
+        record(monkeypatch)
     model, sizes = tiny(std=0.2, block_size=96), []
     keep = sampler.KVCache.keep
     monkeypatch.setattr(sampler.KVCache, "keep", lambda *a: sizes.append(len(a[1])) or keep(*a))
@@ -198,7 +215,7 @@ def test_a_cache_holds_what_its_rows_sampled_although_they_left_the_batch(monkey
     kv, hidden = sampler.prefill(model, tokens, which, lengths[which])
     stops = torch.zeros(29, dtype=torch.bool).index_fill_(0, torch.tensor([STOP]), True)
     new, count, *_ = sampler.decode(model, kv, hidden, torch.arange(80), 1, 80, stops, whole=True)
-    assert len(sizes) > 1 and sizes[-1] < 40
+    assert len(sizes) > 1 - recorded and sizes[-1] < 40
     got = model.trunk(new.gather(1, count[:, None] - 1), kv.fold(torch.arange(80), count - 1))[:, 0]
     for row in range(80):
         text = torch.cat([tokens[which[row], :lengths[which[row]]], new[row, :count[row]]])
@@ -206,7 +223,7 @@ def test_a_cache_holds_what_its_rows_sampled_although_they_left_the_batch(monkey
 
 
 def test_slots_beyond_the_prompts_change_no_sample(monkeypatch):
-    """As on a GPU, where they are a multiple of 8."""
+    """As on a GPU, where they are a multiple of 16."""
     want = run(tiny(std=0.2))
     monkeypatch.setattr(cache, "aligned", lambda slots, device: slots + 3)
     assert same(run(tiny(std=0.2)), want)

@@ -3,7 +3,7 @@ import pytest
 import torch
 from conftest import make_traces, tiny
 
-from minipav import verifier
+from minipav import cache, verifier
 from minipav.sft import sft_loss
 from minipav.tokenizer import join
 from minipav.traces import step_ends
@@ -116,8 +116,11 @@ def test_report_is_consistent():
     assert sum(n for _, n, *_ in r.steps) == int(has.sum()) and r.steps[0][0] == 0
 
 
-def test_values_of_growing_rows_equal_full_scoring():
-    """The cached values that the beam uses, over three ragged steps; rows are copied and dropped."""
+@pytest.mark.parametrize("fused", [False, True])
+def test_values_of_growing_rows_equal_full_scoring(monkeypatch, fused):
+    """The cached values that the beam uses, over three ragged steps; rows are copied and dropped. Also by the
+    products of a GPU."""
+    monkeypatch.setattr(cache, "fused", lambda device: fused)
     model, g = tiny(head="scalar"), torch.Generator().manual_seed(0)
     rows, lengths = torch.randint(29, (3, 5), generator=g), torch.tensor([2, 5, 3])
     values = Values(model, rows, lengths)

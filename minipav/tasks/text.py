@@ -52,7 +52,7 @@ class Text(Task):
     phrases = []                    # without --init: bytes
     keys = ("question", "answer")   # of a problem and its solution
     # clean(solution) -> its text; extract(text) -> the final answer, or None; end(answer) -> a last line
-    defaults = dict(sft_steps=420, batch_size=32, micro_batch=4, lr_muon=0.0, lr_adamw=5e-5, strong_steps=0,
+    defaults = dict(sft_steps=420, batch_size=32, micro_batch=4, lr_muon=0.0, lr_adamw=3e-4, strong_steps=0,
                     temperature=0.7, problems=3000, n_cov=4, branches=4000, pit_traces=0, prover_rollouts=0,
                     q_steps=400, orm_steps=60, lr_muon_verifier=0.0, lr_adamw_verifier=3e-5,
                     test_problems=300, max_n=16, widths=[1, 2, 4])
