@@ -87,7 +87,8 @@ class KVCache:
         if torch.is_tensor(self.count):                                         # recorded
             return kernels.attend(self, layer, q, k, v, rope)
         self.append(layer, rotate(k, *rope), v)
-        return (self.attend_fused if fused(k.device) else self.attend)(layer, rotate(q, *rope))
+        several = q.shape[1] > 1 and fused(q.device)
+        return (self.attend_fused if several else self.attend)(layer, rotate(q, *rope))
 
     def append(self, layer, k, v):
         k, v = k.transpose(1, 2), v.transpose(1, 2)
