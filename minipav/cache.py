@@ -11,11 +11,11 @@ from minipav.utils import give_back
 
 
 def tokens_in_flight(config, device, dtype):
-    """How many slots of buffers (keys and values in fp32) fit into a quarter of a GPU's memory; elsewhere (of
-    large models in their dtype) into three times that of the blocks' weights, and at least into 0.4 GB."""
+    """How many slots of buffers fit into a quarter of a GPU's memory; elsewhere (keys and values of small
+    models in fp32) into three times that of the blocks' weights, and at least into 0.4 GB."""
     numbers = 2 * config.n_layer * config.n_kv_head * config.n_embd // config.n_head
     if device == "cuda":
-        return torch.cuda.get_device_properties().total_memory // 16 // numbers
+        return torch.cuda.get_device_properties().total_memory // (8 if dtype == "bf16" else 16) // numbers
     weights = 4 * config.n_layer * config.n_embd * (4 * config.n_embd + 3 * config.n_ffn)
     return max(400 << 20, 3 * weights) // (numbers * (2 if config.large and dtype == "bf16" else 4))
 
