@@ -15,6 +15,8 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"                        # before it is imported: test_kernels.py
 
 from minipav.advantage import standard_error  # noqa: E402
 from minipav.model import GPT, GPTConfig  # noqa: E402

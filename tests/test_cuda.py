@@ -2,11 +2,8 @@
 import pytest
 import torch
 from conftest import SMALL, SMOKE, call, tiny
-from test_sampler import shares
 
-from minipav import kernels
-from minipav.cache import KVCache
-from minipav.sampler import choose, sample
+from minipav.sampler import sample
 from minipav.sft import sft_loss
 from minipav.utils import apply_step, backward, make_optimizers
 from minipav.verifier import Values, score
@@ -21,44 +18,6 @@ def on(device, bf16=False, **kw):
     model = tiny(**kw).to(device)
     model.bf16 = bf16
     return model
-
-
-@pytest.mark.parametrize("top_p", [0.3, 0.9, 0.99])
-def test_the_kernel_draws_from_the_nucleus(top_p):
-    shares(lambda *args, **kw: kernels.choose(*args, **kw)[0], top_p, "cuda")
-
-
-@pytest.mark.parametrize("choice", [dict(), dict(temperature=0.7), dict(temperature=0.5, top_p=0.9)])
-@pytest.mark.parametrize("vocab", [29, 50_000])
-def test_the_kernel_chooses_as_the_cpu_does(vocab, choice):
-    """A few fall on the other side of a boundary; of the tail of the nucleus more do, by rounding."""
-    torch.manual_seed(0)
-    logits, u = 3 * torch.randn(500, vocab), torch.rand(500)
-    u[:2] = torch.tensor([0, 1 - 2 ** -23])
-    want = choose(logits, u, **choice)
-    got, logp = (x.cpu() for x in kernels.choose(logits.cuda(), u.cuda(), logprobs=True, **choice))
-    assert (got == want).float().mean() > (0.9 if "top_p" in choice else 0.99)
-    assert torch.allclose(logp, logits.log_softmax(-1).gather(1, got[:, None])[:, 0], atol=1e-4)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("H, G, D", [(4, 2, 32), (9, 3, 64), (6, 1, 24), (3, 3, 16)])
-def test_the_kernel_attends_as_the_cache_does(H, G, D, dtype):
-    """Behind shared prefixes of several lengths, over 70 steps."""
-    torch.manual_seed(0)
-    tolerance, group = 1e-4 if dtype == torch.float32 else 0.03, torch.tensor([0, 0, 0, 1, 2, 2]).cuda()
-    lengths = torch.tensor([3, 48, 1, 20, 8, 12]).cuda()
-    prefix = [tuple(torch.randn(3, G, 48, D, device="cuda").to(dtype) for _ in range(2))]
-    plain, fast = KVCache(prefix, group, lengths), KVCache(prefix, group, lengths)
-    fast.widen(80, True)
-    for _ in range(70):
-        qkv = [torch.randn(6, 1, n, D, device="cuda").to(dtype) for n in (H, G, G)]
-        angle = torch.randn(6, 1, 1, D // 2, device="cuda")
-        rope = angle.cos().repeat(1, 1, 1, 2), torch.cat((-angle.sin(), angle.sin()), -1)
-        want, got = plain.step(0, *qkv, rope), fast.step(0, *qkv, rope)
-        plain.count += 1
-        fast.count += 1
-        assert torch.allclose(got.float(), want.float(), atol=tolerance)
 
 
 @pytest.mark.parametrize("choice", [dict(temperature=0), dict(), dict(top_p=0.9)])
