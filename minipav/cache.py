@@ -1,4 +1,4 @@
-"""The KV cache: rows that share a prefix keep and read it once. Shapes as in model.py, and
+"""The KV cache: rows that share a prefix keep it once, and products read it once. Shapes as in model.py, and
 
     P prefixes, S slots of each, R rows behind them, M rows behind one prefix at most
 """
@@ -21,12 +21,12 @@ def tokens_in_flight(config, device, dtype):
 
 
 def aligned(slots, device):
-    """A GPU's products of bf16 matrices are faster in rows of whole 16 bytes, and kernels are compiled for
-    multiples of 16."""
+    """A GPU's products of bf16 matrices are faster in rows of whole 16 bytes, and Triton compiles a kernel
+    again for sizes that are no multiple of 16."""
     return slots if device.type == "cpu" else -(-slots // 16) * 16
 
 
-def fused(device):
+def fused(device):                  # a function, so that a test can say yes
     return device.type == "cuda"
 
 
@@ -34,7 +34,7 @@ class KVCache:
     """Keys and values (rows, G, slots, D) of every layer, in two parts: `prefix`, P rows that were read once,
     and `new`, what R rows have added since, each behind the first lengths[r] slots of the prefix group[r]. So
     the samples of a prompt, the completions of a trace, the candidates behind a beam's prefix share what they
-    have in common: it is kept once and read once."""
+    have in common: it is kept once (and by products read once)."""
 
     def __init__(self, prefix, group, lengths):
         """prefix: (keys, values) of each layer; group (R,) ascending."""
@@ -69,15 +69,17 @@ class KVCache:
         return self.new[0][0].shape[2]
 
     def widen(self, room, recorded=False):
-        """Make room for so many new tokens. A step reads all slots, filled or not: a product would first copy
-        a part of them. recorded: the number of the filled ones is on the device from now on, so that one
-        step's kernels are the next one's (graphs.py)."""
+        """Make room for so many new tokens. Products read all slots, filled or not: they would first copy a
+        part of them. recorded: kernels read the filled ones, whose number is on the device from now on, so
+        that one step's launches are the next one's (graphs.py)."""
         give_back()
         more, device = aligned(room, self.lengths.device) - self.room, self.lengths.device
         if more > 0:
             self.new = [tuple(F.pad(x, (0, 0, 0, more)) for x in pair) for pair in self.new]
         if recorded and not torch.is_tensor(self.count):
             self.count = torch.full((1,), self.count, device=device)
+        if recorded:
+            return
         empty = torch.arange(self.room, device=device) >= self.count
         self.ahead = self.mask.new_zeros(self.room).masked_fill_(empty, float("-inf"))
 
@@ -128,6 +130,8 @@ class KVCache:
         k, v = (torch.cat((x[self.group], y), 2) for x, y in zip(prefix, new))
         q = q.to(k.dtype).view(R, T, -1, N, D).permute(0, 2, 3, 1, 4).reshape(R, -1, N * T, D)
         y = F.scaled_dot_product_attention(q, k, v, self.bias)
+        if layer + 1 == len(self.prefix):
+            del self.bias
         return y.view(R, -1, N, T, D).permute(0, 3, 1, 2, 4).reshape(R, T, H * D)
 
     def _together(self, x):

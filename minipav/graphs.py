@@ -16,7 +16,7 @@ def forget():
 
 
 def wanted(device):
-    return kernels.there(device)    # without them a step would wait for the GPU within itself
+    return kernels.there(device.type)               # without them a step would wait for the GPU within itself
 
 
 class Recorded:

@@ -3,6 +3,9 @@
 They do for one new token a row what KVCache.attend and sampler.choose do, but read the filled slots only and
 write nothing of the size of the cache or of the vocabulary. Shapes as in cache.py and model.py.
 """
+import functools
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import torch
@@ -11,14 +14,23 @@ try:
     import triton
     import triton.language as tl
     jit = triton.jit
-except ImportError:                 # torch for CUDA brings it
+except ImportError:                 # torch for CUDA brings it, on Linux
     triton, tl, jit = None, SimpleNamespace(constexpr=None), lambda f: f
 
 BLOCK, WARPS = 16, 1                # of attention: slots that are read at once, warps that do it
 
 
-def there(device):
-    return triton is not None and device.type == "cuda"
+@functools.cache
+def there(kind):
+    """Whether kernels work on this kind of device; tried once: they ask for a compiler, and no old GPU."""
+    if triton is None or kind != "cuda":
+        return False
+    try:
+        choose(torch.zeros(1, 16, device=kind), torch.zeros(1, device=kind))
+        return True
+    except (RuntimeError, OSError, subprocess.CalledProcessError, triton.TritonError) as e:
+        print(f"  sampling is slow: Triton does not work here ({str(e)[:200]})", file=sys.stderr)
+        return False
 
 
 # ---- attention
@@ -33,8 +45,8 @@ def _rotated(x, cos, sin, d, D):
 
 @jit
 def _read(query, top, total, y, keys, values, count, d, D, BLOCK: tl.constexpr):
-    """Go on with a softmax, over `count` slots of keys and values: its maximum so far (N,), its sum (N,) and
-    what it weighs (N, D) at that maximum."""
+    """Online softmax, as in FlashAttention: from the maximum (N,), the sum (N,) and weighted values (N, D)
+    so far to those with `count` more slots."""
     slot = tl.arange(0, BLOCK)
     for s in range(0, count, BLOCK):
         filled = s + slot < count
@@ -77,6 +89,7 @@ def _attend(q, k, v, cos, sin, old_k, old_v, new_k, new_v, group, lengths, count
 def attend(cache, layer, q, k, v, rope):
     """Append the keys and values k, v (R, 1, G, D) of the next token of every row, k not yet rotated by rope,
     to a cache whose count is on the device; what the queries q (R, 1, H, D) read. -> (R, 1, H * D)"""
+    assert q.shape[1] == 1, "a cache whose count is on the device takes a token at a time"
     (R, _, H, D), G, (old, new) = q.shape, k.shape[2], (cache.prefix[layer], cache.new[layer])
     out = torch.empty(R, 1, H * D, dtype=old[0].dtype, device=q.device)
     _attend[R, G](q.contiguous(), k.contiguous(), v.contiguous(), *rope, *old, *new, cache.group,
@@ -134,9 +147,10 @@ def _choose(logits, u, tokens, logprobs, V, sharp, top_p, LOGPROBS: tl.constexpr
     token, rest = _inverse_cdf(logits, V, high, sharp, 0.0, tl.load(u + row) * total, BLOCK)
     if top_p < 1:
         weight = tl.exp((tl.load(logits + token).to(tl.float32) - high) * sharp)
-        least, most = weight.to(tl.int32, bitcast=True) + 1, 0x3F800001         # positive floats, as integers
+        # the bits of positive floats, read as integers, are in the same order: from above this one to 1
+        least, most = weight.to(tl.int32, bitcast=True) + 1, 0x3F800001
         if _mass(logits, V, high, sharp, least.to(tl.float32, bitcast=True), BLOCK) >= top_p * total:
-            while most - least > 1:     # the largest floor at which the tokens reach top_p
+            while most - least > 1:     # bisect for the largest floor at which what remains reaches top_p
                 middle = (least + most) // 2
                 reached = _mass(logits, V, high, sharp, middle.to(tl.float32, bitcast=True), BLOCK)
                 least, most = (tl.where(reached >= top_p * total, middle, least),

@@ -36,8 +36,8 @@ def mixed(f):
 
 
 def lowered(x):
-    """x as the matrix products of a model in bf16 read it, lest each converts it for itself. Not in training,
-    where its gradients from several of them are added in fp32."""
+    """x in bf16, if the products that read it would make it so each for itself. Not in training, where their
+    gradients of x are to be added in fp32."""
     low = torch.is_autocast_enabled(x.device.type) and not torch.is_grad_enabled()
     return x.to(torch.bfloat16) if low else x
 

@@ -7,7 +7,7 @@ rows are compacted away; on a GPU a step is recorded, then replayed (graphs.py, 
 
 What makes it exact: the randomness of a sample's t-th token is one uniform number, a hash of the call's seed,
 the sample's number and t. So a sample does not depend on the batch it is computed in, on the chunks or on
-compaction; the same seed gives the same samples on every device up to rounding in the logits.
+compaction; the same seed gives the same samples on every device up to rounding (under top_p more differ).
 """
 import copy
 from dataclasses import dataclass
@@ -164,7 +164,7 @@ class Drawn:
     def draw(self, logits, stops, seed, **choice):
         """The t-th token of every row, from logits (rows, V)."""
         row, alive, u, ask = self.row, self.alive, uniform(seed, self.ids, self.t), self.logp is not None
-        if kernels.there(logits.device) and choice.get("temperature") != 0:
+        if kernels.there(logits.device.type) and choice.get("temperature") != 0:
             token, logp = kernels.choose(logits, u, logprobs=ask, **choice)
         else:
             token = choose(logits, u, **choice)
@@ -203,7 +203,7 @@ def decode(model, cache, hidden, ids, seed, max_new, stops, pad=0, compact=True,
             living = int(d.alive.sum())
             if living == 0:
                 break
-            if compact and living < (0.5 if step.on else 0.8) * len(d.row):     # dead rows leave
+            if compact and living < len(d.row) * (0.5 * (len(d.row) > 64) if step.on else 0.8):  # dead leave
                 if cache is every:
                     cache = copy.copy(cache)
                 elif whole:

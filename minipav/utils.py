@@ -155,8 +155,8 @@ def backward(loss, model, batch, lengths, total, micro_batch=0):
 
 
 def micro_batches(lengths, size=0):
-    """Indices of this process's share of N rows of these lengths (N,): in one piece (size 0, or that of the
-    share), or in pieces of no more tokens, padding included, than `size` rows of mean length (or of one row),
+    """Indices of this process's share of N rows of these lengths (N,): in one piece (size 0, or its rows or
+    more), or in pieces of no more tokens, padding included, than `size` rows of mean length (or of one row),
     similar lengths together."""
     every = torch.arange(len(lengths), device=lengths.device)
     if 0 < size * parallel.world() < len(every):

@@ -175,6 +175,7 @@ def record(monkeypatch):
     """As on a GPU, with a recording that runs the step, and the kernel's work done by KVCache.step."""
     def attend(cache, *args):
         count, cache.count = cache.count, int(cache.count)
+        cache.widen(cache.room)
         try:
             return cache.step(*args)
         finally:
@@ -195,7 +196,7 @@ def test_a_recorded_step_samples_the_same(monkeypatch, compact):
     record(monkeypatch)
     got = run(model, **kw)
     assert same(got, want) and torch.allclose(got.logprobs, want.logprobs, atol=1e-4)
-    assert set(widths) == {(79, True)}
+    assert [w for w in set(widths) if w[1:]] == [(79, True)]
 
 
 @pytest.mark.parametrize("recorded", [False, True])
