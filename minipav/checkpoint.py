@@ -1,5 +1,7 @@
 """The state of a training in one safetensors file: weights, optimizers, the curve so far, numbers and log."""
 import json
+import signal
+import sys
 import time
 
 import torch
@@ -42,11 +44,17 @@ def load(path, modules, optimizers):
 
 
 class Keeper:
-    """Saves a long training every ten minutes; started again, it goes on from there to the same end. Without
-    a path nothing is saved."""
+    """Saves a long training every ten minutes, and when it is told to stop; started again, it goes on from
+    there to the same end. Without a path nothing is saved."""
 
     def __init__(self, path=None, log_rows=()):
-        self.path, self.log_rows, self.saved = path, log_rows, time.time()
+        self.path, self.log_rows, self.saved, self.told = path, log_rows, time.time(), False
+
+    def tell(self, *_):
+        """The first Ctrl-C (or SIGTERM) lets the step end, the second one does not."""
+        self.told = True
+        on_stop(signal.default_int_handler)
+        print("\n  stops after this step, saved (again: at once, unsaved)", file=sys.stderr)
 
     def resume(self, modules, optimizers):
         """Put back what was saved, if anything was. -> (optimizer steps done, facts)"""
@@ -61,10 +69,16 @@ class Keeper:
 
     def save(self, step, last, **facts):
         """After each step; the last one too, if an earlier one was saved: other trainings may follow."""
-        if self.path and (time.time() - self.saved > EVERY or last and self.path.exists()):
+        if not self.path:
+            return
+        if self.told or time.time() - self.saved > EVERY or last and self.path.exists():
             state = {"iteration": step, "facts": facts, "log": self.log_rows}
             save(self.path, *self.what, torch.zeros(1, 0), state, [{"iteration": step}])
             self.saved = time.time()
+        if self.told:
+            raise KeyboardInterrupt
+        if parallel.world() == 1:
+            on_stop(signal.default_int_handler if last else self.tell)
 
 
 class Partial:
@@ -98,6 +112,11 @@ class Partial:
 
 
 NOT_KEPT = Keeper()
+
+
+def on_stop(handler):
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, handler)
 
 
 def named(tensors):

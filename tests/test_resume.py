@@ -2,7 +2,9 @@
 import copy
 import functools
 import importlib
+import os
 import shutil
+import signal
 from dataclasses import replace
 
 import pytest
@@ -47,7 +49,7 @@ def same(a, b):
     return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values()))
 
 
-def test_sft_and_a_verifiers_training_go_on_where_they_were_killed(tmp_path):
+def test_sft_and_a_verifiers_training_go_on_where_they_were_killed(tmp_path, monkeypatch):
     torch.manual_seed(0)
     tokens = torch.randint(29, (24, 12))
     lengths, none = torch.full((24,), 12), lambda *x: None
@@ -65,6 +67,9 @@ def test_sft_and_a_verifiers_training_go_on_where_they_were_killed(tmp_path):
     def verifier(model, log, keep):
         return train_verifier(model, data, data[:8], steps=10, batch_size=8, lr_muon=0.01, lr_adamw=1e-3,
                               seed=1, log=log, keep=keep)[0]
+    def told_at(k):
+        return lambda step, *x: step == k and os.kill(os.getpid(), signal.SIGTERM)
+
     for name, run in (("sft", sft), ("verifier", verifier)):
         rows = [1, 2]
         want = run(tiny(), none, checkpoint.NOT_KEPT)
@@ -74,6 +79,15 @@ def test_sft_and_a_verifiers_training_go_on_where_they_were_killed(tmp_path):
         got = run(tiny(seed=5), lambda *x, to=seen: to.append(x[0]), Keeper(tmp_path / name, rows))
         assert same(got, want) and seen == [8, 9, 10] and rows == [1, 2]
         assert same(run(tiny(seed=6), killed_at(1), Keeper(tmp_path / name, [])), want)      # it was done
+
+        path, seen = tmp_path / f"{name} told", []
+        monkeypatch.setattr(checkpoint, "EVERY", 600)           # Ctrl-C: the step ends and is saved
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny(), told_at(4), Keeper(path))
+        got = run(tiny(seed=5), lambda *x, to=seen: to.append(x[0]), Keeper(path, []))
+        assert same(got, want) and seen == [5, 6, 7, 8, 9, 10]
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        monkeypatch.setattr(checkpoint, "EVERY", -1)
 
 
 def test_the_weaker_prover_is_there_after_a_kill(tmp_path, monkeypatch):
