@@ -8,6 +8,7 @@ import torch
 
 from minipav import parallel
 from minipav.files import damaged, read_tensors, tensor_checksum, write_tensors
+from minipav.utils import on_stop
 
 EVERY = 600                             # seconds between two saves of a long training, sampling or beam
 
@@ -48,13 +49,15 @@ class Keeper:
     there to the same end. Without a path nothing is saved."""
 
     def __init__(self, path=None, log_rows=()):
-        self.path, self.log_rows, self.saved, self.told = path, log_rows, time.time(), False
+        self.path, self.log_rows, self.saved, self.told = path, log_rows, time.time(), 0.0
 
     def tell(self, *_):
-        """The first Ctrl-C (or SIGTERM) lets the step end, the second one does not."""
-        self.told = True
-        on_stop(signal.default_int_handler)
-        print("\n  stops after this step, saved (again: at once, unsaved)", file=sys.stderr)
+        """The first Ctrl-C or SIGTERM (timeout sends two) lets the step end, one a second later does not."""
+        if self.told and time.time() > self.told + 1:
+            raise KeyboardInterrupt
+        if not self.told:
+            self.told = time.time()
+            print("\n  stops after this step, saved (again: at once, unsaved)", file=sys.stderr)
 
     def resume(self, modules, optimizers):
         """Put back what was saved, if anything was. -> (optimizer steps done, facts)"""
@@ -112,11 +115,6 @@ class Partial:
 
 
 NOT_KEPT = Keeper()
-
-
-def on_stop(handler):
-    for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, handler)
 
 
 def named(tensors):

@@ -27,9 +27,16 @@ class NotFinite(Fail):
     """A loss or a gradient is not a finite number."""
 
 
+def on_stop(handler):
+    """What Ctrl-C and SIGTERM do, but in a process that was started to ignore them."""
+    for s in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(s) != signal.SIG_IGN:
+            signal.signal(s, handler)
+
+
 def main_guard(main):
     """Run main(); a Fail ends the program with its line on stderr and exit status 1."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)                   # told to stop: like Ctrl-C
+    on_stop(signal.default_int_handler)
     try:
         main()
         sys.stdout.flush()
@@ -37,6 +44,7 @@ def main_guard(main):
         tqdm.write(f"error: {e}", file=sys.stderr)       # clear of a progress bar
         sys.exit(1)
     except KeyboardInterrupt:
+        on_stop(signal.SIG_IGN)                                                 # timeout sends two
         tqdm.write("stopped: what was finished is on disk; the same command goes on from there (train.py "
                    "with --resume)", file=sys.stderr)
         sys.exit(130)

@@ -68,7 +68,7 @@ def test_sft_and_a_verifiers_training_go_on_where_they_were_killed(tmp_path, mon
         return train_verifier(model, data, data[:8], steps=10, batch_size=8, lr_muon=0.01, lr_adamw=1e-3,
                               seed=1, log=log, keep=keep)[0]
     def told_at(k):
-        return lambda step, *x: step == k and os.kill(os.getpid(), signal.SIGTERM)
+        return lambda step, *x: step == k and [os.kill(os.getpid(), signal.SIGTERM) for _ in range(2)]
 
     for name, run in (("sft", sft), ("verifier", verifier)):
         rows = [1, 2]
