@@ -76,9 +76,9 @@ class KVCache:
         more, device = aligned(room, self.lengths.device) - self.room, self.lengths.device
         if more > 0:
             self.new = [tuple(F.pad(x, (0, 0, 0, more)) for x in pair) for pair in self.new]
-        if recorded and not torch.is_tensor(self.count):
-            self.count = torch.full((1,), self.count, device=device)
         if recorded:
+            if not torch.is_tensor(self.count):
+                self.count = torch.full((1,), self.count, device=device)
             return
         empty = torch.arange(self.room, device=device) >= self.count
         self.ahead = self.mask.new_zeros(self.room).masked_fill_(empty, float("-inf"))
