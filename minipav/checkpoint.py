@@ -15,6 +15,10 @@ EVERY = 600                             # seconds between two saves of a long tr
 
 def save(path, modules, optimizers, curve, state, rows):
     """modules {name: module}, optimizers {name: [its optimizers]}, curve (evaluations, problems)."""
+    for opt in shared(optimizers):
+        opt.consolidate_state_dict()                        # in the first process, which writes
+    if parallel.rank():
+        return
     tensors = {"curve": curve}
     for name, module in modules.items():
         tensors |= {f"{name}.{k}": v for k, v in module.state_dict().items()}
@@ -22,6 +26,11 @@ def save(path, modules, optimizers, curve, state, rows):
             tensors |= {f"opt.{name}.{j}.{p}.{k}": v for p, values in opt.state_dict()["state"].items()
                         for k, v in values.items()}
     write_tensors(path, tensors, {"state": json.dumps(state), "rows": json.dumps(rows)})
+
+
+def shared(optimizers):
+    """The optimizers whose states are divided among the processes."""
+    return [o for every in optimizers.values() for o in every if hasattr(o, "consolidate_state_dict")]
 
 
 def load(path, modules, optimizers):
@@ -35,7 +44,10 @@ def load(path, modules, optimizers):
                 for key, v in below(tensors, f"opt.{name}.{j}.").items():
                     p, k = key.split(".")
                     state.setdefault(int(p), {})[k] = v
-                opt.load_state_dict(opt.state_dict() | {"state": state})
+                groups = torch.optim.Optimizer.state_dict(opt)["param_groups"]
+                opt.load_state_dict({"state": state, "param_groups": groups})
+        for opt in shared(optimizers):                      # its step counts to where fused AdamW wants them
+            opt.optim.state.update({p: v for p, v in opt.state.items() if v})
         state, rows = json.loads(meta["state"]), json.loads(meta["rows"])
         if len(rows) != len(tensors["curve"]) or rows[-1]["iteration"] != state["iteration"]:
             raise ValueError("its log and its state do not fit together")
@@ -74,7 +86,8 @@ class Keeper:
         """After each step; the last one too, if an earlier one was saved: other trainings may follow."""
         if not self.path:
             return
-        if self.told or time.time() - self.saved > EVERY or last and self.path.exists():
+        due = time.time() - self.saved > EVERY or last and self.path.exists()
+        if self.told or parallel.agreed(due):
             state = {"iteration": step, "facts": facts, "log": self.log_rows}
             save(self.path, *self.what, torch.zeros(1, 0), state, [{"iteration": step}])
             self.saved = time.time()

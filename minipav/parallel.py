@@ -1,8 +1,9 @@
 """Several processes, one run: torchrun --nproc_per_node=G train.py, and so for search.py and rl.py.
 
 Every process does the same things in the same order. What is divided are rows: of samples (sampler.py), of a
-search (beam.py), of scores (verifier.py), of a batch, whose gradients are summed (apply_step). A sample's
-randomness belongs to its number, so it is the same in whatever process. Files are the first process's.
+search (beam.py), of scores (verifier.py), of a batch, whose gradients are summed (apply_step); and the states
+of AdamW. A sample's randomness belongs to its number, so it is the same in whatever process. Files are the
+first process's.
 """
 import os
 import sys
@@ -47,6 +48,19 @@ def add_up(*tensors):
         on = t.cuda() if dist.get_backend() == "nccl" else t.cpu()
         dist.all_reduce(on)
         t.copy_(on)
+
+
+def divided(params, **how):
+    """AdamW, each process with the states of a share of the parameters (ZeRO, stage 1)."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # takes as long as torch itself
+    return ZeroRedundancyOptimizer(params, torch.optim.AdamW, **how)
+
+
+def agreed(yes):
+    """What the first process says."""
+    said = torch.tensor([float(yes and not rank())])
+    add_up(said)
+    return bool(said)
 
 
 def exchange(rows, *tensors):

@@ -138,8 +138,8 @@ def make_optimizers(model, lr_muon, lr_adamw):
     """Muon for the matrices in the blocks, AdamW for the rest; lr_muon 0: AdamW for all (the paper: Adam)."""
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2 and lr_muon]
     others = [p for p in model.parameters() if all(p is not q for q in matrices)]
-    adamw = torch.optim.AdamW(others, lr=lr_adamw, weight_decay=0.0, betas=(0.9, 0.95),
-                              fused=model.config.large)
+    how = dict(lr=lr_adamw, weight_decay=0.0, betas=(0.9, 0.95), fused=model.config.large)
+    adamw = (parallel.divided if parallel.world() > 1 else torch.optim.AdamW)(others, **how)
     return [Muon(matrices, lr_muon, bf16=model.bf16 and model.config.large), adamw] if matrices else [adamw]
 
 

@@ -4,19 +4,23 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ONE_CORE, ROOT, SMALL, SMOKE
+from conftest import ONE_CORE, ROOT, SMALL, SMOKE, tiny
 from safetensors.torch import load_file
 
+from minipav import checkpoint, parallel
 from minipav.advantage import monte_carlo, seed_rollouts
 from minipav.files import write_tensors
 from minipav.run import Run
 from minipav.search.beam import beam
 from minipav.search.dvts import dvts
 from minipav.search.measure import Bench, Cell
-from minipav.utils import pick_device
+from minipav.sft import _train
+from minipav.utils import Fail, apply_step, main_guard, make_optimizers, pick_device
 from minipav.verifier import score
 
 
@@ -55,6 +59,38 @@ def test_samples_labels_scores_and_searches_are_the_same(smoke_run, tmp_path):
         close = name in ("scores", "values", "trees")
         same = torch.allclose(two[name], x, atol=1e-6) if close else torch.equal(two[name], x)
         assert same, name
+
+
+def weights(keep, stop=0):
+    """Of a model after four steps of SFT, or as many as were saved, as one vector."""
+    def log(step, *_):
+        if step == stop:
+            raise KeyboardInterrupt
+    model, data = tiny(), torch.Generator().manual_seed(1)
+    batches = [(torch.randint(29, (6, 9), generator=data), torch.full((6,), 9), torch.full((6,), 3))] * 4
+    with suppress(KeyboardInterrupt):
+        _train(model, batches, 4, 0.0, 1e-2, log, keep=keep)
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def held():
+    """How many numbers of AdamW's first moment each of two processes holds."""
+    model, counts = tiny(), torch.zeros(2)
+    optimizer, = make_optimizers(model, 0.0, 1e-2)
+    sum(p.sum() for p in model.parameters()).backward()
+    apply_step(model, [optimizer], 1.0)
+    counts[parallel.rank()] = sum(s["exp_avg"].numel() for s in optimizer.optim.state.values())
+    parallel.add_up(counts)
+    return counts
+
+
+def test_states_are_divided_and_a_saved_training_goes_on_in_any_number_of_processes(tmp_path):
+    done = torchrun(__file__, "states", tmp_path / "saved", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    two, one = load_file(tmp_path / "two"), weights(checkpoint.Keeper())
+    assert torch.equal(two["again"], two["whole"]) and torch.allclose(two["whole"], one, atol=1e-5)
+    assert two["held"].sum() == len(one) and two["held"].max() < 0.6 * len(one)
+    assert torch.allclose(weights(checkpoint.Keeper(tmp_path / "saved", [])), one, atol=1e-5)
 
 
 # the policies of SMOKE, and little behind them
@@ -104,13 +140,19 @@ def test_one_that_fails_ends_them_all(tmp_path):
 
 
 if __name__ == "__main__":
-    from minipav import parallel
-    from minipav.utils import Fail, main_guard
-
     def main():
         pick_device("cpu")
         if sys.argv[1] == "fail" and parallel.rank() == 1:
             raise Fail("a mistake")
         parallel.barrier()
+        if sys.argv[1] == "states":
+            checkpoint.EVERY, saved = 0, Path(sys.argv[2])
+            weights(checkpoint.Keeper(saved, []), stop=3)           # after the second step it was saved
+            if not parallel.rank():
+                shutil.copy(saved, saved.with_name("again"))
+            parallel.barrier()
+            again = weights(checkpoint.Keeper(saved.with_name("again"), []))
+            return write_tensors(sys.argv[3], {"whole": weights(checkpoint.Keeper()), "held": held(),
+                                               "again": again})
         write_tensors(sys.argv[2], answers(sys.argv[1]))
     main_guard(main)
