@@ -158,18 +158,22 @@ class Report:
     """How well a verifier predicts on held-out problems."""
     brier: float                    # mean squared error against the label
     auc: float                      # chance that a step end with the better outcome gets the higher score
+    auc_within: float               # the same of two step ends of one problem: what a search asks for
     loss: float                     # binary cross-entropy
     steps: list  # a (step, labels, mean predicted, mean label, Brier) row for each step index
 
 
-def auc(value, label, weight):
+def auc(value, label, weight, group=None):
     """Weighted area under the ROC curve of 1-d tensors; each soft label counts as `label` positives and 1 -
-    label negatives, ties as one half."""
-    values, index = value.unique(return_inverse=True)
-    pos = torch.zeros(len(values), dtype=torch.double).index_add(0, index, (weight * label).double())
-    neg = torch.zeros(len(values), dtype=torch.double).index_add(0, index, (weight * (1 - label)).double())
-    below = neg.cumsum(0) - neg
-    return float((pos * (below + neg / 2)).sum() / (pos.sum() * neg.sum()).clamp(min=1e-12))
+    label negatives, ties as one half. group (integers): over pairs of one group alone."""
+    group = torch.zeros_like(value) if group is None else group
+    (of, _), index = torch.stack((group, value)).double().unique(dim=1, return_inverse=True)    # both ascend
+    of, zeros = of.long(), torch.zeros(len(of), dtype=torch.double)
+    pos = zeros.index_add(0, index, (weight * label).double())
+    neg = zeros.index_add(0, index, (weight * (1 - label)).double())
+    every_pos, every_neg = (torch.zeros(int(of.max()) + 1).double().index_add(0, of, x) for x in (pos, neg))
+    below = neg.cumsum(0) - neg - (every_neg.cumsum(0) - every_neg)[of]
+    return float((pos * (below + neg / 2)).sum() / (every_pos * every_neg).sum().clamp(min=1e-12))
 
 
 def evaluate(model, traces):
@@ -183,7 +187,9 @@ def evaluate(model, traces):
     error, index = (q_hat - traces.q) ** 2, torch.arange(has.shape[1])
     steps = [(h, int(m.sum()), mean(q_hat, m), mean(traces.q, m), mean(error, m)) for h in index.tolist()
              if (m := has & (index == h)).any()]
-    return Report(mean(error, has), auc(q_hat[has], traces.q[has], w[has]), mean(bce, has), steps)
+    of = traces.problem[:, None].expand_as(has)[has]
+    aucs = [auc(q_hat[has], traces.q[has], w[has], group) for group in (None, of)]
+    return Report(mean(error, has), *aucs, mean(bce, has), steps)
 
 
 def train_verifier(init, train, held_out, *, steps, batch_size, lr_muon, lr_adamw, seed, log, balance=False,

@@ -93,13 +93,15 @@ def test_balance_gives_both_buckets_the_same_weight():
     assert not label_weights(t)[:, 0].any(), "a count is no label"
 
 
-def test_auc_counts_pairs():
+@pytest.mark.parametrize("groups", [1, 7])
+def test_auc_counts_pairs(groups):
     g = torch.Generator().manual_seed(0)
+    of = torch.randint(groups, (60,), generator=g)
     s, y, w = torch.rand(3, 60, generator=g)
     s, y = (s * 8).round(), y.round()
     pairs = [(w[i] * w[j], float(s[i] > s[j]) + 0.5 * float(s[i] == s[j]))
-             for i in range(60) for j in range(60) if y[i] > y[j]]
-    assert abs(auc(s, y, w) - sum(a * b for a, b in pairs) / sum(a for a, _ in pairs)) < 1e-6
+             for i in range(60) for j in range(60) if y[i] > y[j] and of[i] == of[j]]
+    assert abs(auc(s, y, w, of) - sum(a * b for a, b in pairs) / sum(a for a, _ in pairs)) < 1e-6
 
 
 def test_report_is_consistent():
@@ -107,7 +109,9 @@ def test_report_is_consistent():
     t.q = t.q.round()
     r, q, has = evaluate(model, t), score(model, t.tokens, t.ends), t.labelled
     assert abs(r.brier - float(((q - t.q)[has] ** 2).mean())) < 1e-5
-    assert abs(r.auc - auc(q[has], t.q[has], torch.ones(int(has.sum())))) < 1e-6
+    ones, of = torch.ones(int(has.sum())), has.nonzero()[:, 0]
+    assert abs(r.auc - auc(q[has], t.q[has], ones)) < 1e-6
+    assert abs(evaluate(model, t).auc_within - auc(q[has], t.q[has], ones, of)) < 1e-6
     for h, n, predicted, observed, brier in r.steps:
         m = has[:, h]
         want = q[m, h].mean(), t.q[m, h].mean(), ((q - t.q)[m, h] ** 2).mean()
