@@ -190,8 +190,7 @@ def verifier(run, a, name, data, init, steps, select=lambda traces: traces):
     print(f"  Brier {r.brier:.4f}  AUC {r.auc:.3f} (within a problem {r.auc_within:.3f})  cross-entropy "
           f"{r.loss:.4f}; by step: {name}/held_out.csv")
     write_csv(run.out / name / "held_out.csv", ["step", "labels", "predicted", "observed", "brier"], r.steps)
-    facts = {k: round(getattr(r, k), 5) for k in ("brier", "auc", "auc_within", "loss")}
-    return facts | {"files": files}
+    return {k: round(v, 5) for k, v in vars(r).items() if k != "steps"} | {"files": files}
 
 
 # ---- 4 evaluation
