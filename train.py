@@ -187,8 +187,7 @@ def verifier(run, a, name, data, init, steps, select=lambda traces: traces):
         lr_adamw=a.lr_adamw_verifier, seed=run.seed(name), log=run.logger(name, steps), balance=a.balance,
         target=a.target, micro_batch=a.micro_batch, keep=run.keeper(name))
     files = model.save(run.out / name)
-    print(f"  Brier {r.brier:.4f}  AUC {r.auc:.3f} (within a problem {r.auc_within:.3f})  cross-entropy "
-          f"{r.loss:.4f}; by step: {name}/held_out.csv")
+    print(f"  Brier {r.brier:.4f}  AUC {r.auc:.3f}, {r.auc_within:.3f} in a problem; see {name}/held_out.csv")
     write_csv(run.out / name / "held_out.csv", ["step", "labels", "predicted", "observed", "brier"], r.steps)
     return {k: round(v, 5) for k, v in vars(r).items() if k != "steps"} | {"files": files}
 
