@@ -15,7 +15,7 @@ EVERY = 600                             # seconds between two saves of a long tr
 
 def save(path, modules, optimizers, curve, state, rows):
     """modules {name: module}, optimizers {name: [its optimizers]}, curve (evaluations, problems)."""
-    for opt in shared(optimizers):
+    for opt in divided(optimizers):
         opt.consolidate_state_dict()                        # in the first process, which writes
     if parallel.rank():
         return
@@ -28,7 +28,7 @@ def save(path, modules, optimizers, curve, state, rows):
     write_tensors(path, tensors, {"state": json.dumps(state), "rows": json.dumps(rows)})
 
 
-def shared(optimizers):
+def divided(optimizers):
     """The optimizers whose states are divided among the processes."""
     return [o for every in optimizers.values() for o in every if hasattr(o, "consolidate_state_dict")]
 
@@ -46,7 +46,7 @@ def load(path, modules, optimizers):
                     state.setdefault(int(p), {})[k] = v
                 groups = torch.optim.Optimizer.state_dict(opt)["param_groups"]
                 opt.load_state_dict({"state": state, "param_groups": groups})
-        for opt in shared(optimizers):                      # its step counts to where fused AdamW wants them
+        for opt in divided(optimizers):                      # its step counts to where fused AdamW wants them
             opt.optim.state.update({p: v for p, v in opt.state.items() if v})
         state, rows = json.loads(meta["state"]), json.loads(meta["rows"])
         if len(rows) != len(tensors["curve"]) or rows[-1]["iteration"] != state["iteration"]:

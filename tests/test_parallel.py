@@ -62,7 +62,7 @@ def test_samples_labels_scores_and_searches_are_the_same(smoke_run, tmp_path):
 
 
 def weights(keep, stop=0):
-    """Of a model after four steps of SFT, or as many as were saved, as one vector."""
+    """Of a model after four steps of SFT, or one that ends unsaved at step `stop`, as one vector."""
     def log(step, *_):
         if step == stop:
             raise KeyboardInterrupt
