@@ -9,7 +9,7 @@ train() {                               # train FOLDER FLAGS...
 }
 
 runs=(runs/calculator-seed{0,1,2})
-for s in 0 1 2; do train "runs/calculator-seed$s" --seed "$s"; done
+for s in 0 1 2; do train "runs/calculator-seed$s" --quota none --seed "$s"; done
 python -m minipav.paper.report --runs "${runs[@]}" --out results/train
 python search.py --run "${runs[@]}" --all --out results/search
 python -m minipav.paper.mechanism --run "${runs[@]}" --noise --out results/mechanism
