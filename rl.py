@@ -199,8 +199,6 @@ def main():
     tune_process()
     if trial.batch % trial.group:
         raise Fail(f"--batch {trial.batch}: must be a multiple of --group {trial.group}")
-    if trial.group == 1 and trial.baseline == "group":
-        raise Fail("--group 1: --baseline group needs the problem's other traces; use --group 2 or more")
     if a.tune and a.sweep:
         raise Fail("--tune and --sweep: one at a time")
     few(problems=trial.problems, n=4 * trial.n)

@@ -138,6 +138,8 @@ def main():
         raise Fail(f"--all: asks for more problems than {runs[0].task.name} has")
     if (a.show or a.predict) and parallel.world() > 1:
         raise Fail(f"--{'show' if a.show else 'predict'}: in one process; start it without torchrun")
+    if a.predict and a.tuned_at < 2:
+        raise Fail("--tuned_at 1: --predict looks at relatives in a beam; use 2 or more")
     if a.show:
         for run in runs:
             mu, alpha = a.prover or f"bo{run.config['K']}", a.alpha

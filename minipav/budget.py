@@ -35,7 +35,8 @@ def fit(a, config, task, out):
     share = torch.tensor(min(1.0, 60 * a.minutes / sum(getattr(a, k) * s for k, s in seconds.items())))
     parallel.add_up(share)                                      # several processes cut alike
     share = float(share) / parallel.world()
-    cut = {k: min(getattr(a, k), max(low, int(share * getattr(a, k)))) for k, low in FEWEST.items()}
+    fewest = FEWEST | {"prover_rollouts": int(a.q_from == "strong")}
+    cut = {k: min(getattr(a, k), max(low, int(share * getattr(a, k)))) for k, low in fewest.items()}
     print(f"--minutes {a.minutes:g}: {share:.0%} of it all: " + ", ".join(
         f"--{k} {n} (of {getattr(a, k)})" for k, n in cut.items() if n < getattr(a, k)), flush=True)
     vars(a).update(cut)
@@ -52,7 +53,8 @@ def speeds(a, config, length):
         start = time.time()
         backward(sft_loss, model, (tokens, lengths, lengths - length), lengths, rows)
         step = (time.time() - start) * a.batch_size / rows
-    n = max(1, min(128, a.max_tokens_in_flight // (prompt + 16)))
-    start = time.time()
-    sample(model, tokens[:1, :prompt], torch.tensor([prompt]), n, max_new_tokens=16, stop=[], pad=0)
-    return step, (time.time() - start) / (16 * n)
+    n, P = max(1, min(128, a.max_tokens_in_flight // (prompt + 16))), parallel.world()
+    for _ in range(2):
+        start = time.time()
+        sample(model, torch.ones(P, prompt).long(), torch.full((P,), prompt), n, max_new_tokens=16, stop=[])
+    return step, (time.time() - start) / (16 * n * P)

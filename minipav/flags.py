@@ -25,6 +25,10 @@ def flag(default, help, *, low=0, high=10**9, choices=None, kind=None):
                              metadata=meta)
 
 
+class Words(str):
+    """The kind of a flag that is neither a name nor a path: it may be long and have several lines."""
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise Fail(f"{message[:200]}; --help lists all flags")
@@ -54,7 +58,7 @@ def add(parser, cls):
             continue
         default = f.default_factory() if several else f.default
         shown = " ".join(map(str, default)) if several else default
-        kind = named(m["kind"]) if issubclass(m["kind"], str | Path) else m["kind"]
+        kind = named(m["kind"]) if m["kind"] is not Words and issubclass(m["kind"], str | Path) else m["kind"]
         group.add_argument(f"--{f.name}", type=kind, default=default, choices=m["choices"],
                            nargs="+" if several else None,
                            metavar=None if m["choices"] else m["kind"].__name__.removeprefix("Posix").upper(),

@@ -210,6 +210,8 @@ def main():
     source, out = map(Path, sys.argv[1:])
     if not (source.parent / "init").is_dir():
         raise Fail(f"{source}: its run was not started with --init")
+    if (out / "config.json").exists():
+        raise Fail(f"{out}: already holds a model; choose another folder")
     save_pretrained(GPT.load(source), out, source.parent / "init")
     print(f"{out}: config.json, model.safetensors, tokenizer.json")
 

@@ -169,6 +169,8 @@ def check_prover(reward, mu, a):
         raise Fail(f"--reward {reward}: in one process; start it without torchrun")
     if values == "group" and a.group < 2:
         raise Fail(f"--group {a.group}: {reward} compares traces of a problem; take 2 or more")
+    if a.group == 1 and a.baseline == "group":
+        raise Fail("--group 1: --baseline group needs the problem's other traces; use --group 2 or more")
     if values == "rollouts" and a.n_mc < mu.K:
         raise Fail(f"--n_mc {a.n_mc}: best-of-{mu.K} needs at least {mu.K} completions a prefix")
 

@@ -126,23 +126,26 @@ class Run:
             print(f"{name}: done before", flush=True)
             return record
         print(name, flush=True)
-        start, self.log_rows = time.time(), []
+        spent, self.log_rows = self.out / "partial" / f"{name}.json", []        # by tries that were stopped
+        start = time.time() - (read_json(spent, seconds=float)["seconds"] if spent.exists() else 0)
         try:
             facts = work() or {}
         except NotFinite as e:
             raise Fail(f"{name}: {e}") from None
+        except KeyboardInterrupt:
+            write_json(spent, {"seconds": time.time() - start})
+            raise
         if self.log_rows:
             write_csv(self.out / "logs" / f"{name}.csv", ["model", "step", "loss", "held_out_loss"],
                       self.log_rows)
         record = {"spec": spec, "seconds": round(time.time() - start, 1),
-                  "peak_memory_gb": self.peak_memory(),
-                  "command": command(), "commit": commit(),
+                  "peak_memory_gb": self.peak_memory(), "command": command(), "commit": commit(),
                   "hardware": f"{hardware(self.config['device'])}, {self.config['dtype']}", **facts}
         if parallel.rank() == 0:
             record["files"] = {str(f.relative_to(self.out)): file_checksum(f) for f in facts.get("files", ())}
             write_json(path, record)
-            for path in (self.out / "partial").glob("*.safetensors"):           # its trainings'
-                path.unlink()
+            for path in [spent, *(self.out / "partial").glob("*.safetensors")]:         # its trainings'
+                path.unlink(missing_ok=True)
         parallel.barrier()
         return record
 

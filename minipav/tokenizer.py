@@ -50,8 +50,8 @@ def stop_mask(stop, n_vocab, device):
 
 def encode_rows(enc, texts):
     """Token rows (B, T) right-padded and their lengths (B,); END in a text becomes the end-of-text token, and
-    the marks of a chat, where the encoding has them, their tokens."""
-    special = {END, *CHAT} & enc.special_tokens_set
+    the marks of a chat and of a text's beginning, where the encoding has them, their tokens."""
+    special = {END, getattr(enc, "bos", END), *CHAT} & enc.special_tokens_set
     # the threads of encode_batch cost more than they save
     rows = [enc.encode(t, allowed_special=special, disallowed_special=()) for t in texts]
     lengths = torch.tensor([len(r) for r in rows])

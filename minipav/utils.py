@@ -60,6 +60,8 @@ def pick_device(name):
         name = next(d for d in have if have[d])
     if not have[name]:
         raise Fail(f"--device {name}: torch {torch.__version__} finds no such device here; use --device auto")
+    if name == "cuda" and (n := torch.cuda.device_count()) < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+        raise Fail(f"torchrun --nproc_per_node: more processes than GPUs, of which there are {n}")
     return parallel.start(name)
 
 

@@ -165,7 +165,8 @@ class Report:
 
 def auc(value, label, weight, group=None):
     """Weighted area under the ROC curve of 1-d tensors; each soft label counts as `label` positives and 1 -
-    label negatives, also to itself, ties as one half. group (integers): over pairs of one group alone."""
+    label negatives, also to itself, ties as one half; .5 without pairs. group (integers): over pairs of one
+    group alone."""
     def sums(index, x):
         return torch.zeros(int(index.max()) + 1, dtype=torch.double).index_add(0, index, x.double())
     group = torch.zeros_like(value) if group is None else group
@@ -173,7 +174,8 @@ def auc(value, label, weight, group=None):
     of, pos, neg = of.long(), sums(index, weight * label), sums(index, weight * (1 - label))
     every_pos, every_neg = sums(of, pos), sums(of, neg)
     below = neg.cumsum(0) - neg - (every_neg.cumsum(0) - every_neg)[of]
-    return float((pos * (below + neg / 2)).sum() / (every_pos * every_neg).sum().clamp(min=1e-12))
+    pairs = float((every_pos * every_neg).sum())
+    return float((pos * (below + neg / 2)).sum()) / pairs if pairs else 0.5
 
 
 def evaluate(model, traces):

@@ -117,7 +117,7 @@ def test_iterations_to_90():
 def test_the_map_counts_the_seeds_and_compares_medians(monkeypatch):
     """gamma 10 is there after 10, 20 and 20 iterations, only Q in one seed of three, after 30."""
     steps, when = torch.arange(5) * 10, torch.tensor([[10, 20, 20], [30, 99, 99], [99, 99, 99]])
-    monkeypatch.setattr(didactic, "train", lambda *a, **kw: (steps >= when[..., None]).float())
+    monkeypatch.setattr(didactic, "train", lambda *a, **kw: (steps >= when[:len(a[1]), :, None]).float())
     summary, rows = {k: {} for k in ("start", "horizon", "iterations_to_90", "ratio_of_medians")}, []
     names = dict.fromkeys(("gamma 10, none", "only Q, none", "gamma 20, none"))
     didactic.measure(summary, rows, "a", None, names, [0, 1, 2], 40)
@@ -125,6 +125,10 @@ def test_the_map_counts_the_seeds_and_compares_medians(monkeypatch):
                     ("a", "gamma 20, none", 0, 0, 3, "", "", "")]
     assert summary["iterations_to_90"]["a"]["only Q, none"] == [30, None, None]
     assert summary["ratio_of_medians"] == {"a; gamma 10, none": {"ratio": 2.0, "at_least": True}}
+    for first, second in (("only Q", "gamma 10"), ("gamma 10", "only Q")):
+        didactic.measure(summary, rows, "b", None, dict.fromkeys((first, second)), [0, 1, 2], 40)
+        assert summary["ratio_of_medians"]["b; gamma 10"] == (
+            {"ratio": 0.0, "at_least": False} if first == "only Q" else {"ratio": 2.0, "at_least": True})
 
 
 # ---- theory -----------------------------------------------------------------------------------------

@@ -6,13 +6,14 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from conftest import tiny
+from conftest import fails, run_main, tiny
 
+from minipav import pretrained
 from minipav.bpe import ALPHABET, PATTERNS, encoding
 from minipav.model import GPT
 from minipav.pretrained import Folder, open_pretrained, read_encoding, renamed, save_pretrained
 from minipav.sampler import sample
-from minipav.tokenizer import END, decode_rows, encode_rows
+from minipav.tokenizer import END, PAD, decode_rows, encode_rows, pad_token, synthetic_encoding
 from minipav.utils import Fail
 
 SMALL = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6,
@@ -206,6 +207,17 @@ def test_the_models_own_end_is_called_end(tmp_path):
     t = json.loads((tmp_path / "tokenizer.json").read_text()) | {"post_processor": post}
     (tmp_path / "tokenizer.json").write_text(json.dumps(t))
     assert encoding(tmp_path / "tokenizer.json", 2, n).bos == "<|im_start|>" and enc.bos == ""
+    other = synthetic_encoding([])
+    other.bos = PAD                                             # a mark that no chat has
+    assert encode_rows(other, [PAD + "a"])[0].tolist() == [[pad_token(other), ord("a")]]
+
+
+def test_no_model_is_written_over_another(tmp_path):
+    a_folder(tmp_path / "init")
+    tiny().save(tmp_path / "base")
+    run_main(pretrained, tmp_path / "base", tmp_path / "out")
+    for out in ("out", "base"):
+        assert "already holds a model" in fails(pretrained, tmp_path / "base", tmp_path / out)
 
 
 def test_tokenizers_that_are_not_supported_are_refused_by_name(tmp_path):

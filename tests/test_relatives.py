@@ -81,7 +81,7 @@ def test_grpo_is_the_groups_standard_score(some):
 def hand_made(**fields):
     """A tree of one problem: 0 has the children 1 and 2, 1 the children 3 and 4; and room for more."""
     tree = SimpleNamespace(problems=["x"], device=torch.device("cpu"), H=4,
-                           parent=torch.tensor([0, 0, 0, 1, 1]), owner=torch.zeros(9).long(),
+                           size=5, parent=torch.tensor([0, 0, 0, 1, 1]), owner=torch.zeros(9).long(),
                            ended=torch.zeros(9).long(), **fields)
     children = torch.full((9, mcts.WIDEST + mcts.BRANCH), -1)
     children[0, :2], children[1, :2] = torch.tensor([1, 2]), torch.tensor([3, 4])
@@ -126,6 +126,11 @@ def test_the_back_up_is_the_visit_weighted_mean():
     one = (2 * 0.1 + 1 * 0.9) / 3
     assert V[1] == pytest.approx(one) and V[0] == pytest.approx((5 * one + 2 * 0.2) / 7)
     assert visits.tolist() == [8, 5, 2, 2, 1] and V[2:].tolist() == pytest.approx([0.2, 0.1, 0.9])
+    mcts.back_up(tree, torch.tensor([2]), V, visits, children)  # a dead end is the worst there is
+    assert V[2] == 0
+    V[4] = -0.5
+    mcts.back_up(tree, torch.tensor([2]), V, visits, children)
+    assert V[2] == -0.5
 
 
 def test_the_quality_value_is_that_of_the_formula():

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, run_main
 
 from minipav.files import write_json
-from minipav.paper import quantities, report, rl_report
+from minipav.paper import figures, quantities, report, rl_report
 from minipav.paper.claims import DIDACTIC, RL, SEARCH, THEORY, Claim, judge, sentence
 from minipav.paper.statistics import (
     Curve,
@@ -240,7 +240,7 @@ def test_what_the_search_claims_measure():
     class Made:
         curves, fact = object.__new__(Curves), report.Searched.fact
         facts = [{"provers": {"theorem": theorem}, "data": {"rows": data},
-                  "steps": {"q_pi": [0.4, 0.3], "effective": [0.3, 0.35]}}]
+                  "steps": {"q_pi": [0.4, 0.3], "effective": [0.3, 0.35]}}] * 2
     Made.curves.by = {("provers", "base", "beam", "q_pi", "", ""): curve(.5, .7),
                       ("provers", "strong", "beam", "q_pi", "", ""): curve(.6, .6),
                       ("provers", "strong", "beam", "effective", "weak", ""): curve(.6, .7),
@@ -261,8 +261,14 @@ def test_what_the_search_claims_measure():
     assert means("Fig. 11") == pytest.approx({"2,000 rollouts": 20, "16,000 rollouts": -10})
     assert sorted(map(abs, means("Fig. 6b").values())) == pytest.approx([10, 30])
     assert means("Fig. 10") == pytest.approx({"step 1": 10, "step 2": -5})
+    drawn = {}
+    figures.prover_figures(s, lambda name, title, panels: drawn.update({name: panels}))
+    assert drawn.keys() == {"fig5bc", "theorem"} and not drawn["fig5bc"][2][3], "no ORM to be ahead of"
+    Made.facts = Made.facts[:1]
+    assert means("Theorem 3.1"), "of which problems are resampled, not runs alone"
+    assert not any(means(f) for f in ("Fig. 11", "Fig. 6b", "Fig. 10")), "one run has no spread"
     Made.facts = [{}]
-    assert not any(means(f) for f in ("Theorem 3.1", "Fig. 11", "Fig. 6b", "Fig. 10"))
+    assert not means("Theorem 3.1")
 
 
 # ---- trainings
@@ -290,6 +296,9 @@ def test_each_training_is_held_against_its_own_control():
     assert t.control("pav-lr0.2") is t.control("sft") is None, "nothing else is alike"
     assert trained({"outcome": outcome, "dpo": dict(reward="dpo", policy="base")}).control("dpo") is None
     assert t.differs("pav-policyweak", "pav") == {"policy"} and t.differs("pav", "outcome") == set()
+    assert trained({"pav": pav, "o": outcome | {"kl": 0.006}}).fair("pav") == "o"
+    weak = pav | dict(prover="weak")
+    assert trained({"pav": weak, "o": outcome | {"kl": 0.015}}).fair("pav") is None, "not boK"
 
 
 def test_a_verifier_costs_its_data_and_outcome_reward_what_rft_needs(tmp_path):
@@ -298,7 +307,8 @@ def test_a_verifier_costs_its_data_and_outcome_reward_what_rft_needs(tmp_path):
               "base_train": 1000, "base_validation": 50, "weak_train": 200, "weak_validation": 10,
               "strong_train": 300, "strong_validation": 20}
     write_json(tmp_path / "config.json", {"q_from": "strong"})
-    for name, seconds in (("rollouts", 158.0), ("q_pi", 60.0), ("q_weak", 5.0), ("q_strong", 7.0)):
+    for name, seconds in (("rollouts", 158.0), ("q_pi", 60.0), ("q_weak", 5.0), ("q_strong", 7.0),
+                          ("orm", 3.0)):
         record = dict(seconds=seconds, command="", commit="", hardware="", spec={}, tokens=tokens)
         write_json(tmp_path / "stages" / f"{name}.json", record)
     outcome = dict(reward="outcome", policy="base", no_rft=False)
@@ -314,6 +324,8 @@ def test_a_verifier_costs_its_data_and_outcome_reward_what_rft_needs(tmp_path):
     assert before(pav, prover="strong") == pytest.approx([1050 + 320, 67 + 1370 * share])
     assert before(pav, policy="strong") == before(pav, prover="strong")
     assert before(pav, prover="weak") == pytest.approx([1050 + 210 + 40, 65 + 1300 * share])
+    abc = before(outcome | dict(reward="abc"), policy="weak", no_rft=True)       # the ORM starts from Q^pi
+    assert abc == pytest.approx([1050 + 40, 63 + 1090 * share])
     rollouts = outcome | dict(reward="pav_rollout", prover="bo4", n_mc=4)
     assert before(rollouts) == before(outcome), "it has no verifier"
 
@@ -334,6 +346,10 @@ def test_all_claims_are_collected_in_one_file(tmp_path):
     assert found["ahead_n8"] == {"verdict": "reproduced", **x(1, 0.5, 2), "unit": "points", "claim": "so"}
     assert found["ahead_n16"]["verdict"] == "not reproduced" and one["verdict"] == "partly"
     assert {"distinguishability_exponent", "improvement_exponent"} < set(found)
-    shutil.copytree(tmp_path / "search", tmp_path / "searchagain")
-    with pytest.raises(ValueError, match="ahead_n8"):
+    for name in ("bo8", "alpha_3"):
+        shutil.copytree(tmp_path / "search", tmp_path / name)
+    run_main(report, "--collect", tmp_path)
+    assert {"ahead_n8_bo8", "ahead_n8_alpha_3"} < set(json.loads((tmp_path / "claims.json").read_text()))
+    shutil.copytree(tmp_path / "search", tmp_path / "rl")
+    with pytest.raises(Fail, match="ahead_n8"):
         run_main(report, "--collect", tmp_path)

@@ -5,6 +5,7 @@ import importlib
 import os
 import shutil
 import signal
+import time
 from dataclasses import replace
 
 import pytest
@@ -104,6 +105,18 @@ def test_the_weaker_prover_is_there_after_a_kill(tmp_path, monkeypatch):
     for model in ("weak", "base", "strong", "q_pi", "orm"):
         files = [(tmp_path / x / model / "model.safetensors").read_bytes() for x in ("whole", "killed")]
         assert files[0] == files[1], model
+
+
+def test_a_stages_seconds_are_those_of_all_its_tries(smoke_run, tmp_path):
+    run, tries = Run.open(shutil.copytree(smoke_run[0], tmp_path / "run"), "cpu"), []
+
+    def work():
+        tries.append(time.sleep(0.3))
+        if len(tries) == 1:
+            raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        run.stage("twice", work)
+    assert run.stage("twice", work)["seconds"] >= 0.6 and not list((run.out / "partial").iterdir())
 
 
 def test_a_call_of_the_sampler_goes_on_where_it_was_killed(tmp_path):

@@ -216,6 +216,7 @@ def lacks_q_weak(smoke_run, tmp_path_factory):
     (("--prover", "nowhere"), "--prover nowhere"), (("--batch", 7), "--batch 7"),
     (("--reward", "gold"), "--reward"),
     (("--warmup", 2), "--warmup"), (("--group", 1, "--baseline", "group"), "--group 1"),
+    (("--group", 1, "--sweep"), "--group 1"),
     (("--no_rft", *SMALL, "--reward", "pav", "--prover", "weak"), "q_weak"),
     (("--no_rft", *SMALL, "--reward", "pav_rollout", "--prover", "bo16"), "--n_mc 4"),
     (("--no_rft", *SMALL, "--reward", "pav_exact", "--prover", "strong"), "exact values"),

@@ -1,4 +1,5 @@
 """Search: exact expectations over subsets, distinct prefixes, budgets counted by hand."""
+import copy
 import itertools
 import sys
 from collections import namedtuple
@@ -417,10 +418,14 @@ def test_sub_trees_are_beams_of_width_one(small):
     assert len({each.text[i] for i in range(3)}) > 1 and (three.solved >= three.right).all()
 
 
-def test_bad_beams_are_refused(small):
-    for width, kw in ((0, dict(alpha=0.1)), (1, dict(alpha=-1.0)), (1, dict(alpha=0.1, C=0))):
-        with pytest.raises(ValueError, match="width >= 1"):
-            beam(small, width, **kw)
+def test_a_search_writes_no_more_than_a_sample(small):
+    """A response of two steps has six tokens: with room for five, the answers are those of one step."""
+    task = copy.copy(small.env.task)
+    task.max_new_tokens = 5
+    short = replace(small, env=replace(small.env, task=task))
+    for method in ("beam", "backtrack", "mcts"):
+        long, left = (METHODS[method].run(s, small.problems, [4], 0)[0].text for s in (small, short))
+        assert max(len(task.steps(t)) for t in long) == 2 and max(len(task.steps(t)) for t in left) == 1
 
 
 def test_a_batch_that_does_not_fit_is_halved(calculator, monkeypatch):

@@ -14,6 +14,7 @@ from conftest import ROOT, fails, run_main
 from test_pretrained import a_folder
 
 from minipav.files import read_json
+from minipav.flags import parse
 from minipav.tasks.answers import boxed, same
 from minipav.tasks.text import GSM8K, Math, Problem
 from minipav.tokenizer import END, synthetic_encoding
@@ -24,6 +25,11 @@ F = Path(os.environ.get("GSM8K", "data/gsm8k"))                 # the real one, 
 # answers, each line a class of equal ones; no two lines are equal
 CLASSES = r"""
 5 | 5.0 | 5. | +5 | \$5 | $5$ | 5\% | 5\text{ cm} | 5^\circ | 5^{\circ} | x=5 | 5\,\text{dollars} | 10/2
+7 | 7 cm
+3 xy
+3 ab
+4:00\text{ p.m.}
+4:00\text{ a.m.}
 1234 | 1,234 | 1234.00 | \$1,234 | 1\!234 | 1234 miles
 0.5 | .5 | 1/2 | \frac12 | \frac{1}{2} | \dfrac{1}{2} | \tfrac12 | \frac 12 | 0.50 | \frac{3}{6}
 -0.5 | -\frac{1}{2} | -1/2 | -.5 | \frac{-1}{2} | -\frac12
@@ -131,10 +137,12 @@ def test_a_response_is_right_if_it_ends_on_the_reference_answer(data):
         assert task.judge(p, text) == "right" and ("<<" in text) == keep and "\n\n" not in text
         assert len(task.steps(text)) == 3 and task.prompt(p).endswith("\n")
         assert task.answer(text) == p.answer and task.answer(text.removesuffix(END)) is None
+        assert len({task.answer(f"#### {x}" + END) for x in ("1,000", "1000", "$1000.00")}) == 1, "one vote"
         for other, says in ((text.removesuffix(END), "illegal"), ("72" + END, "illegal"),
                             ("a\n" * 12 + text, "illegal"), (f"#### {p.answer}.0" + END, "right"),
                             (f"x\n#### {p.answer}5" + END, "planning"), ("####" + END, "illegal"),
                             (f"\n\n x\n\n#### ${p.answer} cups\n\n" + END, "right"),
+                            ("a\n\n" * 6 + text, "illegal"), ("####" + " " * 5000 + END, "illegal"),
                             (f"#### 1*{p.answer}" + END, "planning")):
             assert task.judge(p, other) == says, other
 
@@ -144,7 +152,7 @@ def test_a_corrupted_solution_is_wrong_from_the_corrupted_step_on(data):
         ps, rng = task.problems("train", 200, 0), np.random.default_rng(0)
         demos = task.demonstrations(ps, 1.0, None)
         strange = ["", "no number", "#### 5", "a = b", "x\n" * 30, "1/0=1", "9" * 5000 + "+1=2", "<<+>>",
-                   "1+1=2\n#### "]
+                   "1+1=2\n#### ", "1+" * 5000 + "1\n#### 5"]
         texts, where = task.corrupt(ps, demos, rng)
         for p, old, new, k in zip(ps, demos, texts, where):
             a, b = task.steps(old), task.steps(new)
@@ -152,13 +160,16 @@ def test_a_corrupted_solution_is_wrong_from_the_corrupted_step_on(data):
             assert k == 2 or a[k].rpartition("=")[2] != b[k].rpartition("=")[2]
         texts, where = task.corrupt(ps[:len(strange)], [s + END for s in strange], rng)
         assert all(task.outcome(p, t) == 0 and k < len(task.steps(t)) for p, t, k in zip(ps, texts, where))
+        for answer in ("-11", "-250", "0"):
+            p = Problem("q", answer, "")
+            assert task.outcome(p, task.corrupt([p], ["no number" + END], rng)[0][0]) == 0
 
 
 def test_bad_files_and_formats_are_named(tmp_path, data):
     good = {"question": "a", "answer": "#### 1"}
     for rows, says in (([good, ["x"]], "line 2"), ([{"question": "a"}], "line 1"),
                        ([good, good | {"answer": "no mark"}], "line 2: its answer"),
-                       ([good | {"answer": 3}], "line 1")):
+                       ([good | {"answer": 3}], "line 1"), ([good | {"question": "\ud83d"}], "line 1")):
         with pytest.raises(Fail, match=rf"(train|test)\.jsonl, {says}"):
             GSM8K(data=write(tmp_path, train=rows, test=[good])).problems("train", 1, 0)
     (tmp_path / "test.jsonl").write_bytes(b"\xff\xfe")
@@ -168,6 +179,8 @@ def test_bad_files_and_formats_are_named(tmp_path, data):
             GSM8K(data=folder).problems("test", 1, 0)
     with pytest.raises(Fail, match="--prompt_format"):
         GSM8K(data=data, prompt_format="chat")
+    long = "a / b\n" * 300 + "{question}"
+    assert parse(GSM8K, "", ["--data", data, "--prompt_format", long]).template == long
     marks = GSM8K(data=write(tmp_path, test=[good | {"question": f"a{END}b"}], train=[good]))
     assert END not in marks.prompt(marks.problems("test", 1, 0)[0])
 

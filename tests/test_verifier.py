@@ -102,6 +102,7 @@ def test_auc_counts_pairs(groups):
     pairs = [(w[i] * w[j], float(s[i] > s[j]) + 0.5 * float(s[i] == s[j]))
              for i in range(60) for j in range(60) if y[i] > y[j] and of[i] == of[j]]
     assert abs(auc(s, y, w, of) - sum(a * b for a, b in pairs) / sum(a for a, _ in pairs)) < 1e-6
+    assert auc(s, y, w, torch.arange(60)) == auc(s, 0 * y, w) == 0.5, "no pairs"
 
 
 def test_report_is_consistent():

@@ -33,6 +33,7 @@ from minipav.paper.quantities import (
     token_ratio,
 )
 from minipav.paper.statistics import interval
+from minipav.utils import Fail
 
 INF = float("inf")
 
@@ -68,17 +69,19 @@ def slug(text):
 
 def collect(folder):
     """Every quantity that a summary.json in a folder of `folder` judges, and those of didactic/ ->
-    claims.json there: {key: verdict, mean, lo, hi}; a folder search_NAME gives KEY_NAME, train train_KEY."""
+    claims.json there: {key: verdict, mean, lo, hi}; folders search_NAME and NAME give KEY_NAME, train
+    train_KEY. Raises Fail if two have the same."""
     out, plain = {}, {"didactic/summary.json": DIDACTIC, "didactic/theory.json": THEORY}
     for path in sorted([*folder.glob("*/summary.json"), *folder.glob("*/theory.json")]):
-        name, found = "".join(path.parent.name.partition("_")[1:]), read_json(path)
+        name, found = "_" + path.parent.name, read_json(path)
+        name = re.sub("^_(search|rl|train|mechanism|didactic)(?=_|$)", "", name)
         own = plain.get(str(path.relative_to(folder)), ())
         for c in found.get("claims") or [j for c in own if (j := judge(c, found))]:
             for what, x in c["measured"].items():
                 key = "_".join(filter(None, [c["key"], slug(what.replace(" = ", ""))]))
                 key = "train_" * path.parent.name.startswith("train") + key + name
                 if key in out:
-                    raise ValueError(f"two claims have the key {key}")
+                    raise Fail(f"{path}: another folder's claim has the key {key}, too; rename the folder")
                 out[key] = {"verdict": c["each"][what], **x, "unit": c["unit"], "claim": c["claim"]}
     write_json(folder / "claims.json", out)
     return out
@@ -173,7 +176,7 @@ RL = [
 
 DIDACTIC = [
     Claim("the effective reward needs 10 times fewer iterations to 90% than only Q", "Fig. 3a",
-          lambda d: {k: r and point(r["ratio"], r["at_least"]) for k, r in d["ratio_of_medians"].items()},
+          lambda d: {k: point(r["ratio"], r["at_least"]) for k, r in d["ratio_of_medians"].items()},
           lo=10, unit="times (medians over the seeds)"),
     Claim("provers of middling strength are the useful ones (gamma 8 to 15)", "Fig. 3b",
           lambda d: {k: g and {"mean": sum(g) / len(g), "lo": min(g), "hi": max(g)}

@@ -108,8 +108,8 @@ def measure(summary, rows, name, task, conditions, seeds, iterations, **how):
     for end in ("", ", none", ", baseline"):
         if "gamma 10" + end in median:
             ours, q = median["gamma 10" + end], median["only Q" + end]          # q infinite: at least this
-            summary["ratio_of_medians"][f"{name}; gamma 10{end}"] = None if ours > iterations else {
-                "ratio": round(min(q, iterations) / ours, 2), "at_least": q > iterations}
+            summary["ratio_of_medians"][f"{name}; gamma 10{end}"] = {           # 0: it never gets there
+                "ratio": round(min(q, iterations) / ours, 2), "at_least": ours <= iterations < q}
     return accuracy
 
 

@@ -153,7 +153,7 @@ def prover_figures(s, draw):
             for i, w in enumerate(beam["base", "bo1"].n)}
     have = [b for b in NAMES if of_base(s, "best_of_n:orm", b)]
     pairs = {f"mu = {NAMES[mu]}": line([NAMES[b] for b in have], np.stack([over_orm(b, mu) for b in have], 1))
-             for mu in NAMES}
+             for mu in NAMES if have and all((b, mu if mu != b else "bo1") in beam for b in have)}
     draw("fig5bc", "Fig. 5b, 5c: provers", [
         ("best-of-K provers, base policy", "K", "accuracy", by_k),
         paper(PAPER["fig5b_2B"], {k: k for k in ("Bo2", "Bo4", "Bo8", "Bo16", "Bo32")}),

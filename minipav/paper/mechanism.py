@@ -158,7 +158,7 @@ class Flags:
     run: list = flag([Path("runs/calculator-seed0")], "folders of train.py, one a seed")
     out: Path = flag(None, "where figure, CSVs and summary.json go; default: RUN/mechanism", kind=Path)
     K: int = flag(4, "the prover is best-of-K of pi", low=1, high=999999)
-    width: int = flag(4, "of the beams", low=1, high=4096)
+    width: int = flag(4, "of the beams", low=2, high=4096)
     problems: int = flag(500, "test problems", low=2, high=10**6)
     validation: int = flag(250, "validation problems", low=2, high=10**6)
     quotas: list = flag(["none", "parent"], "beside one of states, of a task that has them",

@@ -73,10 +73,10 @@ def rank_correlation(s):
 
 
 def data_gain(a, b):
-    """{size: points of verifiers trained on data a over those on b}, with the extreme runs."""
+    """{size: points of verifiers trained on data a over those on b}, with the extreme runs of several."""
     def measure(s):
         each = s.fact("data", lambda f: {(r["rollouts"], r["way"]): 100 * r["accuracy"] for r in f["rows"]})
-        sizes = sorted({n for n, _ in each[0]} if each else ())
+        sizes = sorted({n for n, _ in each[0]} if each and len(each) > 1 else ())
         return {f"{n:,} rollouts": spread(x[n, a] - x[n, b] for x in each) for n in sizes
                 if all({(n, a), (n, b)} <= x.keys() for x in each)}
     return measure
@@ -91,7 +91,7 @@ def few_then_many(s):
 def error_drop(s):
     """Points by which the error of predicting the outcome falls with A^mu, after each step (extreme runs)."""
     each = s.fact("steps", lambda f: [100 * (q - e) for q, e in zip(f["q_pi"], f["effective"])])
-    return each and {f"step {h + 1}": spread(x) for h, x in enumerate(zip(*each))}
+    return each and len(each) > 1 and {f"step {h + 1}": spread(x) for h, x in enumerate(zip(*each))}
 
 
 # ---- RL: measured is an rl_report.Trained

@@ -151,7 +151,7 @@ def report_training(runs, out):
         "planning_failure_share": spread(x["planning_failure_share"] for x in examples),
         "corrupted_step_auc": [x["corrupted_step_auc"] for x in examples],
         "pav_minus_best_q_points": ahead(s, "beam:effective", "best_of_n:q_pi")}
-    for name in ("base", "q_pi") if out not in runs else ():
+    for name in ("base", "q_pi") if out.resolve() not in [x.resolve() for x in runs] else ():
         shutil.copytree(runs[0] / name, out / name, dirs_exist_ok=True)
     print(f"\nbase policy: {one['pass'].mean():.1%} sampled, {one['greedy'].mean():.1%} greedy; "
           f"{facts['planning_failure_share']['mean']:.1%} of its failures are planning failures\n"
@@ -166,7 +166,8 @@ def report_training(runs, out):
 def headline(s):
     """The numbers that are quoted first, with intervals: one sample of the policy, the best of all searches
     (the oracle aside), pass@N, and the points by which the tuned beam is ahead of the ORM."""
-    oracle, greedy, out = s.main("pass"), s.main("greedy"), {"problems": int(s.rows.problem.max()) + 1}
+    oracle, greedy, out = s.main("pass"), s.main("greedy"), {
+        "problems": int(s.rows[s.rows.split == "test"].problem.max()) + 1}
     if greedy and oracle:
         out |= {"sft_greedy": interval(greedy.acc[:, 0]), "sft_sampled": interval(oracle.acc[:, 0]),
                 f"pass_at_{oracle.n[-1]}": interval(oracle.acc[:, -1])}
@@ -184,7 +185,7 @@ def report_search(runs, measured, out):
     s, (figure, made) = Searched(tables, [f for _, f in measured]), drawer(out)
     tune_figure(s.rows[(s.rows.group == "tune") & (s.rows.method == "beam")], figure)
     search_figures(s, figure)
-    names = [[str(p.relative_to(run.out)).removesuffix(".csv") for _, p in t] for run,
+    names = [dict.fromkeys(str(p.relative_to(run.out)).removesuffix(".csv") for _, p in t) for run,
              (t, _) in zip(runs, measured)]
     facts = provenance([run.out for run in runs], names) | headline(s) | {
         "seeds": list(tables), "chosen": [f.get("chosen") for _, f in measured],

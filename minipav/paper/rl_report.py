@@ -7,7 +7,7 @@ from minipav.paper.claims import RL
 from minipav.paper.figures import line, rl_figures
 from minipav.paper.report import drawer, finish, judged, keep, provenance, stage
 from minipav.paper.statistics import NONE, Curve, bootstrap, interval, pass_at_n, read_table, spread
-from minipav.prover import Prover
+from minipav.prover import Prover, verifier_of
 from minipav.rewards import REWARDS, gradient_ratio
 
 ROWS = ["iteration", "problem", "n", "right", "greedy"]      # of rows.csv: right of n; greedy in the end only
@@ -69,7 +69,9 @@ class Trained:
     def fair(self, n):
         """The same whose KL weighs as little against its reward as it does in n, a PAV-RL under boK."""
         f = self.spec(n)
-        return self.outcome(n, f["kl"] / gradient_ratio(f["alpha"], Prover.parse(f["prover"]).K))
+        mu = Prover.parse(f["prover"], f["policy"])
+        same = mu.policy == f["policy"]
+        return self.outcome(n, f["kl"] / gradient_ratio(f["alpha"], mu.K)) if same else None
 
     def outcome(self, n, kl):
         """The training with outcome reward and this KL that differs from n in nothing else, or None."""
@@ -118,9 +120,10 @@ class Trained:
         training starts from (SFT, the stronger policy) is not in it; of the time of all rollouts the share is
         that of the tokens."""
         f, out, names = self.spec(n), [], set()
-        if REWARDS[f["reward"]].values in ("verifier", "attention"):            # each starts from Q^pi
-            prover = f.get("prover", "")
-            names = {"base", prover if prover in ("weak", "strong") else f["policy"]}
+        orm = REWARDS[f["reward"]].values == "attention"
+        if orm or REWARDS[f["reward"]].values == "verifier":                    # each starts from Q^pi
+            prover = f.get("prover", "base")
+            names = {"base", *({prover if prover in ("weak", "strong") else f["policy"]} if not orm else ())}
         for run in self.runs:
             rollouts, q_from = stage(run, "rollouts"), read_json(run / "config.json", q_from=str)["q_from"]
             tokens = rollouts["tokens"]
@@ -131,7 +134,7 @@ class Trained:
                                           ("strong", names and q_from == "strong"))
                       if needed} - names
             spent += sum(tokens.get(f"seeds_{k}", 0) for k in others)
-            training = sum(stage(run, {"base": "q_pi"}.get(k, f"q_{k}"))["seconds"] for k in names)
+            training = sum(stage(run, k)["seconds"] for k in [verifier_of(k) for k in names] + ["orm"] * orm)
             out.append((spent, training + rollouts["seconds"] * spent / max(1, sum(data.values()))))
         return np.mean(out, 0)
 

@@ -73,10 +73,8 @@ def search_all(s, problems, width, seed, bar=None):
     """
     task, enc, device, start, P = s.env.task, s.env.enc, s.policy.device, time.time(), len(problems)
     s.quota.fits(task)
-    if width < 1 or s.C < 1 or s.alpha < 0:
-        raise ValueError(f"a beam needs width >= 1, C >= 1 and alpha >= 0, not {width}, {s.C}, {s.alpha}")
     prompts, lengths = encode_rows(enc, [task.prompt(p) for p in problems])
-    slots = prompts.shape[1] + task.max_steps * task.max_step_tokens
+    slots = prompts.shape[1] + task.longest
     # the live caches of policy and verifiers, each twice while a level's survivors are copied
     per_row = 2 * (1 + s.readers) * (slots + s.C * task.max_step_tokens)
     per_row //= 4 if device.type == "cuda" else 1       # rows are seldom so long; if they are, it is told
@@ -128,6 +126,7 @@ def partial(s, r, spent, *call):
 def search_batch(s, problems, prompts, lengths, slots, width, seed, offset=0):
     """-> the finished traces of the last beams (a Beam), policy tokens (P,), verifier tokens (P,)"""
     P, H, device, eot = len(prompts), s.env.task.max_steps, prompts.device, s.env.enc.eot_token
+    room = lengths + s.env.task.longest
     cache, hidden = prefill(s.policy, prompts, torch.arange(P), lengths)     # (P, C)
     pi = Values(s.verifier, prompts, lengths) if s.verifier else s.exact(s.env, problems, device)
     judges = Judges(pi, s.mu_verifier and Values(s.mu_verifier, prompts, lengths), s.K)
@@ -142,6 +141,8 @@ def search_batch(s, problems, prompts, lengths, slots, width, seed, offset=0):
         spent.index_add_(0, live.owner[steps[0]], steps[2])
         kept = distinct(*steps[:2], steps[3])
         kept = kept[(steps[3][kept] == eot) | (level + 1 < H)]  # a last step without END leads nowhere
+        parent = steps[0][kept]                                 # nor does a response that is too long
+        kept = kept[live.lengths[parent] + steps[2][kept] <= room[live.owner[parent]]]
         if len(kept) == 0:
             break
         parent, new, count, stop, logprob = (x[kept] for x in steps)

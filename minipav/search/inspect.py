@@ -8,7 +8,7 @@ from minipav.files import read_csv, write_text
 from minipav.search.beam import beam
 from minipav.search.best_of_n import draw
 from minipav.search.measure import COLUMNS, Cell
-from minipav.tokenizer import encode_rows
+from minipav.tokenizer import END, encode_rows
 from minipav.traces import label_with_outcome, responses
 from minipav.verifier import auc, score
 
@@ -61,7 +61,9 @@ def explain(bench, problem, response, alpha, K, seed, n_mc=256):
     sure = [f"{q:.3f} +- {e:.3f}" if n > 1 else f"{q:.3f} (known)" for q, e, n in zip(mc.q[0], se, mc.n[0])]
     head = f"{'':<36}{'Q^pi':>8}{f'({n_mc} rollouts)':>18}{f'Q^Bo{K}':>9}{'A^mu':>8}{'Q+aA':>8}"
     lines = [prompt.strip(), head]
-    for h, step in enumerate(["(the bare prompt)", *run.task.steps(response)]):
+    ends = t.ends[0, :t.last[0] + 1].tolist()
+    steps = [run.enc.decode(t.tokens[0, a + 1:b + 1].tolist()) for a, b in zip(ends, ends[1:])]
+    for h, step in enumerate(["(the bare prompt)", *(x.removesuffix(END).strip() for x in steps)]):
         line = f"{step:<36}{q[h]:>8.3f}{sure[h]:>18}{q_mu[h]:>9.3f}"
         lines.append(line + (f"{adv_mu[h - 1]:>8.3f}{effective_reward(q[h], adv_mu[h - 1], alpha):>8.3f}" if h
                              else ""))

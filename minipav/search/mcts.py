@@ -122,7 +122,8 @@ def back_up(tree, leaf, V, visits, children):
         visits[leaf] += 1
         kids = children[leaf]
         n = torch.where(kids >= 0, visits[kids], 0.0)
-        V[leaf] = (n * V[kids]).sum(1) / n.sum(1).clamp(min=1)                  # of a dead end: 0
+        worst = V[:tree.size].min().clamp(max=0)                                # of a dead end
+        V[leaf] = torch.where(n.any(1), (n * V[kids]).sum(1) / n.sum(1).clamp(min=1), worst)
         leaf = tree.parent[leaf[leaf != tree.parent[leaf]]]
 
 

@@ -88,18 +88,23 @@ class Bench:
 
         def work():
             problems = self.run.problems(cell.split, cell.problems)
-            at_0 = cell.alpha == 0 and cell.score in ("effective", "bonus")
-            at_0 = at_0 or cell.alpha == 0 and cell.score == "log_odds" and cell.method in ("beam", "dvts")
-            plain = replace(cell, score="q_pi") if at_0 else cell
-            if str(plain) not in self.found:                    # Q^pi + 0 A^mu is searched as Q^pi, once
-                self.found[str(plain)] = METHODS[cell.method].run(self.search(plain), problems,
-                                                                  list(cell.ns), cell.seed)
-            results = self.found[str(plain)]
+            same = replace(cell, score="q_pi") if orders_as_q(cell) else cell
+            if str(same) not in self.found:
+                self.found[str(same)] = METHODS[cell.method].run(self.search(same), problems, list(cell.ns),
+                                                                 cell.seed)
+            results = self.found[str(same)]
             write_csv(path, COLUMNS, rows(cell, results))
             seconds = {n: round(r.seconds, 2) for n, r in zip(cell.ns, results)}
             return {"seconds_by_n": seconds, "files": [path]}
         self.run.stage(name, work, spec)
         return path
+
+
+def orders_as_q(cell):
+    """Whether its score, at alpha 0, is Q^pi, or orders candidates as that does: it is searched once."""
+    if cell.score == "log_odds" and cell.method in ("beam", "dvts"):
+        return cell.alpha == 0 and Quota.parse(cell.quota).penalty in (0, float("inf"))
+    return cell.alpha == 0 and cell.score in ("effective", "bonus")
 
 
 def rows(cell, results):

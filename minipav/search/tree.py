@@ -32,7 +32,7 @@ class Tree:
             torch.zeros(N, dtype=torch.long, device=self.device) for _ in range(5))
         self.q_mu, self.logprob, self.score, self.still = torch.zeros(4, N, device=self.device)
         self.path = torch.zeros(N, self.H + 1, device=self.device)
-        self.tokens = torch.full((N, prompts.shape[1] + self.H * task.max_step_tokens), pad_token(enc),
+        self.tokens = torch.full((N, prompts.shape[1] + task.longest), pad_token(enc),
                                  device=self.device)
         root = torch.arange(P, device=self.device)
         self.owner[:P], self.parent[:P], self.lengths[:P], self.prompt_lengths = root, root, lengths, lengths
@@ -60,7 +60,7 @@ class Tree:
 
     def grow(self, nodes, n):
         """Sample n next steps behind each of these nodes (owners ascending). -> the new nodes; duplicates and
-        steps that never ended are none, and neither is a last step without END."""
+        steps that never ended are none, nor is a last step without END, nor what gets too long."""
         s, owner, enc = self.s, self.owner[nodes], self.s.env.enc
         rows = self.tokens[nodes], torch.arange(len(nodes)), self.lengths[nodes]
         cache, hidden = prefill(s.policy, *rows)
@@ -74,6 +74,8 @@ class Tree:
         self.spent.index_add_(0, owner[row], count)
         kept = distinct(row, new, stop)
         kept = kept[(stop[kept] == enc.eot_token) | (self.depth[nodes[row[kept]]] + 1 < self.H)]
+        long = self.lengths[nodes[row]] + count > (self.prompt_lengths + s.env.task.longest)[owner[row]]
+        kept = kept[~long[kept]]
         p, count, at = nodes[row[kept]], count[kept], self.size + torch.arange(len(kept), device=self.device)
         self.size += len(kept)
         self.parent[at], self.owner[at], self.depth[at] = p, self.owner[p], self.depth[p] + 1
@@ -101,7 +103,7 @@ def search_trees(s, problems, widths, seed, name, work, steps):
     P, H, mine = len(problems), s.env.task.max_steps, parallel.share(len(problems))
     budgets = [w * s.C * H for w in widths]
     out = [Result.empty(P) for _ in widths]
-    slots = 3 * H + max(len(s.env.task.prompt(p)) for p in problems) + H * s.env.task.max_step_tokens
+    slots = 3 * H + max(len(s.env.task.prompt(p)) for p in problems) + s.env.task.longest
     in_flight = s.env.sampling.get("max_tokens_in_flight", 1 << 18)
     batch = max(1, min((1 << 27) // ((max(budgets) + steps) * slots), in_flight // (s.C * slots)))
     with progress(name, (mine.stop - mine.start) * len(widths)) as bar, torch.no_grad():

@@ -18,7 +18,7 @@ class Task:
     delimiter = "\n"               # what a step ends with: one character
     max_steps: int                 # a response with more steps is wrong
     max_step_tokens: int           # room for the longest step, delimiter included
-    max_new_tokens: int            # room for the longest response, END included
+    max_new_tokens: int            # room for the longest response, END included, of a sample or of a search
 
     # draw(n, rng) -> about n random solvable problems, of any split
     # prompt(problem) -> the question as text, ended by the delimiter
@@ -42,6 +42,11 @@ class Task:
 
     def fits(self, enc):
         """Raises Fail if its prompts do not fit this encoding."""
+
+    @property
+    def longest(self):
+        """Tokens of the longest response that a step-level search may write."""
+        return min(self.max_new_tokens, self.max_steps * self.max_step_tokens)
 
     def room(self, enc):
         """Tokens of the longest row: a prompt, a response that was branched off another one, and a whole

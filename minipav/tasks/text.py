@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from minipav.files import read_text
-from minipav.flags import flag
-from minipav.tasks.answers import boxed, normal, number, same
+from minipav.flags import Words, flag
+from minipav.tasks.answers import LONGEST, boxed, normal, number, same
 from minipav.tasks.task import Task
 from minipav.tokenizer import CHAT, END, encode_rows
 from minipav.utils import Fail
@@ -44,7 +44,7 @@ class Problem(NamedTuple):
 @dataclass
 class Text(Task):
     data: str = flag(None, "folder with train.jsonl and test.jsonl", kind=str)
-    prompt_format: str = flag("plain", f"{', '.join(PROMPTS)}, or a text with {{question}}")
+    prompt_format: str = flag("plain", f"{', '.join(PROMPTS)}, or a text with {{question}}", kind=Words)
     max_steps: int = flag(12, "most lines", low=1, high=1000)
     max_step_tokens: int = flag(64, "room for a line", low=1, high=1 << 16)
     max_new_tokens: int = flag(288, "room for a response", low=1, high=1 << 16)
@@ -93,8 +93,7 @@ class Text(Task):
             if n := int((sizes > getattr(self, dial)).sum()):
                 print(f"  {n:,} of {len(sizes):,} reference {what} are longer than --{dial} "
                       f"{getattr(self, dial)} allows in a search")
-        beam = (self.max_steps + 1) * self.max_step_tokens
-        longest = max(int(solution.max()) + 1, 2 * self.max_new_tokens, beam)
+        longest = max(int(solution.max()) + 1, 2 * self.max_new_tokens, self.max_step_tokens)
         return int(prompt.max()) + longest + self.max_new_tokens
 
     def check(self, problems, test_problems):
@@ -113,6 +112,7 @@ class Text(Task):
                 continue
             try:
                 texts = [json.loads(line)[k].replace("<|", "< |").strip() for k in self.keys]
+                "".join(texts).encode()                          # half a character is none
                 solution = "\n".join(filter(None, map(str.strip, self.clean(texts[1]).splitlines())))
                 answer = self.reference(solution)
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
@@ -161,11 +161,12 @@ class Text(Task):
 
     def answer(self, response):
         found = self.extract(response.removesuffix(END)) if response.endswith(END) else None
-        return None if found is None else normal(found)
+        x = None if found is None else number(text := normal(found))
+        return str(x) if x is not None else found and text
 
     def judge(self, problem, response):
-        """'illegal' is what does not end, or has no answer."""
-        if not response.endswith(END) or len(self.steps(response)) > self.max_steps:
+        """'illegal' is what does not end, has no answer or too many lines, empty ones too."""
+        if not response.endswith(END) or len(super().steps(response)) > self.max_steps:
             return "illegal"
         found = self.extract(response.removesuffix(END))
         return "illegal" if not found else "right" if same(found, problem.answer) else "planning"
@@ -176,7 +177,7 @@ class Text(Task):
         texts, where = [], []
         for p, response in zip(problems, responses):
             lines = self.steps(response)[:self.max_steps]
-            found = [(i, m) for i, x in enumerate(lines[:-1]) if (m := RESULT.search(x))]
+            found = [(i, m) for i, x in enumerate(lines[:-1]) if (m := RESULT.search(x[:LONGEST]))]
             at, m = found[rng.integers(len(found))] if found else (len(lines) - 1, None)
             rest = "\n".join(lines[at:])
             if m:
@@ -195,9 +196,14 @@ class Text(Task):
         """A number near the one that a text is, or 0."""
         x = number(normal(text))
         x = 0 if x is None or x.denominator > 100 else x
-        near = [x + d for d in (-10, -2, -1, 1, 2, 10) if x + d >= 0] + [2 * x, 10 * x] * (x > 0)
+        near = [x + d for d in (-10, -2, -1, 1, 2, 10) if x + d >= 0 or x < 0] + [2 * x, 10 * x] * (x > 0)
         y = near[rng.integers(len(near))]
         return str(y) if y.denominator == 1 else f"{float(y):.2f}"
+
+
+def behind(text):
+    """What stands behind the last ####, white space in one form."""
+    return " ".join(text.rpartition("####")[2].split())
 
 
 @dataclass
@@ -211,12 +217,12 @@ class GSM8K(Text):
 
     def extract(self, text):
         """The number behind the last ####, which must be worked out: 12*6 is 12."""
-        m = re.match(r"\s*(\$?\s*-?\s*\$?\s*[\d.,]*\d)", text.rpartition("####")[2], re.ASCII)
+        m = re.match(r"(\$? ?-? ?\$? ?[\d.,]*\d)", behind(text), re.ASCII)
         return m[1] if m and "####" in text else None
 
     def reference(self, solution):
         """Not 3:30, 1/2 or 5 or 6, of which a part would be taken."""
-        found, end = self.extract(solution), solution.rpartition("####")[2]
+        found, end = self.extract(solution), behind(solution)
         return found if found and not re.search(r"\d", end.partition(found)[2]) else None
 
     def end(self, answer):
