@@ -74,7 +74,7 @@ def rollout_from(mu, env, problems, traces, rows, ends, n_mc, seed, **sampling):
     return label_with_outcome(env, problems, t.problem[again], tokens, lengths, t.ends[again, 0] + 1, since)
 
 
-def monte_carlo(mu, env, problems, traces, wanted, n_mc, seed, **sampling):
+def monte_carlo(mu, env, problems, traces, wanted, n_mc, seed):
     """Traces whose labels at the step ends marked in `wanted` (N, S + 1) are the means of n_mc completions by
     mu. The end of a trace is known: its outcome, and no completion is spent on it."""
     row, last = torch.arange(len(traces)), traces.last
@@ -85,7 +85,7 @@ def monte_carlo(mu, env, problems, traces, wanted, n_mc, seed, **sampling):
     ask[row, last] = False
     rows, ends = ask.nonzero(as_tuple=True)
     if len(rows):
-        done = rollout_from(mu, env, problems, traces, rows, ends, n_mc, seed, **sampling)
+        done = rollout_from(mu, env, problems, traces, rows, ends, n_mc, seed)
         q[rows, ends], n[rows, ends] = done.reward.view(-1, n_mc).mean(1), n_mc
         cost.index_add_(0, rows, done.cost.view(-1, n_mc).sum(1))
     return replace(traces, q=q, n=n, labelled=n > 0, exact=exact, cost=cost)

@@ -43,10 +43,10 @@ def named(kind):
     return convert
 
 
-def few(limit=10**8, **counts):
+def few(**counts):
     """Raises Fail if the product of these flags is more rows than memory holds."""
-    if math.prod(counts.values()) > limit:
-        raise Fail(" x ".join(f"--{k} {v}" for k, v in counts.items()) + f": are more than {limit:,} samples")
+    if math.prod(counts.values()) > 10**8:
+        raise Fail(" x ".join(f"--{k} {v}" for k, v in counts.items()) + f": are more than {10**8:,} samples")
 
 
 def add(parser, cls):

@@ -42,7 +42,7 @@ class Flags:
     out: Path = flag(Path("runs/bench"), "where bench.csv and summary.json go", kind=Path)
 
 
-def report(size, case, t, rate, copied, a):
+def report(case, t, rate, copied, a):
     """What summary.json says of a size."""
     floor = rollout_floor(case.c, case.B, case.n, case.P, case.T, rate, copied, 2 if a.dtype == "bf16" else 4)
     found = {"matrix_gflops": rate / 1e9, "copy_gb_s": copied / 1e9}
@@ -82,7 +82,7 @@ def main():
             n = case.count(name)
             rows.append((size, name, n, f"{t[name]:.5f}", round(n / t[name])))
             print(f"  {name:<36}{rows[-1][-1]:>9,} tokens/s")
-        for k, x in report(size, case, t, rate, copied, a).items():
+        for k, x in report(case, t, rate, copied, a).items():
             facts.setdefault(k, {})[size] = x
         if (size, "sft step") in [r[:2] for r in rows] and size == "135M":
             facts["train_135M_tokens_per_s"] = rows[[r[:2] for r in rows].index((size, "sft step"))][-1]

@@ -88,10 +88,10 @@ class Mechanism:
                              [f["by_seed"][i][gain] for f in self.facts.values()]) for i in range(runs)]
                 for k in next(iter(self.facts.values()))["before"][0]}
 
-    def predicted(self, gain="alpha"):
-        """Of each run, the correlation of the feature that does best on the other runs (with its sign there):
-        mean and extremes; None for one run."""
-        found, out = self.correlations(gain), []
+    def predicted(self):
+        """Of each run, the correlation (with alpha's gain) of the feature that does best on the other runs,
+        with its sign there: mean and extremes; None for one run."""
+        found, out = self.correlations(), []
         for i in range(len(next(iter(found.values())))):
             others = {k: np.mean(v[:i] + v[i + 1:]) for k, v in found.items() if len(v) > 1}
             if others:

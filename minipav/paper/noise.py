@@ -20,7 +20,7 @@ SCORES = [("q_pi", 0.0, "none"), ("q_pi", 0.0, "parent"), ("q_pi", 0.0, "grandpa
 class Noisy(ExactValues):
     """Exact values with errors in their log-odds: of each of the first LAST steps one that all descendants
     inherit, and of every step a fresh one; what is known, at a trace's end, is changed as little as its
-    log-odds, clamped to 11.5, let it."""
+    log-odds, clamped to 11.5, let it. Drawn for a batch at once: they depend on --max_tokens_in_flight."""
 
     def __init__(self, env, problems, device, inherited, fresh, seed):
         self.sigma, self.fresh, self.depth = inherited, fresh, 0

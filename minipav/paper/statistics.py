@@ -74,10 +74,10 @@ class Curves:
             n = sorted(c[-1] for c in boot.columns if c[0] == "right" and c[1:-1] == key)
             self.by[key] = Curve(np.array(n), *(boot[[(v, *key, x) for x in n]].to_numpy() for v in values))
 
-    def get(self, group, search, policy="base", prover="", alpha=""):
-        """The curve of "METHOD:SCORE", or None if it was not measured."""
+    def get(self, group, search, policy="base", alpha=""):
+        """The curve of "METHOD:SCORE" with no prover named, or None if it was not measured."""
         method, _, score = search.partition(":")
-        return self.by.get((group, policy, method, score, prover, str(alpha)))
+        return self.by.get((group, policy, method, score, "", str(alpha)))
 
 
 def interval(x):
