@@ -7,7 +7,7 @@ import time
 import torch
 
 from minipav import parallel
-from minipav.files import damaged, read_tensors, tensor_checksum, write_tensors
+from minipav.files import read_tensors, reading, tensor_checksum, write_tensors
 from minipav.utils import on_stop
 
 EVERY = 600                             # seconds between two saves of a long training, sampling or beam
@@ -36,7 +36,7 @@ def divided(optimizers):
 def load(path, modules, optimizers):
     """Put the saved state back. -> (curve, state, rows). Raises Fail if the file is not of this training."""
     tensors, meta = read_tensors(path, {"curve": 2})
-    try:
+    with reading(path, RuntimeError, ValueError, KeyError, IndexError, TypeError):
         for name, module in modules.items():
             module.load_state_dict(below(tensors, f"{name}."))
             for j, opt in enumerate(optimizers[name]):
@@ -52,8 +52,6 @@ def load(path, modules, optimizers):
         if len(rows) != len(tensors["curve"]) or rows[-1]["iteration"] != state["iteration"]:
             raise ValueError("its log and its state do not fit together")
         return tensors["curve"], state, rows
-    except (RuntimeError, ValueError, KeyError, IndexError, TypeError) as e:
-        raise damaged(path, " ".join(str(e).split())) from None
 
 
 class Keeper:

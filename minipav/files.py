@@ -5,7 +5,7 @@ import io
 import json
 import os
 import zlib
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -81,10 +81,8 @@ def tensor_checksum(tensors, metadata):
 
 
 def file_checksum(path):
-    try:
+    with reading(path):
         return zlib.crc32(Path(path).read_bytes())
-    except OSError as e:
-        raise damaged(path, e) from None
 
 
 def damaged(path, why):
@@ -94,19 +92,24 @@ def damaged(path, why):
     return Fail(f"{path} is damaged or of another version ({str(why)[:200]}): delete it, or start elsewhere")
 
 
-def read_text(path):
+@contextmanager
+def reading(path, *errors):
+    """The disk's errors, and these, are the file's: it is damaged."""
     try:
-        return Path(path).read_bytes().decode()
-    except (OSError, UnicodeDecodeError) as e:
+        yield
+    except (OSError, *errors) as e:
         raise damaged(path, e) from None
+
+
+def read_text(path):
+    with reading(path, UnicodeDecodeError):
+        return Path(path).read_bytes().decode()
 
 
 def read_json(path, signed=True, **fields):
     """The JSON object in `path`; fields: the keys that it must have, and the type (or types) of each."""
-    try:
+    with reading(path, ValueError, RecursionError):
         value = json.loads(read_text(path))
-    except (ValueError, RecursionError) as e:
-        raise damaged(path, e) from None
     if not isinstance(value, dict):
         raise damaged(path, f"a {type(value).__name__} where an object is expected")
     if signed and value.pop("crc", None) != checksum(value):
@@ -119,10 +122,8 @@ def read_json(path, signed=True, **fields):
 
 def read_csv(path, columns):
     """The rows of a table as dicts of text; it must have these columns, and a value for each in every row."""
-    try:
+    with reading(path, csv.Error):
         rows = list(csv.DictReader(io.StringIO(read_text(path), newline="")))
-    except csv.Error as e:
-        raise damaged(path, e) from None
     for i, row in enumerate(rows or [{}]):
         if None in row or any(row.get(c) is None for c in columns):
             raise damaged(path, f"line {i + 2} lacks a column of {', '.join(columns)}")
@@ -132,12 +133,9 @@ def read_csv(path, columns):
 def read_tensors(path, dims=None):
     """({name: tensor}, metadata) of a safetensors file; dims: the names it must have, and of how many
     dimensions. Every number must be finite."""
-    try:
-        with safe_open(path, "pt") as f:
-            tensors = {k: f.get_tensor(k) for k in f.keys()}
-            metadata = dict(json.loads(f.metadata()["minipav"]))
-    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as e:
-        raise damaged(path, e) from None
+    with reading(path, SafetensorError, TypeError, KeyError, ValueError), safe_open(path, "pt") as f:
+        tensors = {k: f.get_tensor(k) for k in f.keys()}
+        metadata = dict(json.loads(f.metadata()["minipav"]))
     for name, dim in (dims or {}).items():
         if name not in tensors or tensors[name].dim() != dim:
             raise damaged(path, f"no tensor {name} of {dim} dimensions in it")

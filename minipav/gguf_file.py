@@ -7,7 +7,7 @@ from pathlib import Path
 import gguf
 import torch
 
-from minipav.files import damaged, write_text
+from minipav.files import reading, write_text
 from minipav.model import GPTConfig
 from minipav.pretrained import Folder
 from minipav.utils import Fail
@@ -23,7 +23,7 @@ class Gguf(Folder):
 
     def __init__(self, path):
         self.path = Path(path)
-        try:
+        with reading(path, ValueError, KeyError, IndexError):
             self.reader = gguf.GGUFReader(path)
             f = {k: v.contents() for k, v in self.reader.fields.items()}
             kind = f["general.architecture"], f["tokenizer.ggml.model"], f["tokenizer.ggml.pre"]
@@ -38,8 +38,6 @@ class Gguf(Folder):
                 n_ffn=f["llama.feed_forward_length"], rope_theta=float(f["llama.rope.freq_base"]),
                 norm_eps=round(f["llama.attention.layer_norm_rms_epsilon"], 9),
                 tied=all(t.name != "output.weight" for t in self.reader.tensors))
-        except (OSError, ValueError, KeyError, IndexError) as e:
-            raise damaged(path, e) from None
 
     def tensors(self):
         heads = {"attn_q.weight": self.config.n_head, "attn_k.weight": self.config.n_kv_head}

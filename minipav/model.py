@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from minipav.files import damaged, read_json, read_tensors, write_json, write_tensors
+from minipav.files import damaged, read_json, read_tensors, reading, write_json, write_tensors
 from minipav.precision import lowered, mixed
 from minipav.utils import Fail
 
@@ -231,10 +231,8 @@ class GPT(nn.Module):
         fields = read_json(path, vocab_size=int)
         if unknown := fields.keys() - {f.name for f in dataclasses.fields(GPTConfig)}:
             raise damaged(path, f"unknown: {', '.join(sorted(unknown))}")
-        try:
+        with reading(path, Fail):
             config = GPTConfig(**fields)
-        except Fail as e:
-            raise damaged(path, e) from None
         state, _ = read_tensors(weights)
         if config.tied and config.head == "lm" and "embed.weight" in state:
             state["head.weight"] = state["embed.weight"]

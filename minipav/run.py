@@ -19,21 +19,9 @@ from pathlib import Path
 
 import torch
 
-from minipav import parallel
+from minipav import files, parallel
 from minipav.cache import tokens_in_flight
 from minipav.checkpoint import Keeper
-from minipav.files import (
-    checksum,
-    damaged,
-    file_checksum,
-    lock,
-    make_folder,
-    read_json,
-    read_tensors,
-    write_csv,
-    write_json,
-    write_tensors,
-)
 from minipav.model import GPT
 from minipav.precision import pick_dtype
 from minipav.pretrained import open_pretrained, read_encoding
@@ -54,13 +42,13 @@ class Run:
         """config: all flags of train.py but --out and --resume. Raises Fail if the folder cannot be made, is
         in use, already holds a run that is not to be resumed, or one that was started with other flags."""
         self.out, path = Path(out), Path(out) / "config.json"
-        lock(self.out)
+        files.lock(self.out)
         found = path.exists() or (self.out / "stages").exists()
         parallel.barrier()
         if found:
             if not resume:
                 raise Fail(f"--out {out} already holds a run: add --resume to go on, or choose another --out")
-            old, new = read_json(path, **CONFIG), json.loads(json.dumps(config))
+            old, new = files.read_json(path, **CONFIG), json.loads(json.dumps(config))
             old, new = ({k: v for k, v in x.items() if k != "dials"} | x["dials"] for x in (old, new))
             config["data_crc"] = old.get("data_crc", 0)
             for k, v in new.items():
@@ -71,7 +59,7 @@ class Run:
             open_pretrained(config["init"]).describe(self.out / "init")
         parallel.barrier()
         self._prepare(config)
-        write_json(path, config)                                # MEMORY may have changed
+        files.write_json(path, config)                          # MEMORY may have changed
         parallel.barrier()
 
     def _prepare(self, config):
@@ -93,19 +81,19 @@ class Run:
         run.out = Path(out)
         if not (run.out / "config.json").exists():
             raise Fail(f"--run {out}: no run of train.py is there; make one with python train.py --out {out}")
-        config = read_json(run.out / "config.json", **CONFIG)
+        config = files.read_json(run.out / "config.json", **CONFIG)
         missing = [s for s in TRAINED if not (run.out / "stages" / f"{s}.json").exists()]
         if missing:
             raise Fail(f"--run {out}: train.py has not finished there ({', '.join(missing)} not done); "
                        "finish it with its flags and --resume")
-        lock(run.out)
+        files.lock(run.out)
         try:
             same = device == config["device"]
             dtype = config["dtype"] if same and dtype == "auto" else pick_dtype(dtype, device)
             run._prepare(config | {"device": device, "dtype": dtype})
             run.moved = not same
         except Fail as e:
-            raise e if "data" in config["dials"] else damaged(run.out / "config.json", e) from None
+            raise e if "data" in config["dials"] else files.damaged(run.out / "config.json", e) from None
         return run
 
     # ---- stages
@@ -118,32 +106,33 @@ class Run:
         done = path.exists()
         parallel.barrier()              # nobody has written it since
         if done:
-            record = read_json(path, spec=dict, seconds=(int, float), peak_memory_gb=(int, float),
-                               command=str, commit=str, hardware=str)
+            record = files.read_json(path, spec=dict, seconds=(int, float), peak_memory_gb=(int, float),
+                                     command=str, commit=str, hardware=str)
             if record["spec"] != spec:
-                raise damaged(path, "made with other flags")
+                raise files.damaged(path, "made with other flags")
             check_files(self.out, record)
             print(f"{name}: done before", flush=True)
             return record
         print(name, flush=True)
         spent, self.log_rows = self.out / "partial" / f"{name}.json", []        # by tries that were stopped
-        start = time.time() - (read_json(spent, seconds=float)["seconds"] if spent.exists() else 0)
+        start = time.time() - (files.read_json(spent, seconds=float)["seconds"] if spent.exists() else 0)
         try:
             facts = work() or {}
         except NotFinite as e:
             raise Fail(f"{name}: {e}") from None
         except KeyboardInterrupt:
-            write_json(spent, {"seconds": time.time() - start})
+            files.write_json(spent, {"seconds": time.time() - start})
             raise
         if self.log_rows:
-            write_csv(self.out / "logs" / f"{name}.csv", ["model", "step", "loss", "held_out_loss"],
-                      self.log_rows)
+            files.write_csv(self.out / "logs" / f"{name}.csv", ["model", "step", "loss", "held_out_loss"],
+                            self.log_rows)
         record = {"spec": spec, "seconds": round(time.time() - start, 1),
                   "peak_memory_gb": self.peak_memory(), "command": command(), "commit": commit(),
                   "hardware": f"{hardware(self.config['device'])}, {self.config['dtype']}", **facts}
         if parallel.rank() == 0:
-            record["files"] = {str(f.relative_to(self.out)): file_checksum(f) for f in facts.get("files", ())}
-            write_json(path, record)
+            record["files"] = {str(f.relative_to(self.out)): files.file_checksum(f)
+                               for f in facts.get("files", ())}
+            files.write_json(path, record)
             for path in [spent, *(self.out / "partial").glob("*.safetensors")]:         # its trainings'
                 path.unlink(missing_ok=True)
         parallel.barrier()
@@ -194,35 +183,36 @@ class Run:
         return model
 
     def save_traces(self, name, traces):
-        write_tensors(self.out / f"{name}.safetensors", vars(traces), {"name": name})
+        files.write_tensors(self.out / f"{name}.safetensors", vars(traces), {"name": name})
 
     def traces(self, name):
         path = self.out / f"{name}.safetensors"
-        tensors, meta = read_tensors(path, {f.name: 1 for f in dataclasses.fields(Traces)} | dict.fromkeys(
-            ("tokens", "ends", "q", "n", "labelled", "exact"), 2))
+        dims = {f.name: 1 for f in dataclasses.fields(Traces)}
+        dims |= dict.fromkeys(("tokens", "ends", "q", "n", "labelled", "exact"), 2)
+        tensors, meta = files.read_tensors(path, dims)
         t = Traces(**tensors)
         same = len({len(x) for x in tensors.values()}) == 1 and t.ends.shape == t.q.shape == t.labelled.shape
         if meta.get("name") != name or not same or len(t) and t.tokens.max() >= self.enc.n_vocab:
-            raise damaged(path, "it holds other traces, or they do not fit together")
+            raise files.damaged(path, "it holds other traces, or they do not fit together")
         return t
 
 
 def check_files(folder, record):
     """Raises Fail if a file that a finished stage lists is not as the stage left it."""
     for name, crc in record.get("files", {}).items():
-        if file_checksum(Path(folder) / name) != crc:
-            raise damaged(Path(folder) / name, "not as its stage left it")
+        if files.file_checksum(Path(folder) / name) != crc:
+            raise files.damaged(Path(folder) / name, "not as its stage left it")
 
 
 def keyed(name, spec):
     """NAME-HASH: a name of its own for what depends on `spec`, whatever today's defaults are."""
-    return f"{name}-{checksum(spec):08x}"
+    return f"{name}-{files.checksum(spec):08x}"
 
 
 def task_of(folder):
     """The class of a run's task; of a folder that holds no run, Task."""
     path = Path(folder) / "config.json"
-    return TASKS.get(read_json(path, task=str)["task"], Task) if path.exists() else Task
+    return TASKS.get(files.read_json(path, task=str)["task"], Task) if path.exists() else Task
 
 
 def differ(one, other):
@@ -236,7 +226,7 @@ def check_out(folders, out):
     if len(folders) > 1 and out is None:
         raise Fail(f"--run {' '.join(map(str, folders))}: several folders need an --out for their mean")
     if out:
-        make_folder(out)
+        files.make_folder(out)
 
 
 def open_runs(folders, device, dtype="auto"):

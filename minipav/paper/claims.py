@@ -14,24 +14,7 @@ import re
 from dataclasses import dataclass
 
 from minipav.files import read_json, write_json
-from minipav.paper.quantities import (
-    ahead,
-    data_gain,
-    efficiency,
-    error_drop,
-    exact_gains,
-    exploration,
-    exponent,
-    few_then_many,
-    intermediate_k,
-    over,
-    over_best,
-    pass_64,
-    point,
-    prover_gains,
-    rank_correlation,
-    token_ratio,
-)
+from minipav.paper import quantities as q
 from minipav.paper.statistics import interval
 from minipav.utils import Fail
 
@@ -103,33 +86,35 @@ def sentence(judged):
 TUNED = "our beam, alpha and quota chosen on validation problems,"
 SEARCH = [
     Claim("search against PAVs beats re-ranking by the ORM at equal tokens (8 to 10 points at N = 128)",
-          "Fig. 4", lambda s: ahead(s, "beam:effective", "best_of_n:orm"), key="search_plain_minus_orm"),
+          "Fig. 4", lambda s: q.ahead(s, "beam:effective", "best_of_n:orm"), key="search_plain_minus_orm"),
     Claim("at least 1.5 times fewer tokens than best-of-N by the ORM for its best accuracy", "Fig. 4",
-          token_ratio(), lo=1.5, unit="times (0: the beam never gets there)", key="search_plain_token_ratio"),
+          q.token_ratio(), lo=1.5, unit="times (0: the beam never gets there)",
+          key="search_plain_token_ratio"),
     Claim("the advantage adds to Q^pi: PAV beam above Q^pi beam", "Fig. 5a",
-          lambda s: ahead(s, "beam:effective", "beam:q_pi"), key="search_pav_minus_q"),
-    Claim("the beam holds a right answer more often than as many tokens of samples", "Fig. 6a", exploration,
+          lambda s: q.ahead(s, "beam:effective", "beam:q_pi"), key="search_pav_minus_q"),
+    Claim("the beam holds a right answer more often than as many tokens of samples", "Fig. 6a", q.exploration,
           key="search_exploration"),
     Claim(f"{TUNED} beats re-ranking by the ORM at equal tokens", "Fig. 4, ours",
-          lambda s: ahead(s, "beam:effective", "best_of_n:orm", "tuned"), key="search_pav_minus_orm"),
+          lambda s: q.ahead(s, "beam:effective", "best_of_n:orm", "tuned"), key="search_pav_minus_orm"),
     Claim(f"{TUNED} needs at most half the tokens of best-of-N at its best", "Fig. 4, ours",
-          token_ratio("tuned"), lo=2, unit="times (0: the beam never gets there)", key="search_token_ratio"),
+          q.token_ratio("tuned"), lo=2, unit="times (0: the beam never gets there)",
+          key="search_token_ratio"),
     Claim(f"{TUNED} is better by PAV than by Q^pi (chosen alike)", "Fig. 5a, ours",
-          lambda s: ahead(s, "beam:effective", "beam:q_pi", "tuned"), key="search_pav_minus_q_tuned"),
+          lambda s: q.ahead(s, "beam:effective", "beam:q_pi", "tuned"), key="search_pav_minus_q_tuned"),
     Claim("with exact values instead of a verifier's, the advantage adds to Q^pi", "not in the paper",
-          exact_gains, key="exact_values_gain"),
-    Claim("an intermediate K is the best prover", "Fig. 5b", intermediate_k),
+          q.exact_gains, key="exact_values_gain"),
+    Claim("an intermediate K is the best prover", "Fig. 5b", q.intermediate_k),
     Claim("a weaker prover improves a stronger base", "Fig. 5c", lambda s: dict(
-        [("", interval(x)) for k, x in prover_gains(s, "strong").items() if k == "weak"])),
-    Claim("Theorem 3.1's terms, measured beforehand, rank the provers", "Theorem 3.1", rank_correlation,
+        [("", interval(x)) for k, x in q.prover_gains(s, "strong").items() if k == "weak"])),
+    Claim("Theorem 3.1's terms, measured beforehand, rank the provers", "Theorem 3.1", q.rank_correlation,
           unit="rank correlation"),
-    Claim("first pits make better data than random seeds", "Fig. 11", data_gain("first pits", "n_mc = 16"),
+    Claim("first pits make better data than random seeds", "Fig. 11", q.data_gain("first pits", "n_mc = 16"),
           key="first_pits"),
     Claim("few completions a prefix are better at a small budget, many at a large one", "Fig. 6b",
-          few_then_many, key="n_mc"),
+          q.few_then_many, key="n_mc"),
     Claim("the reference policy's exact values are better labels than 16 completions of pi", "Fig. 6b, ours",
-          data_gain("exact, equal traces", "n_mc = 16"), key="exact_labels"),
-    Claim("with the advantage a step's score mispredicts the outcome less often", "Fig. 10", error_drop)]
+          q.data_gain("exact, equal traces", "n_mc = 16"), key="exact_labels"),
+    Claim("with the advantage a step's score mispredicts the outcome less often", "Fig. 10", q.error_drop)]
 
 RANGES = {"": (0.70, 0.86), "above .86": (0.86, 1.0)}
 MECHANISM = [*(Claim(f"{what} (verifiers of AUC .70 to .86; above)", where,
@@ -147,28 +132,28 @@ MECHANISM = [*(Claim(f"{what} (verifiers of AUC .70 to .86; above)", where,
           lambda m: {"": m.predicted()}, lo=0.7, unit="rank correlation over the verifiers (extreme runs)",
           key="prediction_rank_correlation")]
 RL = [
-    Claim("PAV-RL ends above ORM-RL (paper: by 7 points)", "Fig. 7a", over("pav", "outcome"),
+    Claim("PAV-RL ends above ORM-RL (paper: by 7 points)", "Fig. 7a", q.over("pav", "outcome"),
           key="rl_pav_minus_orm"),
-    Claim("at least 5 times fewer iterations than ORM-RL for its best accuracy", "Fig. 7b", efficiency(),
+    Claim("at least 5 times fewer iterations than ORM-RL for its best accuracy", "Fig. 7b", q.efficiency(),
           lo=5, unit="times", key="rl_sample_efficiency"),
-    Claim("... and than ORM-RL whose KL weighs as little", "Fig. 7b, fair", efficiency(True), lo=5,
+    Claim("... and than ORM-RL whose KL weighs as little", "Fig. 7b, fair", q.efficiency(True), lo=5,
           unit="times", key="rl_sample_efficiency_fair"),
-    Claim("PAV-RL ends above ORM-RL whose KL weighs as little", "Fig. 7a, fair", over("pav", "fair"),
+    Claim("PAV-RL ends above ORM-RL whose KL weighs as little", "Fig. 7a, fair", q.over("pav", "fair"),
           key="rl_pav_minus_orm_fair"),
-    Claim("PAV-RL has a higher pass@64 than ORM-RL", "Fig. 8a", over("pav", "outcome", 64),
+    Claim("PAV-RL has a higher pass@64 than ORM-RL", "Fig. 8a", q.over("pav", "outcome", 64),
           key="rl_pass64_pav_minus_orm"),
-    Claim("... and than ORM-RL whose KL weighs as little", "Fig. 8a, fair", over("pav", "fair", 64),
+    Claim("... and than ORM-RL whose KL weighs as little", "Fig. 8a, fair", q.over("pav", "fair", 64),
           key="rl_pass64_pav_minus_orm_fair"),
-    Claim("PAV-RL has the higher pass@64, above SFT's, and ORM-RL's is below SFT's", "Fig. 8a", pass_64,
+    Claim("PAV-RL has the higher pass@64, above SFT's, and ORM-RL's is below SFT's", "Fig. 8a", q.pass_64,
           key="rl_pass64"),
-    Claim("summed along the trace, A^mu gives what outcome reward gives", "derived", over("pav_sum"), -2, 2,
+    Claim("summed along the trace, A^mu gives what outcome reward gives", "derived", q.over("pav_sum"), -2, 2,
           key="rl_pav_sum"),
-    Claim("with mu = pi, A^mu gives what outcome reward gives", "section 3", over("pav_pi"), -2, 2,
+    Claim("with mu = pi, A^mu gives what outcome reward gives", "section 3", q.over("pav_pi"), -2, 2,
           key="rl_pav_pi"),
-    Claim("Q^mu as a bonus makes RL fail", "App. G", over("q_bonus"), -INF, 0, key="rl_q_bonus"),
-    Claim("PAV-RL is above the best of all ORM-RL here", "not in the paper", over_best,
+    Claim("Q^mu as a bonus makes RL fail", "App. G", q.over("q_bonus"), -INF, 0, key="rl_q_bonus"),
+    Claim("PAV-RL is above the best of all ORM-RL here", "not in the paper", q.over_best,
           key="rl_pav_over_best_orm"),
-    *(Claim(f"{says} is above outcome reward", "not in the paper", over(r), key=f"rl_{slug(r)}")
+    *(Claim(f"{says} is above outcome reward", "not in the paper", q.over(r), key=f"rl_{slug(r)}")
       for r, says in (
         ("pav_exact", "PAV-RL with exact values"), ("pav_rollout", "PAV-RL with fresh rollouts"),
         ("vine", "VinePPO's A^pi"), ("pav-policyweak", "PAV-RL from the weaker policy"),
@@ -176,7 +161,7 @@ RL = [
 
 DIDACTIC = [
     Claim("the effective reward needs 10 times fewer iterations to 90% than only Q", "Fig. 3a",
-          lambda d: {k: point(r["ratio"], r["at_least"]) for k, r in d["ratio_of_medians"].items()},
+          lambda d: {k: q.point(r["ratio"], r["at_least"]) for k, r in d["ratio_of_medians"].items()},
           lo=10, unit="times (medians over the seeds)"),
     Claim("provers of middling strength are the useful ones (gamma 8 to 15)", "Fig. 3b",
           lambda d: {k: g and {"mean": sum(g) / len(g), "lo": min(g), "hi": max(g)}
@@ -184,10 +169,10 @@ DIDACTIC = [
 THEORY = [
     Claim("improvement is at least a constant times distinguishability + alignment, random provers",
           "Theorem 3.1",
-          lambda d: {"smallest constant": point(d["c"])}, unit="over 1,000 random trees"),
+          lambda d: {"smallest constant": q.point(d["c"])}, unit="over 1,000 random trees"),
     Claim("where Q = O(1/K), best-of-K's distinguishability grows as K^2", "Remark 3.1",
-          exponent("distinguishability"), 1.9, 2.1, unit="exponent", key="distinguishability_exponent"),
-    Claim("... and so does the improvement", "Remark 3.1", exponent("gain"), 1.9, 2.1, unit="exponent",
+          q.exponent("distinguishability"), 1.9, 2.1, unit="exponent", key="distinguishability_exponent"),
+    Claim("... and so does the improvement", "Remark 3.1", q.exponent("gain"), 1.9, 2.1, unit="exponent",
           key="improvement_exponent"),
     Claim("a weak prover improves a strong base in most trees", "Prop. F.1",
-          lambda d: {"": point(d["weak_prover_helps_share"])}, lo=0.5, unit="share of the trees")]
+          lambda d: {"": q.point(d["weak_prover_helps_share"])}, lo=0.5, unit="share of the trees")]

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from minipav.files import write_csv, write_json
-from minipav.paper.figures import draw
+from minipav.paper.figures import draw, over_runs
 from minipav.paper.planted import EOS, Made, Planted
 from minipav.utils import Fail, command, commit, hardware, main_guard, progress
 
@@ -113,12 +113,6 @@ def measure(summary, rows, name, task, conditions, seeds, iterations, **how):
     return accuracy
 
 
-def curve(x, y):
-    """A line of a figure: mean, lowest and highest over the seeds, y (seeds, len(x))."""
-    y = np.asarray(y, float)
-    return x, y.mean(0), y.min(0), y.max(0)
-
-
 def fig3(summary, rows, out, label, baseline, seeds, iterations):
     """Fig. 3: learning curves, accuracy by the prover's gamma, pass@N."""
     conditions = {"only Q": (0, 10, baseline), **{f"gamma {g}": (1, g, baseline) for g in GAMMAS}}
@@ -127,12 +121,12 @@ def fig3(summary, rows, out, label, baseline, seeds, iterations):
     mean, steps, N = accuracy.mean(-1), range(0, iterations + 1, EVERY), 2 ** np.arange(1, 9)
 
     def pass_at(p):
-        return curve(N, 1 - (1 - p.numpy()[:, None]) ** N)
+        return over_runs(N, 1 - (1 - p.numpy()[:, None]) ** N)
     draw(out / f"fig3_{label.split()[0]}", f"Fig. 3, {label} ({len(seeds)} seeds: mean, lowest, highest)", [
-        ("3a", "iteration", "accuracy", {k: curve(steps, a) for k, a in two.items()}),
+        ("3a", "iteration", "accuracy", {k: over_runs(steps, a) for k, a in two.items()}),
         ("3b", "gamma of the prover", "accuracy, mean over the run", {
-            "Q + A^mu": curve(GAMMAS, mean[1:].T),
-            "only Q": curve(GAMMAS, mean[:1].T.expand(-1, len(GAMMAS)))}),
+            "Q + A^mu": over_runs(GAMMAS, mean[1:].T),
+            "only Q": over_runs(GAMMAS, mean[:1].T.expand(-1, len(GAMMAS)))}),
         ("3c, iteration 100", "N", "pass@N", {
             **{k: pass_at(a[:, PROBE // EVERY]) for k, a in two.items()},
             "after SFT": pass_at(accuracy[0, :, 0])})])

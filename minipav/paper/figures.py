@@ -83,13 +83,13 @@ def paper(of, names, x="N", title="the paper, 2B", xlabel="N", ylabel="accuracy"
                                    key in names.items() if key in of}
 
 
-# ---- search: s is a report.Searched; draw(name, title, panels)
+# ---- search: s is a report.Searched; out: the folder
 
 def of_base(s, search, base):
     return s.curves.get("main" if base == "base" else "bases", search, base)
 
 
-def search_figures(s, draw):
+def search_figures(s, out):
     """Draw every figure whose curves were measured."""
     three = {"beam, PAV": "beam:effective", "best-of-N, ORM": "best_of_n:orm", "pass@N": "pass"}
     each = {b: {k: of_base(s, v, b) for k, v in three.items()} for b in NAMES}
@@ -100,34 +100,34 @@ def search_figures(s, draw):
     p = PAPER["fig4"]
     theirs = paper(p["2B"], {"beam, PAV": "PAV", "best-of-N, ORM": "ORM", "pass@N": "passN"}, p["N"])
     if ours:
-        draw("fig4", "Fig. 4: search against PAVs and re-ranking by the ORM", [*ours, theirs])
+        draw(out / "fig4", "Fig. 4: search against PAVs and re-ranking by the ORM", [*ours, theirs])
     beams = {k: s.main(v) for k, v in (("beam, Q^pi", "beam:q_pi"), ("beam, PAV", "beam:effective"))}
     tuned = {f"{k}, tuned": s.tuned(v) for k, v in (("beam, Q^pi", "beam:q_pi"),
                                                     ("beam, PAV", "beam:effective"))}
     if all(beams.values()):
         each = [f"{m}:{x}" for m in ("best_of_n", "beam") for x in SCORES]
         theirs = {"best-of-N, ORM": "ORM", "best-of-N, PAV": "PAV_as_ORM"} | BEAMS
-        draw("fig5a", "Fig. 5a: the same search with only the score changed", [
+        draw(out / "fig5a", "Fig. 5a: the same search with only the score changed", [
             ("ours", X, "accuracy", lines({name_of(m): s.main(m) for m in each})),
             ("ours, quota and alpha tuned", X, "accuracy", lines(beams | tuned)),
             paper(PAPER["fig5a_9B"], theirs, "N_corrected", "the paper, 9B")])
-        draw("fig6a", "Fig. 6a: is a right answer among the candidates?", [
+        draw(out / "fig6a", "Fig. 6a: is a right answer among the candidates?", [
             ("ours", X, "pass@N", lines({"samples": s.main("pass")} | beams, "solved")),
             paper(PAPER["fig6a_2B"], {"samples": "iid"} | BEAMS, ylabel="pass@N")])
     if steps := s.fact("steps", lambda f: f):
         ours = {k: over_runs(range(1, 99), [f[v] for f in steps])
                 for k, v in (("Q^pi + alpha A^mu", "effective"), ("Q^pi", "q_pi"))}
         theirs = {"Q^pi + alpha A^mu": "PAV", "Q^pi": "PQV"}
-        draw("fig10", "Fig. 10: error in predicting the outcome after step h", [
+        draw(out / "fig10", "Fig. 10: error in predicting the outcome after step h", [
             ("ours (right and wrong weigh the same)", "step", "error", ours),
             paper(PAPER["fig10"], theirs, "step", "the paper, 9B", "step", "error")])
     if s.curves.get("provers", "beam:q_pi"):
-        prover_figures(s, draw)
+        prover_figures(s, out)
     if rows := s.fact("data", lambda f: f["rows"]):
-        data_figure(rows, draw)
+        data_figure(rows, out)
 
 
-def tune_figure(rows, draw):
+def tune_figure(rows, out):
     """Accuracy of the beams that were tried on validation problems: a panel a score, a line a quota."""
     panels = []
     for score, tried in rows.groupby("score"):
@@ -136,10 +136,10 @@ def tune_figure(rows, draw):
             f"quota {q}": (x.index.get_level_values(1), x.mean(axis=1), x.min(axis=1), x.max(axis=1))
             for q, x in by.groupby("quota", sort=False)}))
     if panels:
-        draw("tune", "Beams on validation problems (mean, extreme runs)", panels)
+        draw(out / "tune", "Beams on validation problems (mean, extreme runs)", panels)
 
 
-def prover_figures(s, draw):
+def prover_figures(s, out):
     """Fig. 5b, 5c, and Theorem 3.1's terms against the gain."""
     c, y, title = PAPER["fig5c_pct_over_ORM_beam16"], "% over best-of-N, ORM", "base policy"
     beam = {k[1::3]: x for k, x in s.curves.by.items() if k[0] == "provers" and k[4]}         # (base, prover)
@@ -154,7 +154,7 @@ def prover_figures(s, draw):
     have = [b for b in NAMES if of_base(s, "best_of_n:orm", b)]
     pairs = {f"mu = {NAMES[mu]}": line([NAMES[b] for b in have], np.stack([over_orm(b, mu) for b in have], 1))
              for mu in NAMES if have and all((b, mu if mu != b else "bo1") in beam for b in have)}
-    draw("fig5bc", "Fig. 5b, 5c: provers", [
+    draw(out / "fig5bc", "Fig. 5b, 5c: provers", [
         ("best-of-K provers, base policy", "K", "accuracy", by_k),
         paper(PAPER["fig5b_2B"], {k: k for k in ("Bo2", "Bo4", "Bo8", "Bo16", "Bo32")}),
         ("base x prover", title, y, pairs),
@@ -166,12 +166,12 @@ def prover_figures(s, draw):
     def against(b, mu):
         gain = beam[b, mu].acc - s.curves.get("provers", "beam:q_pi", b).acc
         return line([np.mean([t[b, mu] for t in terms])], 100 * gain.mean(1, keepdims=True))
-    draw("theorem", "Theorem 3.1's two terms before the search, and the gain in it", [
+    draw(out / "theorem", "Theorem 3.1's two terms before the search, and the gain in it", [
         (f"{NAMES[b]} policy", "distinguishability + alignment", "points over the Q^pi beam",
          {mu: against(b, mu) for base, mu in terms[0] if base == b}) for b in NAMES])
 
 
-def data_figure(rows, draw):
+def data_figure(rows, out):
     """Fig. 6b and 11."""
     p, first, panels = PAPER["fig6b_9B"], rows[0], []
     sizes, ways = sorted({r["rollouts"] for r in first}), dict.fromkeys(r["way"] for r in first)
@@ -180,23 +180,23 @@ def data_figure(rows, draw):
             w: over_runs(sizes, [[r[key] for r in one if r["way"] == w] for one in rows]) for w in ways}))
     theirs = {f"n_mc/n_cov = {r}": y for r,
               y in p["ratio"].items()} | {"first pits": PAPER["fig11"]["first_pit"]}
-    draw("fig6b", "Fig. 6b, 11: data for the verifier (Q^pi, beam 8)", [*panels, paper(
+    draw(out / "fig6b", "Fig. 6b, 11: data for the verifier (Q^pi, beam 8)", [*panels, paper(
         theirs, {k: k for k in theirs}, p["size_k"], "the paper, 9B", "thousand rollouts")])
 
 
 # ---- RL: t is an rl_report.Trained
 
-def rl_figures(t, draw):
+def rl_figures(t, out):
     """Draw every figure whose trainings are there."""
     main, p = [n for n in ("outcome", "pav") if t.curve(n)], PAPER["fig7b_2B"]
     if main:
         theirs = paper(p, KEYS, [i * p["every"] for i in range(len(p["ORM_RL"]))], xlabel="iteration")
-        draw("fig7", "Fig. 7: RL with outcome reward and with process advantages", [*spent(t, main), theirs])
+        draw(out / "fig7", "Fig. 7: RL with outcome and with process reward", [*spent(t, main), theirs])
     if all(t.end(n) is not None for n in TRAININGS):
         names, hard = list(TRAININGS.values()), sum(int(h.sum()) for h in t.unsolved())
         bars = {"ours": line(names, np.stack([t.end(n) for n in TRAININGS], 1)),
                 "the paper, 2B": (names, [PAPER["fig7a"]["2B"][KEYS[k]] for k in names], None, None)}
-        draw("fig8", "Fig. 7a, 8: the policies in the end", [
+        draw(out / "fig8", "Fig. 7a, 8: the policies in the end", [
             ("7a: one sample", "policy", "accuracy", bars),
             ("8a: ours", "N", "pass@N", {name: t.passes(n) for n, name in TRAININGS.items()}),
             paper(PAPER["fig8a_2B"], KEYS, title="8a: the paper, 2B", ylabel="pass@N"),
@@ -204,10 +204,10 @@ def rl_figures(t, draw):
                 TRAININGS[n]: t.on_unsolved(n) for n in main}),
             paper(PAPER["fig8b"], KEYS, title="8b: the paper, 9B", ylabel="pass@N")])
     if len(t.trained) > 2:
-        draw("rewards", "Every training", spent(t, t.trained))
+        draw(out / "rewards", "Every training", spent(t, t.trained))
     if len(main) == 2:
-        kl_figure(t, draw)
-        sweep_figure(t, draw)
+        kl_figure(t, out)
+        sweep_figure(t, out)
 
 
 def spent(t, names):
@@ -222,7 +222,7 @@ def spent(t, names):
             panel(data, "minutes", lambda n: (t.before(n)[1] + t.mean(n, "seconds")) / 60)]
 
 
-def kl_figure(t, draw):
+def kl_figure(t, out):
     """Of the trainings that differ from pav in reward and KL alone: the end against how far they went."""
     by, panels = {}, []
     for x, n in sorted((t.mean(n, "kl")[-1], n) for n in t.trained if t.differs(n, "pav") <= {"kl"}):
@@ -231,10 +231,10 @@ def kl_figure(t, draw):
     for ylabel, N in (("accuracy", 1), (f"pass@{t.most}", t.most)):
         panels.append(("in the end", "KL", ylabel, {
             r: line([x for x, _ in ns], np.stack([t.end(n, N) for _, n in ns], 1)) for r, ns in by.items()}))
-    draw("kl", "How far from the initial policy: every reward, with other KL coefficients too", panels)
+    draw(out / "kl", "How far from the initial policy: every reward, with other KL coefficients too", panels)
 
 
-def sweep_figure(t, draw):
+def sweep_figure(t, out):
     """One panel a flag: what trainings that differ from `outcome` or `pav` in this flag alone come to."""
     by, rewards, nan = {}, ("outcome", "pav"), np.full(len(t.end("pav")), np.nan)
     for n in t.trained:
@@ -247,4 +247,4 @@ def sweep_figure(t, draw):
         [t.end(v[r]) if r in v else nan for v in values.values()], 1)) for r in rewards}) for flag,
         values in by.items()]
     if panels:
-        draw("sweeps", "What the result depends on", panels)
+        draw(out / "sweeps", "What the result depends on", panels)

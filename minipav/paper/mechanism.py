@@ -100,27 +100,23 @@ def data_of(run, recipe):
     return traces[few] if recipe.traces else traces
 
 
-def verifier(run, recipe):
-    """-> (model, held-out AUC)"""
-    c, seed = run.config, run.seed("mechanism", recipe.name)
-    if recipe.init == "q_pi":
-        return run.model("q_pi"), evaluate(run.model("q_pi"), run.traces("base_validation")).auc
-    init = run.model(recipe.init if recipe.init in ("base", "strong") else "base")
+def train(run, recipe):
+    """Make and save a verifier. -> facts"""
+    c, seed, held_out = run.config, run.seed("mechanism", recipe.name), run.traces("base_validation")
+    model = run.model(recipe.init if recipe.init in ("q_pi", "strong") else "base")
     if recipe.init in ("scratch", "nano"):
         torch.manual_seed(seed)
         small = SIZES["nano"] if recipe.init == "nano" else {}
-        fresh = GPT(replace(init.config, **small)).to(init.device)
-        fresh.bf16, init = init.bf16, fresh
-    model, report = train_verifier(
-        init, data_of(run, recipe), run.traces("base_validation"), steps=recipe.steps,
-        batch_size=c["batch_size"], lr_muon=c["lr_muon_verifier"], lr_adamw=c["lr_adamw_verifier"], seed=seed,
-        target=recipe.target, log=run.logger(recipe.name, recipe.steps))
-    return model, report.auc
-
-
-def train(run, recipe):
-    model, auc = verifier(run, recipe)
-    return {"auc": round(auc, 4), "files": model.save(run.out / "mechanism" / recipe.name)}
+        fresh = GPT(replace(model.config, **small)).to(model.device)
+        fresh.bf16, model = model.bf16, fresh
+    if recipe.init == "q_pi":
+        found = evaluate(model, held_out)
+    else:
+        model, found = train_verifier(
+            model, data_of(run, recipe), held_out, steps=recipe.steps, batch_size=c["batch_size"],
+            lr_muon=c["lr_muon_verifier"], lr_adamw=c["lr_adamw_verifier"], seed=seed, target=recipe.target,
+            log=run.logger(recipe.name, recipe.steps))
+    return {"auc": round(found.auc, 4), "files": model.save(run.out / "mechanism" / recipe.name)}
 
 
 def measure(run, recipe, a, quotas, name):

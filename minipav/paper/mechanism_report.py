@@ -181,6 +181,5 @@ def report(runs, names, width, out):
         found = (interval(m.by[n][g]) for _, g in shown)
         text.append(f"{n:<22}{m.facts[n]['auc']:>6.3f}" + "".join(
             f"{v['mean']:>+8.1f} [{v['lo']:+.1f}, {v['hi']:+.1f}]".rjust(26) for v in found))
-    made = ["mechanism.png", "mechanism_verifiers.csv", "rows.csv.gz"]
-    finish(out, facts, judged(MECHANISM, m), "\n".join(text), made,
+    finish(out, facts, judged(MECHANISM, m), "\n".join(text),
            "python search.py --verifier mechanism/base-60; or other seeds, then --run RUN ... --out DIR")

@@ -47,28 +47,19 @@ def judged(claims, measured):
     return [j for c in claims if (j := judge(c, measured))]
 
 
-def finish(out, summary, claims, text, made, after):
+def finish(out, summary, claims, text, after):
     """Write table.txt and summary.json, print them, say where the files are and which command comes next."""
     write_text(out / "table.txt", text + "\n")
     write_json(out / "summary.json", summary | {"claims": claims})
     print("\n" + "\n".join([text, "", *map(sentence, claims)]))
-    print(f"\nin {out}: table.txt, summary.json, {', '.join(made)}\nnext: {after}")
+    drawn = sorted(p.name for p in out.glob("*.png"))
+    print(f"\nin {out}: table.txt, summary.json, CSVs, {', '.join(drawn)}\nnext: {after}")
 
 
 def keep(path, tables):
     """All rows of these tables, compressed."""
     gz = {"method": "gzip", "mtime": 0}
     write_whole(path, lambda p: pd.concat(tables).to_csv(p, index=False, compression=gz))
-
-
-def drawer(out):
-    """(figure(name, title, panels), the names of what it has drawn)"""
-    made = []
-
-    def figure(name, title, panels):
-        draw(out / name, title, panels)
-        made.append(f"{name}.png")
-    return figure, made
 
 
 class Searched:
@@ -158,7 +149,6 @@ def report_training(runs, out):
           f"AUC of right traces against the same with a corrupted step: {facts['corrupted_step_auc'][0]}\n"
           f"{facts['minutes']['mean']:.1f} minutes")
     finish(out, facts, judged(SEARCH[:4], s), text,
-           ["accuracy.png", "curves.csv", "paired.csv", "rows.csv.gz"],
            f"python search.py --run {runs[0]}, python rl.py --run {runs[0]}; or other seeds, then "
            f"python -m minipav.paper.report --runs {runs[0]} ... --out DIR for their mean")
 
@@ -182,16 +172,16 @@ def headline(s):
 def report_search(runs, measured, out):
     """Of the searches of search.py: measured has the tables and facts of each run."""
     tables = {run.config["seed"]: t for run, (t, _) in zip(runs, measured)}
-    s, (figure, made) = Searched(tables, [f for _, f in measured]), drawer(out)
-    tune_figure(s.rows[(s.rows.group == "tune") & (s.rows.method == "beam")], figure)
-    search_figures(s, figure)
+    s = Searched(tables, [f for _, f in measured])
+    tune_figure(s.rows[(s.rows.group == "tune") & (s.rows.method == "beam")], out)
+    search_figures(s, out)
     names = [dict.fromkeys(str(p.relative_to(run.out)).removesuffix(".csv") for _, p in t) for run,
              (t, _) in zip(runs, measured)]
     facts = provenance([run.out for run in runs], names) | headline(s) | {
         "seeds": list(tables), "chosen": [f.get("chosen") for _, f in measured],
         "prediction": [f.pop("prediction", None) for _, f in measured],
         "experiments": [{k: x for k, x in f.items() if k != "chosen"} for _, f in measured]}
-    finish(out, facts, judged(SEARCH, s), s.write(out), [*made, "curves.csv", "paired.csv", "rows.csv.gz"],
+    finish(out, facts, judged(SEARCH, s), s.write(out),
            f"python rl.py --run {runs[0].out}; or --all; or other seeds, then --run RUN RUN ... --out DIR")
 
 

@@ -5,7 +5,7 @@ import pandas as pd
 from minipav.files import read_json, write_csv, write_text
 from minipav.paper.claims import RL
 from minipav.paper.figures import line, rl_figures
-from minipav.paper.report import drawer, finish, judged, keep, provenance, stage
+from minipav.paper.report import finish, judged, keep, provenance, stage
 from minipav.paper.statistics import NONE, Curve, bootstrap, interval, pass_at_n, read_table, spread
 from minipav.prover import Prover, verifier_of
 from minipav.rewards import REWARDS, gradient_ratio
@@ -156,7 +156,7 @@ class Trained:
 
 def report_rl(runs, stages, out):
     """Of the trainings of rl.py: stages has, for each run, {label: stage}."""
-    t, (figure, made) = Trained(runs, stages), drawer(out)
+    t = Trained(runs, stages)
     header = ["training", "iterations", "tokens", "minutes", "kl", "accuracy", "lo", "hi", "greedy",
               "pass@16", "pass@64", "over_outcome", "over_outcome_lo", "over_outcome_hi"]
     body = list(t.table())
@@ -164,7 +164,7 @@ def report_rl(runs, stages, out):
     logs = [log.assign(training=n, run=seed) for n, ls in t.logs.items() for seed, log in zip(t.seeds, ls)]
     write_text(out / "curves.csv", pd.concat(logs).to_csv(index=False))
     keep(out / "rows.csv.gz", t.rows)
-    rl_figures(t, figure)
+    rl_figures(t, out)
     head = ("training", "minutes", "KL", "accuracy", "95% interval", "greedy", "pass@16", "pass@64")
     text = ["{:<28}{:>8}{:>7}{:>10}   {:<14}{:>10}{:>9}{:>9}".format(*head)]
     for n, _, _, m, kl, acc, lo, hi, g, p, q, *_ in body:
@@ -173,5 +173,5 @@ def report_rl(runs, stages, out):
         "seeds": t.seeds, "controls": {n: t.control(n) for n in t.trained},
         "before": {n: dict(zip(("tokens", "seconds"), map(float, t.before(n)))) for n in t.trained},
         "accuracy_by_seed": {n: [round(float(x[n, "end", 1].mean()), 4) for x in t.each] for n in t.labels}}
-    finish(out, facts, judged(RL, t), "\n".join(text), [*made, "table.csv", "curves.csv", "rows.csv.gz"],
+    finish(out, facts, judged(RL, t), "\n".join(text),
            "python rl.py --all; or other seeds of train.py, then python rl.py --run RUN RUN ... --out DIR")

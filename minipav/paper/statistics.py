@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from minipav.files import damaged
+from minipav.files import damaged, reading
 
 KEY = ["group", "policy", "method", "score", "prover", "alpha"]
 DROPPED = {**dict.fromkeys(("main", "tuned", "bases"), ["prover", "alpha"]),
@@ -26,11 +26,9 @@ class Curve(NamedTuple):
 
 def read_table(path, columns, text=()):
     """These columns of a table; all but those in `text` hold numbers."""
-    try:
+    with reading(path, ValueError):                             # pandas' parser's are such
         table = pd.read_csv(path, usecols=columns, keep_default_na=False, dtype=str)
         return table.apply(lambda x: x if x.name in text else pd.to_numeric(x.where(x != "")))
-    except (OSError, ValueError, pd.errors.ParserError) as e:
-        raise damaged(path, " ".join(str(e).split())) from None
 
 
 def load(tables):

@@ -33,23 +33,6 @@ class Beam:
         return Beam(*(torch.cat([getattr(self, f.name), getattr(other, f.name)]) for f in fields(self)))
 
 
-class Judges:
-    """Q^pi and Q^mu of growing rows: one verifier and a closed form (Eq. 30), or two verifiers."""
-
-    def __init__(self, pi, mu, K):
-        self.pi, self.mu, self.K = pi, mu, K
-
-    @property
-    def q_mu(self):
-        return q_best_of_k(self.pi.q, self.K) if self.mu is None else self.mu.q
-
-    def children(self, *new):
-        return Judges(self.pi.children(*new), self.mu and self.mu.children(*new), self.K)
-
-    def __getitem__(self, rows):
-        return Judges(self.pi[rows], self.mu and self.mu[rows], self.K)
-
-
 def beam(s, problems, widths, seed):
     """Beam search at each width. -> [Result]
 
@@ -123,13 +106,18 @@ def partial(s, r, spent, *call):
                    crc32(repr(how).encode()), texts=r.text)
 
 
+def both(s, pi, mu):
+    """Q^pi, and Q^mu: of a verifier of its own, or in closed form (Eq. 30)."""
+    return pi.q, q_best_of_k(pi.q, s.K) if mu is None else mu.q
+
+
 def search_batch(s, problems, prompts, lengths, slots, width, seed, offset=0):
     """-> the finished traces of the last beams (a Beam), policy tokens (P,), verifier tokens (P,)"""
     P, H, device, eot = len(prompts), s.env.task.max_steps, prompts.device, s.env.enc.eot_token
     room = lengths + s.env.task.longest
     cache, hidden = prefill(s.policy, prompts, torch.arange(P), lengths)     # (P, C)
     pi = Values(s.verifier, prompts, lengths) if s.verifier else s.exact(s.env, problems, device)
-    judges = Judges(pi, s.mu_verifier and Values(s.mu_verifier, prompts, lengths), s.K)
+    mu = s.mu_verifier and Values(s.mu_verifier, prompts, lengths)
     tokens = pad_right(prompts, (0, slots - prompts.shape[1]), value=pad_token(s.env.enc))
     live = Beam(torch.arange(P, device=device), tokens, lengths, pi.q[:, None].expand(P, H + 1), pi.q)
     parents = live.owner                                                        # of the live prefixes
@@ -137,7 +125,7 @@ def search_batch(s, problems, prompts, lengths, slots, width, seed, offset=0):
     read = s.readers * lengths
     for level in range(H):
         place = ((live.owner + offset) * H + level) * width * s.C
-        steps, grown = expand(s, live, cache, hidden, place, allot(s, live.owner, width, level), seed)
+        steps, grown = expand(s, live.owner, cache, hidden, place, allot(s, live.owner, width, level), seed)
         spent.index_add_(0, live.owner[steps[0]], steps[2])
         kept = distinct(*steps[:2], steps[3])
         kept = kept[(steps[3][kept] == eot) | (level + 1 < H)]  # a last step without END leads nowhere
@@ -147,9 +135,10 @@ def search_batch(s, problems, prompts, lengths, slots, width, seed, offset=0):
             break
         parent, new, count, stop, logprob = (x[kept] for x in steps)
         read = read.index_add(0, live.owner[parent], s.readers * count)
-        before, judges = judges, judges.children(parent, new, count)
-        step = Step(judges.pi.q, judges.q_mu, before.pi.q[parent], before.q_mu[parent],
-                    live.q_pi[parent, :level + 1], level + 1, logprob.sum(1), s.alpha)
+        before = [q[parent] for q in both(s, pi, mu)]
+        pi, mu = (x and x.children(parent, new, count) for x in (pi, mu))
+        step = Step(*both(s, pi, mu), *before, live.q_pi[parent, :level + 1], level + 1, logprob.sum(1),
+                    s.alpha)
         child = grow(live[parent], new, count, step, s.score.of(step))
         relatives = kin(s, child.owner, parent, parents, new, count)
         best, on = prune(finished, child, stop == eot, width, relatives, s.quota.penalty)
@@ -160,7 +149,8 @@ def search_batch(s, problems, prompts, lengths, slots, width, seed, offset=0):
         rows, finished = best[on] - len(finished.owner), (finished + child)[best[~on]]
         if len(rows) == 0:
             break
-        live, cache, judges = child[rows], grown.fold(kept[rows], count[rows] - 1), judges[rows]
+        live, cache = child[rows], grown.fold(kept[rows], count[rows] - 1)
+        pi, mu = (x and x[rows] for x in (pi, mu))
         parents = parent[rows]
         delimiter = live.tokens.gather(1, live.lengths[:, None] - 1)            # which it has not read yet
         hidden = s.policy.trunk(delimiter, cache)[:, 0]
@@ -178,17 +168,17 @@ def allot(s, owner, width, level):
     return samples // live + (places(owner) < samples % live)
 
 
-def expand(s, live, cache, hidden, place, times, seed):
-    """times (N,) next steps of every live prefix. place (N,): the number of the first sample of each prefix's
-    problem at this level, from which its others count on; a sample's number fixes its randomness. -> (parent,
-    tokens, lengths, stop token, log-probabilities) of each, the cache behind"""
+def expand(s, owner, cache, hidden, place, times, seed, whole=True):
+    """times (N,) next steps of every prefix of these owners, ascending. place (N,): the number of the first
+    sample of each prefix's problem, from which its others count on; a sample's number fixes its randomness.
+    -> (parent, tokens, lengths, stop token, log-probabilities) of each, the cache behind"""
     task, enc, device = s.env.task, s.env.enc, hidden.device
-    parent = torch.arange(len(live.owner), device=device).repeat_interleave(times)
-    ids = place[parent] + places(live.owner[parent])
+    parent = torch.arange(len(owner), device=device).repeat_interleave(times)
+    ids = place[parent] + places(owner[parent])
     stops = stop_mask(delimiter_tokens(enc, task.delimiter), enc.n_vocab, device)
     grown = cache.branch(parent)
     new = decode(s.policy, grown, hidden[parent], ids, seed, task.max_step_tokens, stops, pad_token(enc),
-                 logprobs=True, whole=True, **choice(s.env))
+                 logprobs=True, whole=whole, **choice(s.env))
     return (parent, *new), grown
 
 

@@ -5,11 +5,11 @@ import torch
 
 from minipav import parallel
 from minipav.advantage import q_best_of_k
-from minipav.sampler import decode, prefill
-from minipav.search.beam import distinct
-from minipav.search.score import Result, Step, places
-from minipav.tokenizer import delimiter_tokens, encode_rows, pad_token, stop_mask
-from minipav.traces import choice, responses
+from minipav.sampler import prefill
+from minipav.search.beam import distinct, expand
+from minipav.search.score import Result, Step
+from minipav.tokenizer import encode_rows, pad_token
+from minipav.traces import responses
 from minipav.utils import progress
 from minipav.verifier import value_at_end
 
@@ -27,7 +27,6 @@ class Tree:
         self.s, self.problems, self.seed, self.offset, self.size = s, problems, seed, offset, P
         self.H, self.device = task.max_steps, s.policy.device
         prompts, lengths = (x.to(self.device) for x in encode_rows(enc, [task.prompt(p) for p in problems]))
-        self.stops = stop_mask(delimiter_tokens(enc, task.delimiter), enc.n_vocab, self.device)
         self.parent, self.owner, self.depth, self.lengths, self.ended = (
             torch.zeros(N, dtype=torch.long, device=self.device) for _ in range(5))
         self.q_mu, self.logprob, self.score, self.still = torch.zeros(4, N, device=self.device)
@@ -64,12 +63,9 @@ class Tree:
         s, owner, enc = self.s, self.owner[nodes], self.s.env.enc
         rows = self.tokens[nodes], torch.arange(len(nodes)), self.lengths[nodes]
         cache, hidden = prefill(s.policy, *rows)
-        row = torch.arange(len(nodes), device=self.device).repeat_interleave(n)
-        ids = (owner[row] + self.offset << 24) + self.drawn[owner[row]] + places(owner[row])
-        room = s.env.task.max_step_tokens
-        new, count, stop, logprob = decode(
-            s.policy, cache.branch(row), hidden[row], ids, self.seed, room, self.stops, pad_token(enc),
-            logprobs=True, **choice(s.env))
+        place = (owner + self.offset << 24) + self.drawn[owner]
+        steps, _ = expand(s, owner, cache, hidden, place, n, self.seed, whole=False)
+        row, new, count, stop, logprob = steps
         self.drawn.index_add_(0, owner, torch.full_like(owner, n))
         self.spent.index_add_(0, owner[row], count)
         kept = distinct(row, new, stop)

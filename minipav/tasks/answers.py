@@ -17,8 +17,8 @@ from functools import lru_cache
 LONGEST = 200                           # characters of an answer that is looked into; longer ones are texts
 SECONDS = 0.6, 5.0                      # of an expression: of processor time, and in all
 UNIT = re.compile(r"(?<=[\d}])(?:\\[,;! ]|[\s~])*(?:\\(?:text|mbox|mathrm)\{(?!\s*[ap]\.?m)[^{}\d]*\}"
-                  r"(?:\^\{?[23]\}?)?|(?<=\d)\s+(?!and\b)(?:[a-zA-Z]{3,}|(?:[cmk]m|[mk]g|m[lL]|ft|in|oz|lb)\b)"
-                  r"[a-zA-Z .]*)$")                             # 5\text{ cm}^2, 5 clips; not 5 xy, 3 pm
+                  r"(?:\^\{?[23]\}?)?|(?<=\d)\s+(?!and\b)(?:[a-zA-Z]{3,}|(?:[cmk]m|[mk]g|m[lL]|ft|in|oz|lb)"
+                  r"\b)[a-zA-Z .]*)$")                          # 5\text{ cm}^2, 5 clips; not 5 xy, 3 pm
 WORDS = re.compile(r"\\(?:text|mbox|mathrm|textbf|textit)\{([^{}]*)\}")
 MIXED = re.compile(r"(?<![\d.])(\d+)\s+(\d+)/(\d+)$")
 DROPPED = re.compile(r"\\(?:left|right|q?quad|displaystyle)(?![a-z])|(?<!\\)\\[!,;:\s$%]|[\s$~%]"

@@ -184,10 +184,8 @@ class Calculator(Task):
 
     def judge(self, problem, response):
         lines = self.steps(response)
-        if not response.endswith(END) or len(lines) > self.H:
-            return "illegal"
-        values = self.values(problem, lines)
-        if len(values) <= len(lines):
+        values = self.values(problem, lines[:self.H])
+        if not response.endswith(END) or len(values) <= len(lines):
             return "illegal"
         return "right" if values[-1] == problem.target else "planning"
 

@@ -124,10 +124,8 @@ class Countdown(Task):
 
     def judge(self, problem, response):
         lines = self.steps(response)
-        if not response.endswith(END) or len(lines) > self.max_steps:
-            return "illegal"
-        left = self.left(problem, lines)
-        if len(left) <= len(lines):
+        left = self.left(problem, lines[:self.max_steps])
+        if not response.endswith(END) or len(left) <= len(lines):
             return "illegal"
         return "right" if left[-1] == (problem.target,) else "planning"
 
