@@ -140,7 +140,8 @@ def test_q_by_rollouts_is_unbiased_and_exact_q_is_dynamic_programming(calculator
 def test_provers_that_a_reward_cannot_have_are_refused():
     """Before the first training, not after it."""
     def check(reward, mu, K, **flags):
-        a = argparse.Namespace(**{"policy": "base", "prover": "it", "refresh": 0, "n_mc": 4, **flags})
+        a = argparse.Namespace(**{"policy": "base", "prover": "it", "refresh": 0, "n_mc": 4,
+                                     "group": 4, "baseline": "value", **flags})
         check_prover(reward, argparse.Namespace(policy=mu, K=K), a)
     for reward, mu, K, flags, word in (("pav_exact", "strong", 1, {}, "exact values"),
                                        ("pav", "weak", 1, {"refresh": 2}, "--refresh"),
