@@ -35,7 +35,7 @@ def fit(a, config, task, out):
     share = torch.tensor(min(1.0, 60 * a.minutes / sum(getattr(a, k) * s for k, s in seconds.items())))
     parallel.add_up(share)                                      # several processes cut alike
     share = float(share) / parallel.world()
-    fewest = FEWEST | {"prover_rollouts": int(a.q_from == "strong")}
+    fewest = FEWEST | {"prover_rollouts": int(a.q_from == "strong")}                # Q^pi branches off them
     cut = {k: min(getattr(a, k), max(low, int(share * getattr(a, k)))) for k, low in fewest.items()}
     print(f"--minutes {a.minutes:g}: {share:.0%} of it all: " + ", ".join(
         f"--{k} {n} (of {getattr(a, k)})" for k, n in cut.items() if n < getattr(a, k)), flush=True)

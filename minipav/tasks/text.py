@@ -161,8 +161,8 @@ class Text(Task):
 
     def answer(self, response):
         found = self.extract(response.removesuffix(END)) if response.endswith(END) else None
-        x = None if found is None else number(text := normal(found))
-        return str(x) if x is not None else found and text
+        x = number(text := normal(found or ""))                 # equal numbers are one answer
+        return (text or None) if x is None else str(x)
 
     def judge(self, problem, response):
         """'illegal' is what does not end, has no answer or too many lines, empty ones too."""
