@@ -23,11 +23,10 @@ from minipav.run import check_out, open_runs, task_of
 from minipav.search import METHODS
 from minipav.search.inspect import show
 from minipav.search.measure import Bench, Cell, choose
-from minipav.search.score import SCORES, Quota
+from minipav.search.score import QUOTAS, SCORES, check_quota
 from minipav.utils import Fail, main_guard, pick_device, tune_process
 
 ALPHAS = (0.2, 0.5, 1.0, 2.0, 5.0)      # tried beside 0; the paper's grid ends at 1
-QUOTAS = ("none", "parent", "grandparent", "state")
 
 
 @dataclass
@@ -43,8 +42,8 @@ class Flags:
     widths: list = flag([1, 2, 4, 8, 16, 32], "beam widths", low=1, high=4096)
     alpha: float = flag(None, "weight of A^mu; default: chosen on validation problems for every search with "
                         "widths (best-of-N takes its beam's); else train.py's", high=1000, kind=float)
-    quota: str = flag(None, "of relatives in a beam: none, parent, grandparent, state or a penalty; default: "
-                      "none, and beside it one chosen on validation problems", kind=str)
+    quota: str = flag(None, "of relatives in a beam; default: none, and beside it one chosen on validation "
+                      "problems", choices=QUOTAS, kind=str)
     verifier: str = flag(None, "folder in the run, such as mechanism/base-60, in the place of q_pi", kind=str)
     spread: int = flag(12, "a beam spreads its samples over its prefixes, so many at the first level; 0: 3 "
                        "behind each prefix", high=1 << 16)
@@ -67,10 +66,10 @@ def tune(bench, a, mu, cell):
     if "alpha" not in SCORES[cell.score].uses:
         alphas = [0.0]
     shaped, states = METHODS[cell.method].shaped, bench.run.task.state
-    known = [q for q in QUOTAS if q == "none" or shaped and (q != "state" or states)]
-    tables, chosen = {}, []
-    for quotas in ((a.quota,), (a.quota,)) if a.quota else (known[:1], known):
-        if len(choices := [(x, q) for q in quotas for x in alphas]) == 1:
+    quotas = [q for q in QUOTAS if q == "none" or shaped and (q != "state" or states)]
+    quotas, tables, chosen = [a.quota] if a.quota else quotas, {}, []
+    for tried in (quotas[:1], quotas):                          # alpha without a quota, then both together
+        if len(choices := [(x, q) for q in tried for x in alphas]) == 1:
             chosen += choices
             continue
         tables |= {(x, q): bench.measure(replace(
@@ -124,7 +123,6 @@ def main():
     few(problems=a.problems, widths=max(a.widths))
     ns = tuple(2 ** k for k in range(a.n.bit_length()))
     budgets = {"n": ns, "widths": tuple(sorted(a.widths)), "one": (1,)}
-    quota = Quota.parse(a.quota or "none")
     wanted = [Cell.parse(x, policy=a.policy, problems=a.problems, spread=a.spread,
                          verifier=a.verifier or "") for x in a.search]
     wanted = [replace(c, ns=budgets[METHODS[c.method].budgets], seed=s) for c in wanted for s in a.seeds]
@@ -133,7 +131,7 @@ def main():
     if not a.show:
         check_out(a.run, a.out)
     runs = open_runs(a.run, pick_device(a.device), a.dtype)
-    quota.fits(runs[0].task)
+    check_quota(a.quota, runs[0].task)
     if a.all and not runs[0].task.phrases:
         raise Fail(f"--all: asks for more problems than {runs[0].task.name} has")
     if (a.show or a.predict) and parallel.world() > 1:

@@ -28,7 +28,7 @@ from minipav.pretrained import PACKAGES, open_pretrained
 from minipav.run import TRAINED, Run
 from minipav.search.inspect import describe
 from minipav.search.measure import Bench, Cell
-from minipav.search.score import Quota
+from minipav.search.score import QUOTAS, check_quota
 from minipav.sft import train_policy
 from minipav.targets import TARGETS
 from minipav.tasks import TASKS
@@ -97,8 +97,8 @@ class Flags:
     max_n: int = flag(64, "samples a problem for best-of-N", low=1, high=1 << 16)
     widths: list = flag([1, 2, 4, 8, 16, 24], "of the beams", low=1, high=4096)
     alpha: float = flag(0.2, "weight of A^mu in the effective reward (Eq. 5)", high=1000)
-    quota: str = flag(None, "of relatives in a beam: none, parent, grandparent, state or a penalty; default: "
-                      "state, of a task that has states, else grandparent", kind=str)
+    quota: str = flag(None, "of relatives in a beam; default: state, of a task that has states, else "
+                      "grandparent", choices=QUOTAS, kind=str)
     K: int = flag(4, "the prover of the PAV beam is best-of-K of pi (Eq. 30)", low=1, high=999999)
     max_tokens_in_flight: int = flag(None, "most slots of the KV buffers", low=1, high=1 << 40, kind=int)
 
@@ -162,7 +162,7 @@ def rollouts(run, a):
             right = float(seeds[name].reward.mean())
             print(f"  {name}, {split}: {len(seeds[name]):,} seeds, {right:.1%} right")
             run.save_traces(f"seeds_{name}_{split}", seeds[name])
-        c = Collect(run, problems, n_mc=a.n_mc, branches=int(share * a.branches), prover_rollouts=n_mu,
+        c = Collect(run, problems, n_mc=a.n_mc, branches=int(share * a.branches), prover_branches=n_mu,
                     q_from=a.q_from, corrupted_fraction=a.corrupted_fraction, pit_threshold=a.pit_threshold,
                     pit_traces=a.pit_traces if split == "train" else 0, seed=s, rng=rng)
         if split == "train":
@@ -218,7 +218,7 @@ def main():
     if a.init and TASKS[a.task].phrases:
         raise Fail(f"--init: for tasks in words; {a.task} has an encoding of its own")
     a.quota = a.quota or ("state" if TASKS[a.task].state else "grandparent")
-    Quota.parse(a.quota).fits(task)
+    check_quota(a.quota, task)
     few(problems=a.problems, n_cov=a.n_cov)
     few(test_problems=a.test_problems, max_n=a.max_n)
     few(test_problems=a.test_problems, widths=max(a.widths))

@@ -60,18 +60,21 @@ def seed_rollouts(policy, env, problems, n_cov, seed, **sampling):
     return label_with_outcome(env, problems, which, tokens, lengths, prompt_lengths)
 
 
-def rollout_from(mu, env, problems, traces, rows, ends, n_mc, seed, **sampling):
-    """n_mc completions by mu of each prefix of traces[rows[i]] up to its step end ends[i]. -> Traces
-    (prefix-major), labelled with their outcomes from there on; their mean estimates Q^mu (Eq. 1)."""
-    t, since = traces[rows], ends.repeat_interleave(n_mc)
+def rollout_from(mu, env, problems, traces, rows, h, n_mc, seed, **sampling):
+    """n_mc completions by mu of each prefix of traces[rows[i]] up to its step end h[i] (0: the bare prompt).
+    A response that gets longer than a sample may be is cut there. -> Traces (prefix-major), labelled with
+    their outcomes from there on; their mean estimates Q^mu (Eq. 1)."""
+    t = traces[rows]
     if len(rows) == 0:
         return t
-    prefix_lengths = t.ends.gather(1, ends[:, None])[:, 0] + 1
+    prefix_lengths, prompt_lengths = t.ends.gather(1, h[:, None])[:, 0] + 1, t.ends[:, 0] + 1
     s = _sample(mu, env, traces.tokens, prefix_lengths, n_mc, seed, which=rows, **sampling)
-    again = torch.arange(len(rows)).repeat_interleave(n_mc)
-    prefix = t.tokens[:, :int(prefix_lengths.max())]
-    tokens, lengths = join(prefix[again], prefix_lengths[again], s.tokens, s.lengths, pad_token(env.enc))
-    return label_with_outcome(env, problems, t.problem[again], tokens, lengths, t.ends[again, 0] + 1, since)
+    of = torch.arange(len(rows)).repeat_interleave(n_mc)                        # each completion's prefix
+    prefix, room = t.tokens[:, :int(prefix_lengths.max())], prompt_lengths + env.task.max_new_tokens
+    new = torch.minimum(s.lengths, (room - prefix_lengths).clamp(min=0)[of])
+    tokens, lengths = join(prefix[of], prefix_lengths[of], s.tokens, new, pad_token(env.enc))
+    done = label_with_outcome(env, problems, t.problem[of], tokens, lengths, prompt_lengths[of], h[of])
+    return replace(done, cost=s.lengths)
 
 
 def monte_carlo(mu, env, problems, traces, wanted, n_mc, seed):
@@ -83,9 +86,9 @@ def monte_carlo(mu, env, problems, traces, wanted, n_mc, seed):
     q[row, last], n[row, last], exact[row, last] = traces.reward, 1, traces.exact[row, last]
     ask = wanted & (traces.ends >= 0)
     ask[row, last] = False
-    rows, ends = ask.nonzero(as_tuple=True)
+    rows, h = ask.nonzero(as_tuple=True)
     if len(rows):
-        done = rollout_from(mu, env, problems, traces, rows, ends, n_mc, seed)
-        q[rows, ends], n[rows, ends] = done.reward.view(-1, n_mc).mean(1), n_mc
+        done = rollout_from(mu, env, problems, traces, rows, h, n_mc, seed)
+        q[rows, h], n[rows, h] = done.reward.view(-1, n_mc).mean(1), n_mc
         cost.index_add_(0, rows, done.cost.view(-1, n_mc).sum(1))
     return replace(traces, q=q, n=n, labelled=n > 0, exact=exact, cost=cost)

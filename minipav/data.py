@@ -22,21 +22,21 @@ class Collect:
     problems: list                  # that the seeds are of
     n_mc: int                       # completions a prefix; up to a first pit four times as many
     branches: int                   # dense: completions in all, of prefixes of right seeds
-    prover_rollouts: int            # dense: completions of pi's prefixes by each prover
+    prover_branches: int            # dense: completions of pi's prefixes by each prover, beside as many seeds
     corrupted_fraction: float       # dense: of the seeds, copied with a corrupted step
     pit_traces: int                 # wrong traces that are searched for a first pit
     pit_threshold: float            # Q above which a state is a high-value one
+    q_from: str                     # dense: branches are of right seeds of pi and of this policy
     seed: int
     rng: object                     # of numpy
-    q_from: str = "base"            # dense: branches are of right seeds of pi and of this policy
 
     def pick(self, n, most):
         """Random row indices, `most` at the most."""
         return torch.from_numpy(self.rng.permutation(n)[:most])
 
 
-def random_ends(ends, rng):
-    """A random step end (N,) of each trace, any but the last one. ends (N, S + 1)"""
+def random_h(ends, rng):
+    """The index h (N,) of a random step end of each trace, any but the last one. ends (N, S + 1)"""
     return (torch.from_numpy(rng.random(len(ends))) * ((ends >= 0).sum(1) - 1)).long()
 
 
@@ -60,23 +60,23 @@ def first_pits(mu, env, problems, probed, n_mc, threshold, seed):
     pit = first_pit(probed.q.masked_fill(~probed.labelled, float("nan")), probed.reward, threshold)
     rows = (pit >= 0).nonzero()[:, 0]
     upto = torch.arange(probed.ends.shape[1]) <= pit[rows, None]
-    again = monte_carlo(mu, env, problems, probed[rows], upto, n_mc, seed)
-    return replace(again, labelled=again.labelled & upto)
+    estimated = monte_carlo(mu, env, problems, probed[rows], upto, n_mc, seed)
+    return replace(estimated, labelled=estimated.labelled & upto)
 
 
-def high_value_branches(mu, c, seeds):
-    """Where the values are: n_mc completions by mu of prefixes of the seeds that came out right (if none did,
+def high_value_branches(pi, c, seeds):
+    """Where the values are: n_mc completions by pi of prefixes of the seeds that came out right (if none did,
     of any), `branches` in all.
 
     At a low success rate almost every seed says "wrong" at every step end, and a verifier learns little from
     it. App. D spends an initial budget on finding high-value states; the prefixes of right seeds are such
-    states, whichever policy found them, and fresh completions by mu are unbiased labels of Q^mu.
+    states, whichever policy found them, and fresh completions by pi are unbiased labels of Q^pi.
     -> Traces (prefix-major), estimates (prefixes,)
     """
     right = (seeds.reward == 1).nonzero()[:, 0] if seeds.reward.any() else torch.arange(len(seeds))
-    rows, ends = (seeds.ends[right, 1:] >= 0).nonzero(as_tuple=True)  # every step end but the last one
+    rows, h = (seeds.ends[right, 1:] >= 0).nonzero(as_tuple=True)  # every h that a step end h + 1 comes after
     picked = c.pick(len(rows), max(1, c.branches // c.n_mc))
-    t = rollout_from(mu, c.env, c.problems, seeds, right[rows[picked]], ends[picked], c.n_mc, c.seed + 1)
+    t = rollout_from(pi, c.env, c.problems, seeds, right[rows[picked]], h[picked], c.n_mc, c.seed + 1)
     return t, t.reward.view(-1, c.n_mc).mean(1)
 
 
@@ -84,31 +84,31 @@ def dense(c, policies, seeds):
     """Ours. pi: its seeds, branches off right seeds (its own, and those of q_from), copies with a
     corrupted step, and first pits on wrong branches off a high-value state. A prover: its seeds, its
     completions of pi's prefixes, which the search will ask about, and some of the corrupted copies."""
-    pad, pi, own = pad_token(c.env.enc), policies["base"], seeds["base"]
-    branches, q, corrupted = own[:0], torch.zeros(0), own[:0]
+    pad, pi, pi_seeds = pad_token(c.env.enc), policies["base"], seeds["base"]
+    branches, q, corrupted = pi_seeds[:0], torch.zeros(0), pi_seeds[:0]
     if c.branches:
         found = [seeds[k] for k in dict.fromkeys(("base", c.q_from))]
         branches, q = high_value_branches(pi, c, Traces.cat(found, pad))
     if c.corrupted_fraction:
-        copied = own[c.pick(len(own), max(1, round(c.corrupted_fraction * len(own))))]
+        copied = pi_seeds[c.pick(len(pi_seeds), max(1, round(c.corrupted_fraction * len(pi_seeds))))]
         copied = Traces.cat([copied, branches[branches.reward == 1]], pad)
         corrupted = corrupted_steps(c.env, c.problems, copied, c.rng)
-    data = {"base": [own, branches, corrupted]}
+    data = {"base": [pi_seeds, branches, corrupted]}
     if c.pit_traces and len(branches):
         fell = ((q.repeat_interleave(c.n_mc) > c.pit_threshold) & (branches.reward == 0)).nonzero()[:, 0]
         fell = branches[fell[c.pick(len(fell), c.pit_traces)]]
         if len(fell):
             probed = monte_carlo(pi, c.env, c.problems, fell, fell.ends >= 0, c.n_mc, c.seed + 2)
             pits = first_pits(pi, c.env, c.problems, probed, 4 * c.n_mc, c.pit_threshold, c.seed + 3)
-            (pits if len(pits) else branches).cost[0] += probed.cost.sum()      # of all that were probed
+            (pits if len(pits) else branches).cost[0] += probed.cost.sum()      # what all probes cost
             data["base"].append(pits)
-    visited = Traces.cat([own, branches], pad)
+    visited = Traces.cat([pi_seeds, branches], pad)
     for name in [k for k in seeds if k != "base"]:
-        rows = c.pick(len(visited), c.prover_rollouts)
-        ends = random_ends(visited.ends[rows], c.rng)
-        again = rollout_from(policies[name], c.env, c.problems, visited, rows, ends, 1, c.seed + 4)
-        few = corrupted[c.pick(len(corrupted), max(1, round(2 * c.corrupted_fraction * c.prover_rollouts)))]
-        data[name] = [seeds[name], again, few]
+        rows = c.pick(len(visited), c.prover_branches)
+        h = random_h(visited.ends[rows], c.rng)
+        done = rollout_from(policies[name], c.env, c.problems, visited, rows, h, 1, c.seed + 4)
+        share = c.corrupted_fraction * 2 * c.prover_branches                    # its seeds and branches
+        data[name] = [seeds[name], done, corrupted[c.pick(len(corrupted), max(1, round(share)))]]
     return {name: Traces.cat(parts, pad) for name, parts in data.items()}
 
 

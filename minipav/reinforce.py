@@ -15,7 +15,7 @@ import torch
 
 from minipav import checkpoint, parallel, rewards
 from minipav.advantage import rollout_from, seed_rollouts
-from minipav.data import corrupted_steps, random_ends
+from minipav.data import corrupted_steps, random_h
 from minipav.files import write_csv, write_tensors
 from minipav.precision import in_chunks, mixed
 from minipav.prover import Prover, verifier_of
@@ -198,8 +198,8 @@ class Reinforce:
         a, run, seed = self.a, self.run, self.run.seed("refresh", self.a.seed, i)
         rng = np.random.default_rng(seed)
         hot = seed_rollouts(self.policy, run, problems, a.group, seed, **WHOLE | {"temperature": 2.0})
-        rows, ends = torch.arange(len(hot)), random_ends(hot.ends, rng)
-        branches = rollout_from(self.policy, run, problems, hot, rows, ends, 1, seed + 1, **WHOLE)
+        rows, h = torch.arange(len(hot)), random_h(hot.ends, rng)
+        branches = rollout_from(self.policy, run, problems, hot, rows, h, 1, seed + 1, **WHOLE)
         self.state["tokens"] += int(hot.cost.sum() + branches.cost.sum())
         old = self.old[torch.from_numpy(rng.integers(len(self.old), size=2 * a.batch))]
         wrong = corrupted_steps(run, problems, traces[:max(1, a.batch // 2)], rng)

@@ -132,12 +132,12 @@ def by_exact(loop, problems, traces, seed):
 
 def by_rollouts(mu, K, env, problems, traces, n_mc, seed, **sampling):
     """Unbiased Q^mu of best-of-K of mu from n_mc >= K completions of each prefix whose value is not known."""
-    rows, ends = unknown(traces, env.task.max_steps).nonzero(as_tuple=True)
+    rows, h = unknown(traces, env.task.max_steps).nonzero(as_tuple=True)
     q = torch.zeros(traces.ends.shape)
     if len(rows) == 0:
         return q, 0
-    done = rollout_from(mu, env, problems, traces, rows, ends, n_mc, seed, **sampling)
-    q[rows, ends] = pass_at_n(done.reward.view(-1, n_mc), K).float()
+    done = rollout_from(mu, env, problems, traces, rows, h, n_mc, seed, **sampling)
+    q[rows, h] = pass_at_n(done.reward.view(-1, n_mc), K).float()
     return q, int(done.cost.sum())
 
 

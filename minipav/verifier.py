@@ -30,18 +30,18 @@ def target_of(model):
 # ---- reading
 
 @torch.no_grad()
-def score(model, tokens, ends, batch_tokens=None):
+def score(model, tokens, ends):
     """Q at every step end: tokens (N, T), ends (N, S + 1) -> (N, S + 1) on the CPU, NaN where ends is -1.
 
-    Rows are scored longest first, in batches of at most batch_tokens tokens, each cut at its own longest row.
+    Rows are scored longest first, in batches that are cut at their own longest row.
     """
-    batch_tokens, value = batch_tokens or tokens_per_forward(model), target_of(model).value
+    value = target_of(model).value
     out = torch.full(ends.shape, float("nan"))
     last = ends.max(1).values + 1
     order, at = last.argsort(descending=True, stable=True)[parallel.rank()::parallel.world()], 0
     while at < len(order):
         T = int(last[order[at]])
-        rows = order[at:at + max(1, batch_tokens // T)]
+        rows = order[at:at + max(1, tokens_per_forward(model) // T)]
         end_rows, index = (ends[rows] >= 0).nonzero(as_tuple=True)
         where = end_rows.to(model.device), ends[rows][end_rows, index].to(model.device)
         hidden = model.trunk(tokens[rows, :T].to(model.device), at=where)       # (ends, C)
@@ -49,16 +49,6 @@ def score(model, tokens, ends, batch_tokens=None):
         at += len(rows)
     parallel.exchange(order, out)
     return out
-
-
-@torch.no_grad()
-def value_at_end(model, tokens, lengths):
-    """Q (N,) at the last token of each row of tokens (N, T), all on the model's device."""
-    T, value = int(lengths.max()), target_of(model).value
-    every, size = torch.arange(len(tokens), device=lengths.device), max(1, tokens_per_forward(model) // T)
-    hidden = [model.trunk(tokens[rows, :T], at=(every[:len(rows)], lengths[rows] - 1))
-              for rows in every.split(size)]
-    return value(model.head(torch.cat(hidden)))
 
 
 class Values:
@@ -75,7 +65,7 @@ class Values:
     @torch.no_grad()
     def children(self, parent, new, new_lengths):
         """Values of the rows `parent` (N,), ascending, with new (N, T), right-padded, behind them."""
-        child, new = copy.copy(self), new[:, :int(new_lengths.max())]           # no time for padding
+        child, new = copy.copy(self), new[:, :int(new_lengths.max())]           # cut the padding off
         child.cache, child.count = self.cache.branch(parent), new_lengths
         at = torch.arange(len(new), device=new.device), new_lengths - 1
         child.q = self.value(self.model.head(self.model.trunk(new, child.cache, at=at)))
@@ -83,9 +73,9 @@ class Values:
 
     def __getitem__(self, rows):
         """The values of the rows with these indices (a copy)."""
-        some = copy.copy(self)
-        some.cache, some.q, some.count = self.cache.fold(rows, self.count[rows]), self.q[rows], None
-        return some
+        chosen = copy.copy(self)
+        chosen.cache, chosen.q, chosen.count = self.cache.fold(rows, self.count[rows]), self.q[rows], None
+        return chosen
 
 
 class ExactValues:
@@ -108,9 +98,9 @@ class ExactValues:
         return child
 
     def __getitem__(self, rows):
-        some = copy.copy(self)
-        some.rows, some.q = [self.rows[r] for r in rows.tolist()], self.q[rows]
-        return some
+        chosen = copy.copy(self)
+        chosen.rows, chosen.q = [self.rows[r] for r in rows.tolist()], self.q[rows]
+        return chosen
 
 
 def exact_q(env, problems, traces):
@@ -126,16 +116,16 @@ def exact_q(env, problems, traces):
 # ---- training
 
 def outcome_only(traces):
-    """The ORM's data: of each trace the end alone, labelled with Rex."""
+    """The ORM's data: of each trace the end alone, labelled with Rex; none counts as exact."""
     end = torch.arange(traces.ends.shape[1]) == traces.last[:, None]
     return replace(traces, n=torch.ones_like(traces.n), exact=torch.zeros_like(end),
                    labelled=traces.labelled & end)
 
 
 def label_weights(traces, balance=False):
-    """Weight (N, S + 1) of each label in the loss. An estimate from many completions counts more than one
-    outcome, but not in proportion (labels of one trace are few views of one problem): the root of its count,
-    taken as 16 for an exact one. balance: the buckets Q < .5 and Q >= .5 weigh the same (section 4.2)."""
+    """Weight (N, S + 1) of each label in the loss: the root of the number of outcomes behind it (of an exact
+    one: of 16). More outcomes count more, but not in proportion: labels of one trace are few views of one
+    problem. balance: the buckets Q < .5 and Q >= .5 weigh the same (section 4.2)."""
     w = torch.where(traces.exact, EXACT_COUNT, traces.n).float().sqrt() * traces.labelled
     if balance:
         for bucket in (traces.q < 0.5, traces.q >= 0.5):
@@ -205,7 +195,7 @@ def train_verifier(init, train, held_out, *, steps, batch_size, lr_muon, lr_adam
     torch.manual_seed(seed)
     same = init.config.head == "scalar" and init.config.target == target
     model = copy.deepcopy(init) if same else init.as_verifier(target, TARGETS[target].n_out)
-    del init
+    del init                        # its memory, if nobody else holds it
     train = TARGETS[target].labels(train) if TARGETS[target].labels else train
     optimizers, generator = make_optimizers(model, lr_muon, lr_adamw), torch.Generator().manual_seed(seed)
     weights, order = label_weights(train, balance), torch.empty(0, dtype=torch.long)

@@ -145,3 +145,16 @@ def test_tokens_that_were_sampled(calculator):
     mc = adv.monte_carlo(says, env, problems, seeds, seeds.ends >= 0, 4, seed=0)
     assert seeds.ends[0].diff().tolist() == [3, 3]
     assert [int(t.cost) for t in (seeds, one, mc)] == [6, 3, 36]
+
+
+def test_a_completion_that_makes_a_response_too_long_is_wrong(calculator, monkeypatch):
+    """Of two completions, both right, the one that ends behind the last token that a response may have is
+    cut, and wrong: no sample could be so long. Its tokens are paid for."""
+    env, problems = calculator[0], calculator[1][:1]
+    says = Says(env, problems, "+1 = ", "11", "\n", "+2 = ", "13", END)
+    monkeypatch.setattr(env.task, "outcome", lambda problem, text: text.endswith(END))
+    seeds, zero = adv.seed_rollouts(says, env, problems, 1, seed=0), torch.tensor([0])
+    for room, want in ((6, 1), (5, 0)):
+        monkeypatch.setattr(env.task, "max_new_tokens", room)
+        one = adv.rollout_from(says, env, problems, seeds, zero, zero + 1, 1, seed=0)
+        assert one.reward == want and one.lengths == seeds.ends[0, 0] + 1 + room and one.cost == 3

@@ -120,8 +120,8 @@ def walked(calculator):
 def collect(walked):
     """(Collect, policies, their seeds): pi and the prover are the uniform walk, whose values are known."""
     env, problems, walk, seeds = walked
-    c = Collect(env, problems, n_mc=4, branches=160, prover_rollouts=60, corrupted_fraction=0.5,
-                pit_traces=20, pit_threshold=0.2, seed=5, rng=np.random.default_rng(0))
+    c = Collect(env, problems, n_mc=4, branches=160, prover_branches=60, corrupted_fraction=0.5,
+                q_from="base", pit_traces=20, pit_threshold=0.2, seed=5, rng=np.random.default_rng(0))
     return c, dict.fromkeys(seeds, walk), seeds
 
 
@@ -180,7 +180,7 @@ def test_a_recipe_counts_the_tokens_it_samples(collect, recipe, pits, monkeypatc
 def test_a_count_of_0_means_none(collect, recipe):
     """Then the seeds are all there is: as they are (dense), or with completions of all prefixes (paper)."""
     c, policies, seeds = collect
-    c = replace(c, branches=0, prover_rollouts=0, corrupted_fraction=0.0, pit_traces=0)
+    c = replace(c, branches=0, prover_branches=0, corrupted_fraction=0.0, pit_traces=0)
     made = RECIPES[recipe](c, policies, seeds)
     for name, t in made.items():
         assert len(t) == len(seeds[name]) and torch.equal(t.tokens, seeds[name].tokens)

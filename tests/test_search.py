@@ -14,7 +14,7 @@ from minipav.advantage import q_best_of_k, seed_rollouts
 from minipav.model import GPT, GPTConfig
 from minipav.sampler import uniform
 from minipav.search import METHODS
-from minipav.search.beam import allot, distinct, prune, search_all, search_batch, top
+from minipav.search.beam import allot, distinct, kin, prune, search_all, search_batch, top
 from minipav.search.best_of_n import (
     at_n,
     best_of_n,
@@ -25,11 +25,10 @@ from minipav.search.best_of_n import (
     pass_at_n,
 )
 from minipav.search.dvts import dvts
-from minipav.search.score import SCORES, Quota, Search, Step
+from minipav.search.score import QUOTAS, SCORES, Search, Step
 from minipav.tasks.calculator import Calculator, dp, transitions
 from minipav.tokenizer import END, delimiter_tokens, encode_rows, synthetic_encoding
 from minipav.traces import Env, step_ends
-from minipav.utils import Fail
 from minipav.verifier import score
 
 # ---- whole samples
@@ -146,36 +145,29 @@ def test_top_keeps_the_best_of_each_problem():
     assert top(value, owner, 2, tier).tolist() == [1, 4, 2, 0]
 
 
-@pytest.mark.parametrize("text, kin, penalty", [
-    ("none", "parent", 0.0), ("0.25", "parent", 0.25), ("parent", "parent", float("inf")),
-    ("grandparent", "grandparent", float("inf")), ("state", "state", float("inf"))])
-def test_a_quota_of_relatives_equals_its_definition(text, kin, penalty):
+@pytest.mark.parametrize("quota", QUOTAS)
+def test_a_quota_of_relatives_equals_its_definition(quota, small):
     """Against the rule written out for one candidate at a time, on random scores, relatives and finished
     traces."""
-    assert Quota.parse(text) == (kin, penalty)
     g = torch.Generator().manual_seed(0)
     rows = namedtuple("Rows", "score owner")
     for _ in range(20):
         finished = rows(torch.rand(4, generator=g), torch.tensor([0, 0, 1, 2]))
         child = rows(torch.rand(30, generator=g), torch.arange(3).repeat_interleave(10))
-        relatives = 4 * child.owner + torch.randint(4, (30,), generator=g)
+        parent = 4 * child.owner + torch.randint(4, (30,), generator=g)
+        parents, value = torch.arange(12) // 2, torch.randint(3, (30,), generator=g)
+        new, count = encode_rows(small.env.enc, [f"1 + 1 = {v}\n" for v in value.tolist()])
+        key = {"none": torch.arange(30), "parent": parent, "grandparent": parent // 2,
+               "state": 3 * child.owner + value}[quota]
         ended = torch.rand(30, generator=g) < 0.2
-        best, on = prune(finished, child, ended, 5, relatives, penalty)
-        value, owner = [*finished.score.tolist(), *child.score.tolist()], [0, 0, 1, 2, *child.owner.tolist()]
-        better = [[relatives[j] == relatives[i] and value[4 + j] > value[4 + i] for j in range(30)]
-                  for i in range(30)]
-        behind = [0] * 4 + [sum(map(int, x)) for x in better]
-        hard = penalty == float("inf")
-        key = [(-b, v) if hard else (0, v - penalty * b) for v, b in zip(value, behind)]
+        relatives = kin(replace(small, quota=quota), child.owner, parent, parents, new, count)
+        best, on = prune(finished, child, ended, 5, relatives)
+        score, owner = [*finished.score.tolist(), *child.score.tolist()], [0, 0, 1, 2, *child.owner.tolist()]
+        behind = [0] * 4 + [sum(bool(key[j] == key[i]) and score[4 + j] > score[4 + i] for j in range(30))
+                            for i in range(30)]
         want = [i for p in range(3) for i in sorted((i for i in range(34) if owner[i] == p),
-                                                    key=lambda i: key[i], reverse=True)[:5]]
+                                                    key=lambda i: (-behind[i], score[i]), reverse=True)[:5]]
         assert best.tolist() == want and on.tolist() == [i >= 4 and not ended[i - 4] for i in want]
-
-
-def test_what_is_no_quota_is_refused():
-    for text in ("", "parents", "-1", "nan", "inf", "1e3"):
-        with pytest.raises(Fail, match="--quota"):
-            Quota.parse(text)
 
 
 def test_a_level_is_spread_over_the_live_prefixes(small):
@@ -208,8 +200,8 @@ def beam(small, width, problems=None, seed=0, **fields):
 
 def test_a_wide_beam_holds_every_solution(small):
     """With room for all 16 walks of two steps the beam is exhaustive."""
-    for quota in ("none", "parent", "grandparent", "state", "0.1"):
-        wide = dict(alpha=0.5, K=4, C=12, spread=240, quota=Quota.parse(quota))
+    for quota in QUOTAS:
+        wide = dict(alpha=0.5, K=4, C=12, spread=240, quota=quota)
         assert (beam(small, 20, **wide).solved == 1).all()
     alone = beam(small, 20, small.problems[2:3], **wide)
     assert alone.solved == 1 and alone.tokens.shape == (1,)
@@ -372,7 +364,7 @@ def test_the_quota_holds_in_the_beam(small):
     longer.policy = WalkPolicy(longer.env, problems)
 
     def missed(quota, relatives):
-        search_all(replace(longer, quota=Quota.parse(quota), log=(log := [])), problems, 3, 0)
+        search_all(replace(longer, quota=quota, log=(log := [])), problems, 3, 0)
         out = 0
         for level in log[:3]:                                   # shorter than every answer
             for p in range(8):
@@ -383,7 +375,7 @@ def test_the_quota_holds_in_the_beam(small):
 
     def twice(quota):
         """States that are kept twice while another is not kept at all."""
-        search_all(replace(longer, quota=Quota.parse(quota), log=(log := [])), problems, 3, 0)
+        search_all(replace(longer, quota=quota, log=(log := [])), problems, 3, 0)
         out = 0
         for level in log[:3]:
             b, kept = level["beam"], level["kept"].tolist()

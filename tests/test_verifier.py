@@ -3,7 +3,7 @@ import pytest
 import torch
 from conftest import make_traces, tiny
 
-from minipav import cache, verifier
+from minipav import cache, sampler, verifier
 from minipav.sft import sft_loss
 from minipav.tokenizer import join
 from minipav.traces import step_ends
@@ -15,7 +15,6 @@ from minipav.verifier import (
     label_weights,
     outcome_only,
     score,
-    value_at_end,
     verifier_loss,
 )
 
@@ -55,9 +54,10 @@ def test_loss_is_cross_entropy_on_soft_labels():
     assert torch.allclose(verifier_loss(model, t.tokens, t.ends, t.q, t.n, w), total, atol=1e-5)
 
 
-def test_batched_scores_equal_single_rows():
+def test_batched_scores_equal_single_rows(monkeypatch):
     model, t = tiny(head="scalar"), traces()
-    got = score(model, t.tokens, t.ends, batch_tokens=30)
+    monkeypatch.setattr(verifier, "tokens_per_forward", lambda model: 30)
+    got = score(model, t.tokens, t.ends)
     for i in range(len(t)):
         row = model(t.tokens[i:i + 1, :t.lengths[i]]).sigmoid()[0, :, 0]
         for h, e in enumerate(t.ends[i].tolist()):
@@ -153,6 +153,6 @@ def test_the_value_at_the_end_is_that_of_the_whole_row(monkeypatch, bf16):
     lengths = torch.tensor([1, 12, 5, 5, 9, 2, 12])
     want = score(model, tokens, lengths[:, None] - 1)[:, 0]
     for size in (1 << 13, 30):
-        monkeypatch.setattr(verifier, "tokens_per_forward", lambda model, size=size: size)
-        got = value_at_end(model, tokens, lengths)
+        monkeypatch.setattr(sampler, "tokens_per_forward", lambda model, size=size: size)
+        got = Values(model, tokens, lengths).q
         assert got.dtype == torch.float32 and torch.allclose(got, want, atol=0.02 if bf16 else 1e-6)

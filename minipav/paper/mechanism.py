@@ -91,7 +91,7 @@ def data_of(run, recipe):
     if recipe.data == "paper":                                  # about as many rollouts as the run's own
         problems, seeds = run.problems("train", c["problems"]), run.traces("seeds_base_train")
         seeds = {"base": seeds[(seeds.problem < max(2, c["problems"] // 12)).nonzero()[:, 0]]}
-        collect = Collect(run, problems, n_mc=c["n_mc"], branches=0, q_from="base", prover_rollouts=0,
+        collect = Collect(run, problems, n_mc=c["n_mc"], branches=0, q_from="base", prover_branches=0,
                           corrupted_fraction=0, pit_traces=c["pit_traces"], pit_threshold=c["pit_threshold"],
                           seed=run.seed("mechanism"), rng=np.random.default_rng(run.seed("mechanism")))
         return RECIPES["paper"](collect, {"base": run.model("base")}, seeds)["base"]

@@ -10,7 +10,7 @@ from minipav import graphs, parallel
 from minipav.advantage import q_best_of_k
 from minipav.checkpoint import Partial
 from minipav.sampler import decode, prefill
-from minipav.search.score import Result, Step, places, ranks, top
+from minipav.search.score import Result, Step, check_quota, places, ranks, top
 from minipav.tokenizer import delimiter_tokens, encode_rows, pad_token, stop_mask
 from minipav.traces import choice, responses
 from minipav.utils import progress
@@ -55,7 +55,7 @@ def search_all(s, problems, width, seed, bar=None):
     if rows were a quarter as long as they can be; a batch that does not fit its memory is halved).
     """
     task, enc, device, start, P = s.env.task, s.env.enc, s.policy.device, time.time(), len(problems)
-    s.quota.fits(task)
+    check_quota(s.quota, task)
     prompts, lengths = encode_rows(enc, [task.prompt(p) for p in problems])
     slots = prompts.shape[1] + task.longest
     # the live caches of policy and verifiers, each twice while a level's survivors are copied
@@ -141,7 +141,7 @@ def search_batch(s, problems, prompts, lengths, slots, width, seed, offset=0):
                     s.alpha)
         child = grow(live[parent], new, count, step, s.score.of(step))
         relatives = kin(s, child.owner, parent, parents, new, count)
-        best, on = prune(finished, child, stop == eot, width, relatives, s.quota.penalty)
+        best, on = prune(finished, child, stop == eot, width, relatives)
         if s.log is not None:
             chosen = torch.isin(torch.arange(len(parent), device=device) + len(finished.owner), best)
             s.log.append({"beam": replace(child, owner=child.owner + offset), "step": step, "kept": chosen,
@@ -202,21 +202,19 @@ def grow(rows, new, count, step, score):
 
 
 def kin(s, owner, parent, parents, new, count):
-    """(N,) a number for each child that its relatives share, by s.quota."""
-    if s.quota.kin != "state":
-        return parent if s.quota.kin == "parent" else parents[parent]
+    """(N,) a number for each child that its relatives share, by s.quota; its own without one."""
+    if s.quota != "state":
+        return {"none": torch.arange(len(parent), device=parent.device), "parent": parent,
+                "grandparent": parents[parent]}[s.quota]
     ids, steps = {}, responses(s.env.enc, new, count, torch.zeros_like(count))
     states = [ids.setdefault((p, s.env.task.state(x)), len(ids)) for p, x in zip(owner.tolist(), steps)]
     return torch.tensor(states, device=owner.device)
 
 
-def prune(finished, child, ended, width, relatives, penalty):
-    """The best `width` of each problem, of its finished traces and its children. A child loses `penalty` of
-    its score for each better one with the same `relatives` (N,); inf: every group's best child goes before
-    any second child. -> their rows of finished + child, and which of them live on"""
+def prune(finished, child, ended, width, relatives):
+    """The best `width` of each problem, of its finished traces and its children: every group of `relatives`
+    (N,) has its best child before any second one. -> their rows of finished + child, and which live on"""
     value, owner = torch.cat([finished.score, child.score]), torch.cat([finished.owner, child.owner])
-    behind = torch.cat([torch.zeros_like(finished.owner), ranks(child.score, relatives)])
-    if penalty < float("inf"):
-        value, behind = value - penalty * behind, torch.zeros_like(behind)
-    best = top(value, owner, width, behind)
+    tier = torch.cat([torch.zeros_like(finished.owner), ranks(child.score, relatives)])
+    best = top(value, owner, width, tier)
     return best, torch.cat([torch.zeros_like(finished.owner, dtype=torch.bool), ~ended])[best]

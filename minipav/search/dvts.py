@@ -3,13 +3,12 @@ verifier tree search, as in Hugging Face's search-and-learn, with one prefix a s
 from dataclasses import replace
 
 from minipav.search.beam import search_all
-from minipav.search.score import Quota
 from minipav.utils import progress
 
 
 def dvts(s, problems, widths, seed):
     """-> a Result for each width; the answer is that of the sub-tree with the highest Q^pi in the end."""
-    out, s = [], replace(s, spread=0, quota=Quota())
+    out, s = [], replace(s, spread=0, quota="none")
     with progress(f"sub-trees, {s.score.label}", sum(widths)) as bar:
         for width in widths:
             r = search_all(s, [p for p in problems for _ in range(width)], 1, seed)

@@ -7,7 +7,7 @@ from minipav.files import read_csv, write_csv
 from minipav.prover import Prover, verifier_of
 from minipav.run import keyed
 from minipav.search import METHODS
-from minipav.search.score import SCORES, Quota, Search
+from minipav.search.score import SCORES, Search
 from minipav.utils import Fail
 
 COLUMNS = ("method", "score", "policy", "prover", "alpha", "spread", "quota", "split", "sample_seed", "n",
@@ -70,7 +70,7 @@ class Bench:
         score = SCORES[cell.score] if cell.score else None
         memo = self.memos.setdefault((cell.policy, cell.split, cell.problems), {})
         s = Search(self.run, self.model(cell.policy), score, alpha=cell.alpha, spread=cell.spread,
-                   quota=Quota.parse(cell.quota or "none"), memo=memo)
+                   quota=cell.quota or "none", memo=memo)
         if score and score.verifier != "exact":
             own = cell.verifier or verifier_of(cell.policy)
             s.verifier = self.model(own if score.verifier == "q_pi" else score.verifier)
@@ -102,9 +102,8 @@ class Bench:
 
 def orders_as_q(cell):
     """Whether its score, at alpha 0, is Q^pi, or orders candidates as that does: it is searched once."""
-    if cell.score == "log_odds" and cell.method in ("beam", "dvts"):
-        return cell.alpha == 0 and Quota.parse(cell.quota).penalty in (0, float("inf"))
-    return cell.alpha == 0 and cell.score in ("effective", "bonus")
+    logits = cell.score == "log_odds" and cell.method in ("beam", "dvts")       # trees ask for more
+    return cell.alpha == 0 and (cell.score in ("effective", "bonus") or logits)
 
 
 def rows(cell, results):

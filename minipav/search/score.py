@@ -1,7 +1,5 @@
 """What a search ranks by, what it is given and what it returns."""
-import re
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 
@@ -57,25 +55,13 @@ SCORES = {
     "exact": Score("exact values", lambda s: effective_reward(s.q_pi, s.adv_mu, s.alpha), verifier="exact")}
 
 
-class Quota(NamedTuple):
-    """How a beam is kept from filling with relatives."""
-    kin: str = "parent"             # relatives share a parent, a "grandparent", or the "state" they reach
-    penalty: float = 0.0            # of a score for every better relative
+QUOTAS = ("none", "parent", "grandparent", "state")     # who share it are relatives
 
-    @classmethod
-    def parse(cls, text):
-        """"none"; "parent": every prefix's best child before any second child; "grandparent": so for its
-        grandchildren; "state": every state's best; a number: the penalty for siblings. Else raises Fail."""
-        if text in ("parent", "grandparent", "state"):
-            return cls(text, float("inf"))
-        if text != "none" and not re.fullmatch(r"[0-9]*[.]?[0-9]+", text, re.ASCII):
-            raise Fail(f"--quota {text}: choose none, parent, grandparent, state, or a penalty such as 0.1")
-        return cls("parent", 0.0 if text == "none" else float(text))
 
-    def fits(self, task):
-        """Raises Fail if this task has no such relatives."""
-        if self.kin == "state" and task.state is None:
-            raise Fail(f"--quota state: task {task.name} does not say what a state is")
+def check_quota(quota, task):
+    """Raises Fail if this task has no such relatives."""
+    if quota == "state" and task.state is None:
+        raise Fail(f"--quota state: task {task.name} does not say what a state is")
 
 
 @dataclass
@@ -123,7 +109,7 @@ class Search:
     alpha: float = 0.0
     C: int = 3                      # beam: next steps sampled for each prefix, on average
     spread: int = 12                # beam: most samples at the first level; 0: C a prefix (beam.py)
-    quota: Quota = Quota()          # beam: of relatives
+    quota: str = "none"             # beam: every group of such relatives has its best before any second one
     log: list = None                # beam: gets the candidates of every level
     # samples and their values, shared by searches of the same problems
     memo: dict = field(default_factory=dict)

@@ -11,7 +11,7 @@ from minipav.search.score import Result, Step
 from minipav.tokenizer import encode_rows, pad_token
 from minipav.traces import responses
 from minipav.utils import progress
-from minipav.verifier import value_at_end
+from minipav.verifier import Values
 
 STOP = 0.9                          # Q^pi of a finished trace at which a search ends
 
@@ -48,8 +48,8 @@ class Tree:
             q = [self.exact(i, text) for i, text in zip(self.owner[nodes].tolist(), texts)]
             q = torch.tensor(q, device=self.device).float()
         else:
-            q = value_at_end(s.verifier, *rows)
-        self.q_mu[nodes] = value_at_end(s.mu_verifier, *rows) if s.mu_verifier else q_best_of_k(q, s.K)
+            q = Values(s.verifier, *rows).q
+        self.q_mu[nodes] = Values(s.mu_verifier, *rows).q if s.mu_verifier else q_best_of_k(q, s.K)
         after = torch.arange(self.H + 1, device=self.device) >= self.depth[nodes, None]
         self.path[nodes] = torch.where(after, q[:, None], self.path[p])
         before = self.path[p, -1], self.q_mu[p]

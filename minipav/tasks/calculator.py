@@ -55,27 +55,21 @@ def transitions(problems):
     return nxt
 
 
-def weights(nxt, skew=1.0):
+def weights(nxt, skew):
     """Of each operation after which `nxt` (..., 4) comes: 0 if it is illegal, else 1, and `skew` for +."""
     return (nxt > 0) * np.array([skew, 1, 1, 1], np.float32)
 
 
-def dp(nxt, target, H, policy=None):
-    """Exact values by dynamic programming. nxt (N, TOP, 4), target (N,).
-
-    policy (H, TOP, 4) or (N, H, TOP, 4): the chance of each operation at each step and value; None is uniform
-    over the legal ones. Returns Q (N, H, TOP, 4), the chance of a right answer after an operation at step h
-    (Eq. 1; 0 for an illegal one), and V (N, H + 1, TOP). A walk stops right when it reaches the target.
-    """
-    N = len(nxt)
-    if policy is None:
-        policy = normal(weights(nxt))[:, None]
-    policy = np.broadcast_to(policy, (N, H, TOP, 4))
+def dp(nxt, target, H, skew=1.0):
+    """Exact values, by dynamic programming, of the walk of demonstrations that do not know the way. nxt (N,
+    TOP, 4), target (N,). -> Q (N, H, TOP, 4), the chance of a right answer after an operation at step h (Eq.
+    1; 0 for an illegal one), and V (N, H + 1, TOP). A walk stops right when it reaches the target."""
+    N, policy = len(nxt), normal(weights(nxt, skew))                            # the same at every step
     Q, V = np.zeros((N, H, TOP, 4), np.float32), np.zeros((N, H + 1, TOP), np.float32)
     V[np.arange(N), :, target] = 1                              # and V at the value 0, "illegal", stays 0
     for h in reversed(range(H)):
         Q[:, h] = np.take_along_axis(V[:, h + 1], nxt.reshape(N, -1), 1).reshape(nxt.shape)
-        V[:, h] = np.einsum("nvk,nvk->nv", policy[:, h], Q[:, h])
+        V[:, h] = np.einsum("nvk,nvk->nv", policy, Q[:, h])
         V[np.arange(N), h, target] = 1
     return Q, V
 
@@ -99,16 +93,16 @@ def distance(nxt, start, H):
     return dist
 
 
-def walk(nxt, Q, directed, value, step, target, H, rng, skew=1.0):
-    """Walks from value (N,) at step (N,) until the target or H: actions (N, H), -1 where idle. By the weights
-    of the operations; where `directed` (N,), given success: pi(k | v, h) = weight(k | v) Q(v, h, k) / their
-    sum."""
+def walk(nxt, Q, expert, value, step, target, H, rng, skew):
+    """Walks from value (N,) at step (N,) until the target or H: actions (N, H), -1 where idle. Operations are
+    drawn by their weights; in the rows `expert` (N,) as if success were given: pi(k | v, h) ~ weight(k | v)
+    Q(v, h, k)."""
     actions, value = np.full((len(nxt), H), -1), value.copy()
     for h in range(H):
         n = np.nonzero((value != target) & (step <= h))[0]
         p = weights(nxt[n, value[n]], skew)
         q = Q[n, h, value[n]] * p
-        p = np.where((directed[n] & (q.sum(1) > 0))[:, None], q, p)
+        p = np.where((expert[n] & (q.sum(1) > 0))[:, None], q, p)
         k = (rng.random((len(n), 1)) * p.sum(-1, keepdims=True) >= p.cumsum(-1)).sum(-1).clip(max=3)
         actions[n, h], value[n] = k, nxt[n, value[n], k]
     return actions
@@ -145,18 +139,14 @@ class Calculator(Task):
         offered = " ".join(f"{sign}{x}" for sign, x in zip("+-*/", problem.ops))
         return f"from {problem.start} reach {problem.target} in at most {self.H} steps with {offered}\n"
 
-    def _dp(self, nxt, target):
-        """Exact values of the walk that demonstrations take when they do not know the way."""
-        return dp(nxt, target, self.H, normal(weights(nxt, self.skew))[:, None])
-
-    def _walks(self, problems, directed, value, step, rng, chunk=512):
+    def _walks(self, problems, expert, value, step, rng, chunk=512):
         """The lines of a `walk` of every problem; chunks keep the tables in the processor's cache."""
         out = []
         for i in range(0, len(problems), chunk):
             s = slice(i, i + chunk)
             nxt, target = transitions(problems[s]), np.array([p.target for p in problems[s]])
-            actions = walk(nxt, self._dp(nxt, target)[0], directed[s], value[s], step[s], target, self.H, rng,
-                           self.skew)
+            Q, _ = dp(nxt, target, self.H, self.skew)
+            actions = walk(nxt, Q, expert[s], value[s], step[s], target, self.H, rng, self.skew)
             for p, ks, v in zip(problems[s], actions, value[s].tolist()):
                 out.append([])
                 for k in ks[ks >= 0]:
@@ -193,7 +183,7 @@ class Calculator(Task):
         """Exact Q of the weighted walk that stops at the target: -> f(i, prefix), the chance of a right
         answer of problems[i] behind the finished lines of `prefix`; at an end the outcome."""
         nxt = transitions(problems)
-        _, V = self._dp(nxt, np.array([p.target for p in problems]))
+        _, V = dp(nxt, np.array([p.target for p in problems]), self.H, self.skew)
 
         def value(i, prefix):
             if prefix.endswith(END):

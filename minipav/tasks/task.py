@@ -49,9 +49,8 @@ class Task:
         return min(self.max_new_tokens, self.max_steps * self.max_step_tokens)
 
     def room(self, enc):
-        """Tokens of the longest row: a prompt, a response that was branched off another one, and a whole
-        completion behind a part of it."""
-        return max(128, 32 + 3 * self.max_new_tokens)
+        """Tokens of the longest row: a prompt, a response, and a whole completion behind a part of it."""
+        return max(128, 32 + 2 * self.max_new_tokens)
 
     def exact_values(self, problems):
         """`exact`; raises Fail if the task has none."""

@@ -93,8 +93,8 @@ class Text(Task):
             if n := int((sizes > getattr(self, dial)).sum()):
                 print(f"  {n:,} of {len(sizes):,} reference {what} are longer than --{dial} "
                       f"{getattr(self, dial)} allows in a search")
-        longest = max(int(solution.max()) + 1, 2 * self.max_new_tokens, self.max_step_tokens)
-        return int(prompt.max()) + longest + self.max_new_tokens
+        longest = max(int(solution.max()) + 1, self.max_new_tokens)
+        return int(prompt.max()) + longest + max(self.max_new_tokens, self.max_step_tokens)
 
     def check(self, problems, test_problems):
         for name, n, split in (("problems", problems, "train"), ("test_problems", test_problems, "test"),
