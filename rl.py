@@ -21,7 +21,7 @@ from minipav.paper.experiments import GRID, SWEEPS
 from minipav.paper.rl_report import ROWS, report_rl
 from minipav.prover import Prover, verifier_of
 from minipav.reinforce import outcomes
-from minipav.rewards import REWARDS, check_prover, gradient_ratio, loop_of
+from minipav.rewards import REWARDS, check_trial, gradient_ratio, loop_of
 from minipav.run import check_out, keyed, open_runs, task_of
 from minipav.sft import rft
 from minipav.utils import Fail, main_guard, pick_device, progress, tune_process
@@ -144,10 +144,10 @@ def train(run, reward, a, split, micro_batch):
     stage, accuracy)"""
     spec = used(reward, a, split)
     name = keyed(f"rl/{reward}", spec)
-    folder, initial = run.out / name, start(run, a, split, micro_batch)
+    folder, (init, stages) = run.out / name, start(run, a, split, micro_batch)
 
     def work():
-        loop = loop_of(reward)(run, initial[0], folder, reward, a, split, micro_batch)
+        loop = loop_of(reward)(run, init, folder, reward, a, split, micro_batch)
         policy = loop.train()
         policy.save(folder)
         facts = evaluate(run, folder, policy, a, a.n, split,
@@ -156,7 +156,7 @@ def train(run, reward, a, split, micro_batch):
     record = run.stage(name, work, spec)
     (folder / "checkpoint.safetensors").unlink(missing_ok=True)
     print(f"{name:<40} accuracy {record['accuracy']:.3f}   greedy {record['greedy']:.3f}", flush=True)
-    return initial[1], name, record["accuracy"]
+    return stages, name, record["accuracy"]
 
 
 def sweeps(run, trial):
@@ -211,7 +211,7 @@ def main():
     if not wanted:
         raise Fail(f"--reward pav_exact: task {runs[0].task.name} has no exact values")
     for reward, t in wanted:
-        check_prover(reward, Prover.parse(t.prover, t.policy), t)  # now, not after the first trainings
+        check_trial(reward, Prover.parse(t.prover, t.policy), t)  # now, not after the first trainings
     done = [{} for _ in runs]                                                   # of each run: label -> stage
     scores = {}
     for run, stages in zip(runs, done):

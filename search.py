@@ -22,7 +22,7 @@ from minipav.prover import Prover, check_head
 from minipav.run import check_out, open_runs, task_of
 from minipav.search import METHODS
 from minipav.search.inspect import show
-from minipav.search.measure import Bench, Cell, choose
+from minipav.search.measure import Bench, Cell, simplest_of_the_best
 from minipav.search.score import QUOTAS, SCORES, check_quota
 from minipav.utils import Fail, main_guard, pick_device, tune_process
 
@@ -75,7 +75,8 @@ def tune(bench, a, mu, cell):
         tables |= {(x, q): bench.measure(replace(
             cell, ns=(a.tuned_at,), prover=mu, alpha=x, quota=q, split="validation", problems=a.validation))
             for x, q in choices if (x, q) not in tables}
-        chosen.append(choose(dict(sorted(tables.items(), key=lambda t: t[0][0] > 0))))  # alpha 0 is simplest
+        simple = dict(sorted(tables.items(), key=lambda t: t[0][0] > 0))        # alpha 0 first
+        chosen.append(simplest_of_the_best(simple))
     return chosen, list(tables.values())
 
 
@@ -142,8 +143,10 @@ def main():
         for run in runs:
             mu, alpha = a.prover or f"bo{run.config['K']}", a.alpha
             alpha = run.config["alpha"] if alpha is None else alpha
-            show(Bench(run), Cell("beam", "effective", (4,), a.policy, mu, alpha, a.spread, a.quota or "none",
-                                  a.verifier or "", problems=a.problems, seed=a.seeds[0]), a.show)
+            cell = Cell("beam", "effective", (4,), policy=a.policy, prover=mu, alpha=alpha, spread=a.spread,
+                        quota=a.quota or "none", verifier=a.verifier or "", problems=a.problems,
+                        seed=a.seeds[0])
+            show(Bench(run), cell, a.show)
         return
     runs[0].problems("test", a.problems)                        # are so many there?
     methods = [METHODS[c.method] for c in wanted]

@@ -131,10 +131,10 @@ def policies(run, a):
                 model.save(run.out / "weak")
         train_policy(model, run, fraction, steps=steps, batch_size=a.batch_size, lr_muon=a.lr_muon,
                      lr_adamw=a.lr_adamw, seed=seed, log=log, micro_batch=a.micro_batch,
-                     keep=run.keeper(name))
+                     keeper=run.keeper(name))
         return model.save(run.out / name)
     files = [run.out / "weak" / name for name in ("config.json", "model.safetensors")]
-    if not run.keeper("base").path.exists():            # else a training that is resumed may have saved it
+    if not run.keeper("base").path.exists():    # without SFT weak is untrained; a resumed one has been saved
         model.save(run.out / "weak")
     seed, weak_at = run.seed("policies"), max(1, int(a.weak_at * a.sft_steps))
     files += train("base", a.expert_fraction, a.sft_steps, seed, weak_at)
@@ -156,7 +156,7 @@ def rollouts(run, a):
                 with progress(f"seeds, {split}", len(problems) * a.n_cov) as bar:
                     seeds[name] = seed_rollouts(model, run, problems, a.n_cov, s, progress=bar.to)
             else:
-                cycled = [problems[i % len(problems)] for i in range(n_mu)]
+                cycled = [problems[i % len(problems)] for i in range(n_mu)]    # a seed each, round and round
                 seeds[name] = seed_rollouts(model, run, cycled, 1, s + 3)
                 seeds[name].problem %= len(problems)
             right = float(seeds[name].reward.mean())
@@ -185,7 +185,7 @@ def verifier(run, a, name, data, init, steps, select=lambda traces: traces):
     model, r = train_verifier(
         run.model(init), train, held_out, steps=steps, batch_size=a.batch_size, lr_muon=a.lr_muon_verifier,
         lr_adamw=a.lr_adamw_verifier, seed=run.seed(name), log=run.logger(name, steps), balance=a.balance,
-        target=a.target, micro_batch=a.micro_batch, keep=run.keeper(name))
+        target=a.target, micro_batch=a.micro_batch, keeper=run.keeper(name))
     files = model.save(run.out / name)
     print(f"  Brier {r.brier:.4f}  AUC {r.auc:.3f}, {r.auc_within:.3f} in a problem; see {name}/held_out.csv")
     write_csv(run.out / name / "held_out.csv", ["step", "labels", "predicted", "observed", "brier"], r.steps)

@@ -11,8 +11,8 @@ from minipav.utils import give_back
 
 
 def tokens_in_flight(config, device, dtype):
-    """How many slots of buffers fit into a quarter of a GPU's memory; elsewhere (keys and values of small
-    models in fp32) into three times that of the blocks' weights, and at least into 0.4 GB."""
+    """How many slots of KV buffers there may be: on a GPU a quarter of its memory; elsewhere three times the
+    memory of the blocks' weights, and at least .4 GB (of small models they are in fp32 there)."""
     numbers = 2 * config.n_layer * config.n_kv_head * config.n_embd // config.n_head
     if device == "cuda":
         return torch.cuda.get_device_properties().total_memory // (8 if dtype == "bf16" else 16) // numbers

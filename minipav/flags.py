@@ -79,18 +79,18 @@ def check(values):
     return values
 
 
-def parse(cls, doc, argv=None, more=None, defaults=None):
+def parse(cls, doc, more=None, defaults=None):
     """Flags from the command line, checked. more(flags so far): a second dataclass with flags of its own (of
     the task, say); defaults(flags so far): other defaults. -> an instance of cls, or of both. Raises Fail for
     whatever is wrong with them."""
     first, p = Parser(add_help=False, allow_abbrev=False), Parser(
         description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     add(first, cls)
-    known, _ = first.parse_known_args(argv)
+    known, _ = first.parse_known_args()
     classes = [cls, more(known)] if more else [cls]
     for c in classes:
         add(p, c)
     p.set_defaults(**(defaults(known) if defaults else {}))
-    values = vars(p.parse_args(argv))
+    values = vars(p.parse_args())
     made = [check(c(**{f.name: values[f.name] for f in dataclasses.fields(c)})) for c in classes]
     return made if more else made[0]

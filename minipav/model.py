@@ -1,7 +1,8 @@
 """The compact GPT: one class for the policies and, with a scalar head, for the verifiers.
 
 Decoder-only: RMSNorm, rotary positions, grouped-query attention with optional q/k/v bias, SwiGLU, tied or
-untied head. One forward serves training (no cache) and cached decoding. Shapes beside the code are of
+untied head. One trunk serves training (no cache) and cached decoding; who calls it applies the head where it
+is wanted. Shapes beside the code are of
 
     B rows, T positions, C = n_embd, H = n_head, G = n_kv_head, D = C / H, V = vocab_size
 """
@@ -94,16 +95,16 @@ class Attention(nn.Module):
         self.wv = nn.Linear(C, self.G * D, bias=config.qkv_bias)
         self.wo = nn.Linear(self.H * D, C, bias=False)
 
-    def forward(self, x, rope, layer, cache, kept, at):
+    def forward(self, x, rope, layer, cache, kv_out, at):
         B, T, _ = x.shape
         q = self.wq(x).view(B, T, self.H, self.D)
         k, v = self.wk(x).view(B, T, self.G, self.D), self.wv(x).view(B, T, self.G, self.D)
         if cache is not None:
             y = cache.step(layer, q, k, v, rope)
         else:
-            q, k, v = (x.transpose(1, 2) for x in (rotate(q, *rope), rotate(k, *rope), v))  # (B, heads, T, D)
-            if kept is not None:
-                kept[layer][0][:, :, :T], kept[layer][1][:, :, :T] = k, v
+            q, k, v = (z.transpose(1, 2) for z in (rotate(q, *rope), rotate(k, *rope), v))  # (B, heads, T, D)
+            if kv_out is not None:
+                kv_out[layer][0][:, :, :T], kv_out[layer][1][:, :, :T] = k, v
             low = self.large and T <= 256 and torch.is_autocast_enabled("cpu")
             with torch.autocast("cpu", enabled=low):    # else fp32 there: the fused backward is slow in bf16
                 y = causal_attention(q, k, v.to(q.dtype), 256 if low else 128)
@@ -130,8 +131,8 @@ class Block(nn.Module):
         self.norm2 = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x, rope, layer, cache, kept, at):
-        y = self.attn(lowered(self.norm1(x)), rope, layer, cache, kept, at)
+    def forward(self, x, rope, layer, cache, kv_out, at):
+        y = self.attn(lowered(self.norm1(x)), rope, layer, cache, kv_out, at)
         x = y + (x if at is None else x[at])
         return x + self.mlp(lowered(self.norm2(x)))
 
@@ -174,11 +175,11 @@ class GPT(nn.Module):
         return torch.bfloat16 if self.bf16 else self.embed.weight.dtype         # of keys and values
 
     @mixed
-    def trunk(self, idx, cache=None, kept=None, at=None):
-        """Hidden states (B, T, C) of the tokens idx (B, T); at: those at (rows (K,), columns (K,)) alone, (K,
-        C), which saves most of the last block. Without a cache they are the first of each row, right-padded;
-        kept: (keys, values) of each layer, (B, G, at least T, D), to be filled in. With a cache they come
-        behind what its rows hold, and are added."""
+    def trunk(self, idx, cache=None, kv_out=None, at=None):
+        """Hidden states (B, T, C) of the tokens idx (B, T); with at = (rows (K,), columns (K,)) those of the
+        positions named, (K, C), which saves most of the last block. Without a cache idx has rows from their
+        start, right-padded, and their keys and values are written to kv_out, a pair (B, G, at least T, D) a
+        layer, if it is given. With a cache idx has the next T tokens of its rows, which are added to it."""
         T = idx.shape[1]
         if cache is not None:
             pos = cache.lengths[:, None] + cache.count + torch.arange(T, device=idx.device)     # (B, T)
@@ -189,7 +190,7 @@ class GPT(nn.Module):
             rope = self.cos[None, :T, None], self.sin[None, :T, None]
         x = self.embed(idx)                                                     # (B, T, C)
         for layer, block in enumerate(self.blocks):
-            args = x, rope, layer, cache, kept, at if layer + 1 == len(self.blocks) else None
+            args = x, rope, layer, cache, kv_out, at if layer + 1 == len(self.blocks) else None
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
             else:

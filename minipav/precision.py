@@ -36,8 +36,8 @@ def mixed(f):
 
 
 def lowered(x):
-    """x in bf16, if the products that read it would make it so each for itself. Not in training, where their
-    gradients of x are to be added in fp32."""
+    """x in bf16, cast once where each product that reads it would cast it again. Not in training: there
+    the products' gradients of x are to be added in fp32."""
     low = torch.is_autocast_enabled(x.device.type) and not torch.is_grad_enabled()
     return x.to(torch.bfloat16) if low else x
 

@@ -19,13 +19,14 @@ from minipav.data import corrupted_steps, random_h
 from minipav.files import write_csv, write_tensors
 from minipav.precision import in_chunks, mixed
 from minipav.prover import Prover, verifier_of
+from minipav.sampler import WHOLE
 from minipav.tokenizer import pad_token
-from minipav.traces import WHOLE, Traces, responses
+from minipav.traces import Traces, responses
 from minipav.utils import Fail, NotFinite, apply_step, backward, make_optimizers, micro_batches, progress
 from minipav.verifier import label_weights, verifier_loss
 
-# a row of log.csv: so far; of held-out problems (accuracy, greedy, pass_n); then means since the row before:
-# length, kl a trace; entropy, value_error a token; train_reward, illegal, zero_return shares of the traces
+# totals; on held-out problems accuracy, greedy, pass_n; then means since the row before: length, kl of a
+# trace, entropy, value_error of a token, shares of the traces (train_reward, illegal, zero_return)
 COLUMNS = ("iteration", "tokens", "seconds", "accuracy", "greedy", "pass_n", "length", "kl", "entropy",
            "value_error", "train_reward", "illegal", "zero_return", "tokens_per_s")
 
@@ -34,12 +35,10 @@ COLUMNS = ("iteration", "tokens", "seconds", "accuracy", "greedy", "pass_n", "le
 
 @mixed
 def policy_loss(policy, ref, tokens, step, weight, kl_coef):
-    """REINFORCE with KL to the initial policy, summed over rows: (loss, KL, entropy, tokens).
-
-    The KL of each token is exact, over the whole vocabulary, at the states that were visited. Padding and
-    prompt have no part in the loss; the end token has.
-    """
-    rows, cols = at = (step[:, 1:] >= 0).nonzero(as_tuple=True)  # predicted one position before it
+    """REINFORCE with a KL to the initial policy, summed over rows: (loss, KL, entropy, tokens). The KL is
+    exact, over the whole vocabulary at every state visited. Prompt and padding have no part; the end token
+    has."""
+    rows, cols = at = (step[:, 1:] >= 0).nonzero(as_tuple=True)     # the positions that predict a response
     with torch.no_grad():
         ref_hidden = ref.trunk(tokens[:, :-1], at=at)
 
@@ -50,8 +49,8 @@ def policy_loss(policy, ref, tokens, step, weight, kl_coef):
         p, chosen = logp.exp(), logp.gather(1, token[:, None])[:, 0]
         kl, entropy = (p * (logp - ref_logp)).sum(), -(p * logp).sum()
         return kl_coef * kl - (w * chosen).sum(), kl.detach(), entropy.detach()
-    hidden, at = policy.trunk(tokens[:, :-1], at=at), (rows, cols + 1)
-    return *in_chunks(sums, policy.config.vocab_size, hidden, ref_hidden, tokens[at], weight[at]), len(rows)
+    hidden, of = policy.trunk(tokens[:, :-1], at=at), (rows, cols + 1)
+    return *in_chunks(sums, policy.config.vocab_size, hidden, ref_hidden, tokens[of], weight[of]), len(rows)
 
 
 def value_loss(value, tokens, step, target):
@@ -65,7 +64,7 @@ def value_loss(value, tokens, step, target):
 
 
 def outcomes(policy, env, problems, n, seed, **sampling):
-    """Rex (P, n) of n samples of each problem, sampled as the run's policies are; not so in training."""
+    """Rex (P, n) of n samples of each problem, by the run's temperature and top_p (RL trains on WHOLE)."""
     return seed_rollouts(policy, env, problems, n, seed, **sampling).reward.view(len(problems), n)
 
 
@@ -83,7 +82,7 @@ class Reinforce:
         self.learned = a.baseline == "value" and self.reward.baseline
         if self.learned:
             torch.manual_seed(run.seed("value network", a.seed))
-            self.value = init.as_verifier()
+            self.value = init.as_verifier()     # its raw output is b(s): no sigmoid
             self.optimizers["value"] = make_optimizers(self.value, a.value_lr_muon, a.value_lr)
         if self.reward.values == "verifier":
             self.verifier, c = run.model(verifier_of(self.mu.policy)), run.config

@@ -14,8 +14,8 @@ from minipav import parallel
 from minipav.advantage import advantage, effective_reward, q_best_of_k, rollout_from
 from minipav.attention import BETA, attention_share, uniform_share
 from minipav.prover import check_head
+from minipav.sampler import WHOLE
 from minipav.search.best_of_n import pass_at_n
-from minipav.traces import WHOLE
 from minipav.utils import Fail
 from minipav.verifier import exact_q, score
 
@@ -95,6 +95,19 @@ def close(traces):
     return replace(traces, ends=ends, q=none, n=none.long(), labelled=none.bool(), exact=none.bool())
 
 
+def to_estimate(traces, H):
+    """The step ends (N, S + 1) whose value has to be estimated: not the last (Rex), none after H (0)."""
+    index = torch.arange(traces.ends.shape[1])
+    return (index < traces.last[:, None]) & (index < H)
+
+
+def with_terminal_values(q, traces, H):
+    """q (N, S + 1) with the values that need not be estimated put in, and NaN behind the last step end."""
+    end = torch.arange(traces.ends.shape[1]) == traces.last[:, None]
+    q = torch.where(end, traces.reward[:, None], torch.where(to_estimate(traces, H), q, 0.0))
+    return q.masked_fill(traces.ends < 0, float("nan"))
+
+
 def step_of_token(tokens, ends):
     """The step (N, T) that each token of a response belongs to, delimiter included; -1 elsewhere."""
     t, last = torch.arange(tokens.shape[1]), ends.max(1, keepdim=True).values
@@ -132,7 +145,7 @@ def by_exact(loop, problems, traces, seed):
 
 def by_rollouts(mu, K, env, problems, traces, n_mc, seed, **sampling):
     """Unbiased Q^mu of best-of-K of mu from n_mc >= K completions of each prefix whose value is not known."""
-    rows, h = unknown(traces, env.task.max_steps).nonzero(as_tuple=True)
+    rows, h = to_estimate(traces, env.task.max_steps).nonzero(as_tuple=True)
     q = torch.zeros(traces.ends.shape)
     if len(rows) == 0:
         return q, 0
@@ -158,8 +171,8 @@ VALUES = {"verifier": by_verifier, "group": by_group,
               l.policy, 1, l.run, problems, traces, l.a.n_mc, seed, **WHOLE)}
 
 
-def check_prover(reward, mu, a):
-    """Raises Fail if this reward cannot be had with this prover."""
+def check_trial(reward, mu, a):
+    """Raises Fail if this reward cannot be had with this prover, or with these flags."""
     values, other = REWARDS[reward].values, mu.policy != a.policy
     if other and (values == "exact" or values == "verifier" and a.refresh):
         raise Fail(f"--prover {a.prover}: only boK has exact values, or a verifier to --refresh; use boK")
@@ -173,16 +186,3 @@ def check_prover(reward, mu, a):
         raise Fail("--group 1: --baseline group needs the problem's other traces; use --group 2 or more")
     if values == "rollouts" and a.n_mc < mu.K:
         raise Fail(f"--n_mc {a.n_mc}: best-of-{mu.K} needs at least {mu.K} completions a prefix")
-
-
-def unknown(traces, H):
-    """The step ends (N, S + 1) whose value has to be estimated: not the last (Rex), none after H (0)."""
-    index = torch.arange(traces.ends.shape[1])
-    return (index < traces.last[:, None]) & (index < H)
-
-
-def with_terminal_values(q, traces, H):
-    """q (N, S + 1) with the values that need not be estimated put in, and NaN behind the last step end."""
-    end = torch.arange(traces.ends.shape[1]) == traces.last[:, None]
-    q = torch.where(end, traces.reward[:, None], torch.where(unknown(traces, H), q, 0.0))
-    return q.masked_fill(traces.ends < 0, float("nan"))

@@ -71,7 +71,7 @@ class Run:
         if config.setdefault("data_crc", self.task.data_crc) != self.task.data_crc:
             raise Fail(f"--data: other problems are in {self.task.data} than when the run began")
         self.sampling = {k: config[k] for k in ("temperature", "top_p", "max_tokens_in_flight")}
-        self.sampling["keep"] = self.out / "partial" / "calls"
+        self.sampling["partial_folder"] = self.out / "partial" / "calls"
 
     @classmethod
     def open(cls, out, device, dtype="auto"):

@@ -24,6 +24,7 @@ from minipav.tokenizer import stop_mask
 from minipav.utils import tokens_per_forward
 
 LENGTH = -1                         # Samples.finish_reason of a row that met no stop token
+WHOLE = dict(temperature=1.0, top_p=None)           # a policy's own distribution, as its gradient asks for
 SPAN = 16                           # tokens for which shapes stay (on a GPU: until half of the rows stopped)
 
 
@@ -86,13 +87,13 @@ def _nucleus(p, u, top_p):
 @torch.no_grad()
 @mixed
 def sample(model, prompts, lengths, n=1, *, which=None, max_new_tokens, stop, seed=0, logprobs=False,
-           max_tokens_in_flight=1 << 18, pad=0, compact=True, progress=None, keep=None, **choice):
+           max_tokens_in_flight=1 << 18, pad=0, progress=None, partial_folder=None, **choice):
     """n samples behind each of B prefixes. -> Samples on the CPU
 
     Prefix b is the first lengths[b] tokens of the row which[b] (default: b) of prompts (P, T); stop: token
     ids that end a row and are kept in it; choice: temperature, top_p; max_tokens_in_flight bounds rows
     x slots of the KV buffers (not the outputs, which grow with n); progress(rows_done) is called after each
-    chunk; keep: folder in which a long call saves what it has, to go on from there. Raises ValueError if a
+    chunk; partial_folder: where a long call saves what it has, to go on from there. Raises ValueError if a
     prefix is empty or a row would not fit the model's block_size.
     """
     longest = int(lengths.max()) + max_new_tokens
@@ -110,8 +111,8 @@ def sample(model, prompts, lengths, n=1, *, which=None, max_new_tokens, stop, se
     slots = read[which[order // n]] + max_new_tokens
     outputs = [x for x in vars(out).values() if x is not None]
     how = n, seed, max_new_tokens, choice, list(stop), pad, logprobs, model.bf16
-    kept = Partial(keep, outputs, [model], prompts, lengths, which, crc32(repr(how).encode()))
-    at = kept.at
+    saved = Partial(partial_folder, outputs, [model], prompts, lengths, which, crc32(repr(how).encode()))
+    at = saved.at
     stops = stop_mask(stop, model.config.vocab_size, model.device)
     while at < len(order):
         need = slots[at:at + max(1, max_tokens_in_flight // int(slots[at]))]
@@ -119,11 +120,11 @@ def sample(model, prompts, lengths, n=1, *, which=None, max_new_tokens, stop, se
         rows = order[at:at + max(1, fit)]
         cache, hidden = prefill(model, prompts, which[rows // n], lengths[rows // n])
         result = decode(model, cache, hidden, rows.to(hidden.device), seed, max_new_tokens,
-                        stops, pad, compact, logprobs, **choice)
+                        stops, pad, logprobs, **choice)
         for output, value in zip(outputs, result):
             output[rows] = value.cpu()
         at += len(rows)
-        kept.save(at, at >= len(order))
+        saved.save(at, at >= len(order))
         if progress:
             progress(at * parallel.world())
     parallel.exchange(order, *outputs)
@@ -139,13 +140,13 @@ def prefill(model, prompts, which, lengths):
     distinct, group = torch.unique_consecutive(which, return_inverse=True)
     T = int(lengths.max())
     tokens, at = prompts[distinct, :T].to(device), lengths.to(device) - 1
-    kept = KVCache.buffers(model.config, len(tokens), T, device, model.dtype)
+    kv = KVCache.buffers(model.config, len(tokens), T, device, model.dtype)
     hidden, step = [], max(1, tokens_per_forward(model) // T)
     first = torch.searchsorted(group, torch.arange(0, len(tokens) + step, step)).tolist()
     for i, a, b in zip(range(0, len(tokens), step), first, first[1:]):
-        here = [(k[i:i + step], v[i:i + step]) for k, v in kept]
-        hidden.append(model.trunk(tokens[i:i + step], kept=here, at=((group[a:b] - i).to(device), at[a:b])))
-    return KVCache(kept, group.to(device), at + 1), torch.cat(hidden)
+        here = [(k[i:i + step], v[i:i + step]) for k, v in kv]
+        hidden.append(model.trunk(tokens[i:i + step], kv_out=here, at=((group[a:b] - i).to(device), at[a:b])))
+    return KVCache(kv, group.to(device), at + 1), torch.cat(hidden)
 
 
 class Drawn:
@@ -186,8 +187,7 @@ class Drawn:
 
 @torch.no_grad()
 @mixed
-def decode(model, cache, hidden, ids, seed, max_new, stops, pad=0, compact=True, logprobs=False, whole=False,
-           **choice):
+def decode(model, cache, hidden, ids, seed, max_new, stops, pad=0, logprobs=False, whole=False, **choice):
     """Sample up to max_new tokens behind the rows of the cache, whose last token has the hidden state
     `hidden` (R, C). ids (R,): of the samples, for their randomness; stops (V,): which tokens end a row. ->
     tokens (R, max_new), lengths (R,), finish reasons (R,), log-probabilities (R, max_new) or None. whole: the
@@ -203,7 +203,7 @@ def decode(model, cache, hidden, ids, seed, max_new, stops, pad=0, compact=True,
             living = int(d.alive.sum())
             if living == 0:
                 break
-            if compact and living < len(d.row) * (0.5 * (len(d.row) > 64) if step.on else 0.8):  # dead leave
+            if living < len(d.row) * (0.5 * (len(d.row) > 64) if step.on else 0.8):  # dead leave
                 if cache is every:
                     cache = copy.copy(cache)
                 elif whole:

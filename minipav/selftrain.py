@@ -11,11 +11,11 @@ import torch
 from minipav.advantage import seed_rollouts
 from minipav.reinforce import Reinforce, policy_loss
 from minipav.rewards import close, step_of_token
+from minipav.sampler import WHOLE
 from minipav.search.mcts import BRANCH, ROLL, iterate
 from minipav.search.score import SCORES, Search
 from minipav.search.tree import Tree
 from minipav.sft import sft_loss
-from minipav.traces import WHOLE
 from minipav.utils import apply_step, backward, make_optimizers
 from minipav.verifier import verifier_loss
 

@@ -26,10 +26,10 @@ def sft_loss(model, tokens, lengths, prompt_lengths):
     return in_chunks(loss, model.config.vocab_size, hidden, tokens[at[0], at[1] + 1])[0]
 
 
-def _train(model, batches, steps, lr_muon, lr_adamw, log=lambda *x: None, micro_batch=0, keep=NOT_KEPT):
+def _train(model, batches, steps, lr_muon, lr_adamw, log=lambda *x: None, micro_batch=0, keeper=NOT_KEPT):
     """Train `model` in place on `batches` of (tokens, lengths, prompt lengths)."""
     optimizers = make_optimizers(model, lr_muon, lr_adamw)
-    done, _ = keep.resume({"model": model}, {"model": optimizers})
+    done, _ = keeper.resume({"model": model}, {"model": optimizers})
     for step, batch in zip(range(steps), batches):
         if step < done:
             continue
@@ -37,13 +37,14 @@ def _train(model, batches, steps, lr_muon, lr_adamw, log=lambda *x: None, micro_
         loss = backward(sft_loss, model, batch, batch[1], count, micro_batch)
         apply_step(model, optimizers, schedule(step, steps))
         log(step + 1, steps, loss)
-        keep.save(step + 1, step + 1 == steps)
+        keeper.save(step + 1, step + 1 == steps)
 
 
 def train_policy(model, env, expert_fraction, *, steps, batch_size, lr_muon, lr_adamw, seed, log,
-                 micro_batch=0, keep=NOT_KEPT):
+                 micro_batch=0, keeper=NOT_KEPT):
     """Train `model` in place. log(step, steps, loss) is called after every step; micro_batch: rows of
-    mean length in one backward pass (0: all); keep: of checkpoint.py."""
+    mean length in one backward pass (0: all); keeper: what saves a long
+    training (run.keeper)."""
     def batches(ahead=20):  # demonstrations for 20 steps at once
         task, enc, rng = env.task, env.enc, np.random.default_rng(derive_seed(seed, "sft"))
         for step in range(0, steps, ahead):
@@ -52,7 +53,7 @@ def train_policy(model, env, expert_fraction, *, steps, batch_size, lr_muon, lr_
             demos, demo_lengths = encode_rows(enc, task.demonstrations(problems, expert_fraction, rng))
             data = (*join(prompts, prompt_lengths, demos, demo_lengths, pad_token(enc)), prompt_lengths)
             yield from zip(*(x.split(batch_size) for x in data))
-    _train(model, batches(), steps, lr_muon, lr_adamw, log, micro_batch, keep)
+    _train(model, batches(), steps, lr_muon, lr_adamw, log, micro_batch, keeper)
 
 
 def rft(policy, seeds, seed, name="", epochs=2, batch_size=64, lr=3e-4, micro_batch=0):

@@ -13,18 +13,10 @@ from minipav.tokenizer import END, decode_rows, delimiter_tokens
 
 @dataclass
 class Env:
-    """What every sampling function needs to know of the world; a Run is one too."""
+    """What a sampling function is given as env. The scripts pass a Run, which has the same three."""
     task: object
     enc: object
     sampling: dict = field(default_factory=dict)  # of every call of the sampler: temperature, top_p, ...
-
-
-WHOLE = dict(temperature=1.0, top_p=None)           # a policy's own distribution, as its gradient asks for
-
-
-def choice(env):
-    """Temperature and top_p of the policies that are searched with."""
-    return {k: env.sampling[k] for k in WHOLE if k in env.sampling}
 
 
 @dataclass
@@ -53,7 +45,7 @@ class Traces:
         return (self.ends >= 0).sum(1) - 1
 
     @staticmethod
-    def cat(parts, pad=0):
+    def cat(parts, pad):
         """All parts one after the other, padded to a common width."""
         fill = dict(tokens=pad, ends=-1, q=0.0, n=0, labelled=False, exact=False)
 

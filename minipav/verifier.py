@@ -185,12 +185,13 @@ def evaluate(model, traces):
 
 
 def train_verifier(init, train, held_out, *, steps, batch_size, lr_muon, lr_adamw, seed, log, balance=False,
-                   target="bce", micro_batch=0, keep=NOT_KEPT):
+                   target="bce", micro_batch=0, keeper=NOT_KEPT):
     """Fit a verifier that starts from `init` (a policy, or another verifier) to `train`; the checkpoint with
     the lowest cross-entropy on `held_out` (traces of other problems) is kept. -> (model, Report)
 
     log(step, steps, loss, lowest held-out loss so far) is called at every step. micro_batch: rows of mean
-    length in one backward pass (0: all); keep: of checkpoint.py.
+    length in one backward pass (0: all); keeper: what saves a long training
+    (run.keeper).
     """
     torch.manual_seed(seed)
     same = init.config.head == "scalar" and init.config.target == target
@@ -200,7 +201,7 @@ def train_verifier(init, train, held_out, *, steps, batch_size, lr_muon, lr_adam
     optimizers, generator = make_optimizers(model, lr_muon, lr_adamw), torch.Generator().manual_seed(seed)
     weights, order = label_weights(train, balance), torch.empty(0, dtype=torch.long)
     best_model = copy.deepcopy(model)
-    done, facts = keep.resume({"model": model, "best": best_model}, {"model": optimizers, "best": []})
+    done, facts = keeper.resume({"model": model, "best": best_model}, {"model": optimizers, "best": []})
     best = Report(*facts["best"]) if facts.get("best") else None
     for step in range(steps):
         if len(order) < batch_size:                                             # a new pass over the data
@@ -217,5 +218,5 @@ def train_verifier(init, train, held_out, *, steps, batch_size, lr_muon, lr_adam
                 best = report
                 best_model.load_state_dict(model.state_dict())
         log(step + 1, steps, loss, best.loss if best else float("nan"))
-        keep.save(step + 1, step + 1 == steps, best=best and astuple(best))
+        keeper.save(step + 1, step + 1 == steps, best=best and astuple(best))
     return best_model, best

@@ -59,10 +59,10 @@ class WalkPolicy(torch.nn.Module):
         self.dtype, self.bf16 = torch.float32, False
         self.by_prompt, self.known = {self.task.prompt(p): (p, transitions([p])[0]) for p in problems}, {}
 
-    def trunk(self, idx, cache=None, kept=None, at=None):
+    def trunk(self, idx, cache=None, kv_out=None, at=None):
         as_key = idx[..., None, None].float().expand(-1, -1, 1, 2)              # (B, T, 1, 2)
         if cache is None:
-            kept[0][0][:, 0, :idx.shape[1], 0] = idx
+            kv_out[0][0][:, 0, :idx.shape[1], 0] = idx
             rows = idx.tolist()
             prefixes = [[tuple(row[:t + 1]) for t in range(len(row))] for row in rows]
         else:

@@ -173,7 +173,7 @@ def test_a_score_of_beams(extended, tmp_path):
     for level in s.log:
         step = level["step"]
         want = torch.cat([step.path, step.q_pi[:, None]], 1).min(1).values
-        assert torch.equal(level["beam"].score, want) and step.path.shape[1] == step.depth
+        assert torch.equal(level["beam"].score, want)
     assert [float(x["right"]) for x in found(out, "beam", "lowest")] == r.right.tolist()
 
 

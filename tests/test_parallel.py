@@ -69,7 +69,7 @@ def weights(keep, stop=0):
     model, data = tiny(), torch.Generator().manual_seed(1)
     batches = [(torch.randint(29, (6, 9), generator=data), torch.full((6,), 9), torch.full((6,), 3))] * 4
     with suppress(KeyboardInterrupt):
-        _train(model, batches, 4, 0.0, 1e-2, log, keep=keep)
+        _train(model, batches, 4, 0.0, 1e-2, log, keeper=keep)
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 

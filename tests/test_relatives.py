@@ -10,7 +10,7 @@ from conftest import WalkPolicy, make_traces, tiny
 from minipav import dpo, rewards
 from minipav.attention import attention_share, last_attention, uniform_share
 from minipav.prover import Prover
-from minipav.rewards import REWARDS, VALUES, check_prover
+from minipav.rewards import REWARDS, VALUES, check_trial
 from minipav.search import METHODS
 from minipav.search.score import SCORES, Search
 from minipav.targets import TARGETS, in_support_max, smoothed
@@ -73,7 +73,7 @@ def test_grpo_is_the_groups_standard_score(some):
     got = rewards.step_returns(REWARDS["grpo"], some.reward, z.masked_fill(some.ends < 0, float("nan")), 1.0)
     assert got[2].tolist() == pytest.approx([want[2], 0, 0]) and not REWARDS["grpo"].baseline
     with pytest.raises(Fail, match="--group 1"):
-        check_prover("grpo", Prover.parse("bo4", "base"), SimpleNamespace(group=1, policy="base"))
+        check_trial("grpo", Prover.parse("bo4", "base"), SimpleNamespace(group=1, policy="base"))
 
 
 # ---- searches

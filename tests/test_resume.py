@@ -58,7 +58,7 @@ def test_sft_and_a_verifiers_training_go_on_where_they_were_killed(tmp_path, mon
     def sft(model, log, keep):
         parts = tokens.split(4) * 2
         batches = ((t, lengths[:4], lengths[:4] // 2) for t in parts)
-        _train(model, batches, 10, 0.01, 1e-3, log, keep=keep)
+        _train(model, batches, 10, 0.01, 1e-3, log, keeper=keep)
         return model
 
     ends = torch.tensor([[3, 7, 11]]).repeat(24, 1)
@@ -67,7 +67,7 @@ def test_sft_and_a_verifiers_training_go_on_where_they_were_killed(tmp_path, mon
 
     def verifier(model, log, keep):
         return train_verifier(model, data, data[:8], steps=10, batch_size=8, lr_muon=0.01, lr_adamw=1e-3,
-                              seed=1, log=log, keep=keep)[0]
+                              seed=1, log=log, keeper=keep)[0]
     def told_at(k):
         return lambda step, *x: step == k and [os.kill(os.getpid(), signal.SIGTERM) for _ in range(2)]
 
@@ -125,15 +125,15 @@ def test_a_call_of_the_sampler_goes_on_where_it_was_killed(tmp_path):
     lengths = torch.tensor([8, 5, 3, 8, 7, 2])
     want, done = sample(model, prompts, lengths, **how), []
     with pytest.raises(Killed):
-        sample(model, prompts, lengths, **how, keep=tmp_path, progress=killed_at(3))
-    got = sample(model, prompts, lengths, **how, keep=tmp_path, progress=done.append)
+        sample(model, prompts, lengths, **how, partial_folder=tmp_path, progress=killed_at(3))
+    got = sample(model, prompts, lengths, **how, partial_folder=tmp_path, progress=done.append)
     assert all(torch.equal(a, b) for a, b in zip(vars(got).values(), vars(want).values()))
     assert done[0] > 12                                         # 12 of 24 rows were there
     other = copy.deepcopy(model)
     torch.nn.init.normal_(other.blocks[0].mlp.up.weight)
     for changed in (dict(model=other), dict(how=how | dict(seed=4)), dict(how=how | dict(temperature=0.5))):
         args = changed.get("model", model), prompts, lengths
-        again = sample(*args, **changed.get("how", how), keep=tmp_path)
+        again = sample(*args, **changed.get("how", how), partial_folder=tmp_path)
         assert torch.equal(again.tokens, sample(*args, **changed.get("how", how)).tokens)
 
 
@@ -160,7 +160,7 @@ def test_a_beam_goes_on_where_it_was_killed(smoke_run, tmp_path, monkeypatch):
     """In its second width, of three: the first one and the finished problems of the second are not searched
     again."""
     run, batches, module = Run.open(smoke_run[0], "cpu"), [], importlib.import_module("minipav.search.beam")
-    run.sampling = run.sampling | {"keep": None, "max_tokens_in_flight": 1}         # a problem at a time
+    run.sampling = run.sampling | {"partial_folder": None, "max_tokens_in_flight": 1}   # a problem at a time
     search_batch, problems = module.search_batch, run.problems("test", 4)
 
     def searched(*args):
@@ -173,7 +173,7 @@ def test_a_beam_goes_on_where_it_was_killed(smoke_run, tmp_path, monkeypatch):
         s = Bench(run).search(Cell("beam", "effective", alpha=0.5))
         return METHODS["beam"].run(replace(s, **changes), problems, [1, 2, 3], 0)
     want = found()
-    run.sampling["keep"] = tmp_path
+    run.sampling["partial_folder"] = tmp_path
     monkeypatch.setattr(module, "search_batch", searched)
     with pytest.raises(Killed):
         found()

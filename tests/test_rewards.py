@@ -12,7 +12,7 @@ from minipav.rewards import (
     REWARDS,
     VALUES,
     by_rollouts,
-    check_prover,
+    check_trial,
     close,
     step_baseline,
     step_of_token,
@@ -142,7 +142,7 @@ def test_provers_that_a_reward_cannot_have_are_refused():
     def check(reward, mu, K, **flags):
         a = argparse.Namespace(**{"policy": "base", "prover": "it", "refresh": 0, "n_mc": 4,
                                      "group": 4, "baseline": "value", **flags})
-        check_prover(reward, argparse.Namespace(policy=mu, K=K), a)
+        check_trial(reward, argparse.Namespace(policy=mu, K=K), a)
     for reward, mu, K, flags, word in (("pav_exact", "strong", 1, {}, "exact values"),
                                        ("pav", "weak", 1, {"refresh": 2}, "--refresh"),
                                        ("pav_rollout", "base", 16, {}, "--n_mc 4")):

@@ -73,7 +73,7 @@ def test_compaction_and_chunks_change_no_sample():
     """The uniform number of a token belongs to its sample, not to its place in the batch."""
     model = tiny(std=0.05)
     one = run(model, n=20)
-    for kw in (dict(compact=False), dict(max_tokens_in_flight=17), dict(max_tokens_in_flight=200)):
+    for kw in (dict(max_tokens_in_flight=17), dict(max_tokens_in_flight=200)):
         assert same(one, run(model, n=20, **kw))
 
 
@@ -185,11 +185,10 @@ def record(monkeypatch):
     monkeypatch.setattr(kernels, "attend", attend)
 
 
-@pytest.mark.parametrize("compact", [False, True])
-def test_a_recorded_step_samples_the_same(monkeypatch, compact):
+def test_a_recorded_step_samples_the_same(monkeypatch):
     """As on a GPU, whose steps all have one shape."""
     model = tiny(std=0.2, block_size=96)
-    kw = dict(n=20, top_p=0.9, max_new_tokens=80, max_tokens_in_flight=2000, compact=compact)
+    kw = dict(n=20, top_p=0.9, max_new_tokens=80, max_tokens_in_flight=2000)
     want, widths = run(model, **kw), []
     widen = sampler.KVCache.widen
     monkeypatch.setattr(sampler.KVCache, "widen", lambda self, *a: widths.append(a) or widen(self, *a))

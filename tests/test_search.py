@@ -14,7 +14,7 @@ from minipav.advantage import q_best_of_k, seed_rollouts
 from minipav.model import GPT, GPTConfig
 from minipav.sampler import uniform
 from minipav.search import METHODS
-from minipav.search.beam import allot, distinct, kin, prune, search_all, search_batch, top
+from minipav.search.beam import allot, distinct, kin, prune, search_batch, search_width, top
 from minipav.search.best_of_n import (
     at_n,
     best_of_n,
@@ -126,7 +126,7 @@ def test_every_search_samples_at_the_runs_temperature(small):
     assert not torch.equal(at_n(small, small.problems, [1], 0)[0].tokens, want.tokens)
     [sampled] = at_n(cold, small.problems, [1], 0)
     assert torch.equal(sampled.tokens, want.tokens) and torch.equal(sampled.right, want.right)
-    found = search_all(cold, small.problems, 2, 0)
+    found = search_width(cold, small.problems, 2, 0)
     finished = [i for i, text in enumerate(found.text) if text]
     assert finished and all(found.text[i] == want.text[i] for i in finished)
     [walked] = METHODS["backtrack"].run(cold, small.problems, [2], 0)
@@ -195,7 +195,7 @@ def small():
 
 
 def beam(small, width, problems=None, seed=0, **fields):
-    return search_all(replace(small, **fields), problems or small.problems, width, seed)
+    return search_width(replace(small, **fields), problems or small.problems, width, seed)
 
 
 def test_a_wide_beam_holds_every_solution(small):
@@ -289,12 +289,12 @@ def test_the_log_has_each_candidate_with_its_values_and_what_was_kept(small):
         b, step, kept = level["beam"], level["step"], level["kept"]
         assert torch.equal(b.score, SCORES["effective"].of(step)) and 1 <= kept.sum() <= 2
         assert step.depth < task.H or level["ended"].all(), "a last step without END takes no place"
-        assert len(b.owner.unique()) == 1 and (step.logprob < 0).all() and step.path.shape[1] == step.depth
+        assert len(b.owner.unique()) == 1 and (step.logprob < 0).all()
         assert torch.equal(step.path[:, -1], step.q_pi_before)
         start = torch.full_like(b.lengths, len(enc.encode(task.prompt(small.problems[b.owner[0]]))))
         ends = step_ends(b.tokens, start, b.lengths, delimiter_tokens(enc, "\n"))
         q = score(small.verifier, b.tokens, ends)
-        assert torch.allclose(q[:, :step.depth], step.path, atol=1e-4)
+        assert torch.allclose(q[:, :step.depth], step.path[:, :step.depth], atol=1e-4)
         assert torch.allclose(q[:, step.depth], step.q_pi, atol=1e-4)
     assert sorted({int(level["beam"].owner[0]) for level in log}) == list(range(5))
 
@@ -364,7 +364,7 @@ def test_the_quota_holds_in_the_beam(small):
     longer.policy = WalkPolicy(longer.env, problems)
 
     def missed(quota, relatives):
-        search_all(replace(longer, quota=quota, log=(log := [])), problems, 3, 0)
+        search_width(replace(longer, quota=quota, log=(log := [])), problems, 3, 0)
         out = 0
         for level in log[:3]:                                   # shorter than every answer
             for p in range(8):
@@ -375,7 +375,7 @@ def test_the_quota_holds_in_the_beam(small):
 
     def twice(quota):
         """States that are kept twice while another is not kept at all."""
-        search_all(replace(longer, quota=quota, log=(log := [])), problems, 3, 0)
+        search_width(replace(longer, quota=quota, log=(log := [])), problems, 3, 0)
         out = 0
         for level in log[:3]:
             b, kept = level["beam"], level["kept"].tolist()
@@ -400,9 +400,9 @@ def test_sub_trees_are_beams_of_width_one(small):
     """Each with samples of its own; the answer is that of the highest Q^pi; their tokens add up."""
     problems, s = small.problems, replace(small, score=SCORES["q_pi"])
     one, three = dvts(s, problems, [1, 3], 2)
-    alone = search_all(s, problems, 1, 2)
+    alone = search_width(s, problems, 1, 2)
     assert one.text == alone.text and torch.equal(one.tokens, alone.tokens) and torch.equal(one.q, alone.q)
-    each = search_all(s, [p for p in problems for _ in range(3)], 1, 2)
+    each = search_width(s, [p for p in problems for _ in range(3)], 1, 2)
     q = each.q.view(5, 3)
     assert torch.equal(three.q, q.max(1).values) and torch.equal(three.tokens, each.tokens.view(5, 3).sum(1))
     assert three.text == [each.text[3 * i + int(k)] for i, k in enumerate(q.argmax(1))]
@@ -424,7 +424,7 @@ def test_a_batch_that_does_not_fit_is_halved(calculator, monkeypatch):
     """To the same results and the same log."""
     env, problems = calculator
     s = Search(env, WalkPolicy(env, problems), SCORES["exact"], log=[])
-    want, sizes = search_all(s, problems, 2, 0), []
+    want, sizes = search_width(s, problems, 2, 0), []
 
     def full(s, problems, *args):
         sizes.append(len(problems))
@@ -434,6 +434,6 @@ def test_a_batch_that_does_not_fit_is_halved(calculator, monkeypatch):
         return search_batch(s, problems, *args)
     monkeypatch.setattr(sys.modules["minipav.search.beam"], "search_batch", full)
     again = replace(s, log=[])
-    got = search_all(again, problems, 2, 0)
+    got = search_width(again, problems, 2, 0)
     assert sizes == [10, 5, 2, 2, 2, 2, 2] and "half done" not in again.log
     assert all(torch.equal(getattr(got, k), getattr(want, k)) for k in ("right", "solved", "tokens", "q"))

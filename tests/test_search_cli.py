@@ -10,7 +10,7 @@ from conftest import fails, run_main
 
 import search
 from minipav.paper import experiments
-from minipav.search.measure import COLUMNS, Cell, choose, orders_as_q, rights
+from minipav.search.measure import COLUMNS, Cell, orders_as_q, rights, simplest_of_the_best
 from minipav.search.score import SCORES
 from minipav.utils import Fail
 from minipav.verifier import train_verifier
@@ -109,7 +109,7 @@ def test_alpha_and_quota_are_chosen_on_validation_problems(run):
         tried = {(x, q): tried[x, q] for x, q in [
             *((0.0, q) for q in search.QUOTAS), *((x, q) for q in search.QUOTAS for x in alphas[1:])]}
         plain = {k: v for k, v in tried.items() if k[1] == "none"}
-        assert [tuple(x) for x in how] == [choose(plain), choose(tried)]
+        assert [tuple(x) for x in how] == [simplest_of_the_best(plain), simplest_of_the_best(tried)]
 
 
 def test_the_prediction_is_made_on_validation_problems(run):
@@ -134,10 +134,10 @@ def test_the_choice_is_the_simplest_within_a_standard_error_of_the_best(tmp_path
         return path
     simple, same = table("simple", [0, 1, 0, 1] * 25), table("same", [1, 0, 1, 0] * 25)
     luck, better = table("luck", [1, 0] * 49 + [1, 1]), table("better", [1, 1, 0, 1] * 25)
-    assert rights(luck).mean() == 0.51 and choose({0: simple, 1: luck}) == 0, ".01 +- .10"
-    assert choose({0: simple, 1: luck, 2: better, 3: same}) == 2
+    assert rights(luck).mean() == 0.51 and simplest_of_the_best({0: simple, 1: luck}) == 0, ".01 +- .10"
+    assert simplest_of_the_best({0: simple, 1: luck, 2: better, 3: same}) == 2
     almost = table("almost", [1, 1, 0, 1] * 24 + [0, 1, 0, 1])
-    assert choose({0: simple, 1: almost, 2: better}) == 1, "one problem of a hundred behind"
+    assert simplest_of_the_best({0: simple, 1: almost, 2: better}) == 1, "one problem of a hundred behind"
 
 
 def test_alpha_zero_is_the_q_beam_to_the_token(run, tmp_path):

@@ -11,7 +11,7 @@ from minipav.data import corrupted_steps
 from minipav.prover import Prover, verifier_of
 from minipav.run import keyed
 from minipav.sampler import sample
-from minipav.search.beam import search_all
+from minipav.search.beam import search_width
 from minipav.search.measure import Bench, Cell
 from minipav.tokenizer import delimiter_tokens, join, pad_token
 from minipav.traces import Traces
@@ -205,7 +205,7 @@ def train_on_sizes(bench, a, sizes, width, steps=150):
                               seed=run.seed("data", size), log=lambda *x: None)
         judge = Bench(run)
         judge.models = bench.models | {"q_pi": q}
-        found = search_all(judge.search(Cell("beam", "q_pi")), test, width, a.seeds[0])
+        found = search_width(judge.search(Cell("beam", "q_pi")), test, width, a.seeds[0])
         print(f"  {size} rollouts, {way}: {len(data):,} traces, AUC {r.auc:.3f}, "
               f"beam {found.right.mean():.3f}")
         yield {"rollouts": size, "way": way, "traces": len(data), "auc": r.auc,

@@ -25,7 +25,7 @@ from minipav.paper.mechanism_report import COLUMNS, NOISE, best, report
 from minipav.paper.noise import SCORES, SIGMAS, noise
 from minipav.paper.prediction import describe_beam, same_states
 from minipav.run import check_out, open_runs
-from minipav.search.beam import search_all
+from minipav.search.beam import search_width
 from minipav.search.dvts import dvts
 from minipav.search.measure import Bench, Cell
 from minipav.utils import Fail, main_guard, pick_device, progress, tune_process
@@ -130,7 +130,7 @@ def measure(run, recipe, a, quotas, name):
     def search(cells):
         for cell in cells:
             how = bench.search(cell), run.problems(cell.split, cell.problems)
-            r = search_all(*how, a.width, 0) if cell.method == "beam" else dvts(*how, cell.ns, 0)[0]
+            r = search_width(*how, a.width, 0) if cell.method == "beam" else dvts(*how, cell.ns, 0)[0]
             rows.append((cell.split, cell.method, cell.score, cell.alpha, cell.quota, a.width,
                          round(float(r.right.mean()), 4), round(float(r.tokens.mean()), 1),
                          "".join(str(int(x)) for x in r.right)))

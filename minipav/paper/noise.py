@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from minipav.search.beam import search_all
+from minipav.search.beam import search_width
 from minipav.search.measure import Cell
 from minipav.utils import derive_seed
 from minipav.verifier import ExactValues
@@ -54,5 +54,5 @@ def noise(bench, width, count):
             for score, alpha, quota in SCORES:
                 s = bench.search(Cell("beam", score, alpha=alpha, quota=quota))
                 s.verifier, s.exact = None, partial(Noisy, inherited=inherited, fresh=fresh, seed=seed)
-                right = search_all(s, problems, width, 0).right
+                right = search_width(s, problems, width, 0).right
                 yield inherited, fresh, score, alpha, quota, "".join(str(int(x)) for x in right)

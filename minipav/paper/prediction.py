@@ -13,7 +13,7 @@ import torch
 from minipav.advantage import rollout_from
 from minipav.files import read_csv
 from minipav.run import keyed
-from minipav.search.beam import search_all
+from minipav.search.beam import search_width
 from minipav.search.measure import COLUMNS, rights
 from minipav.tokenizer import decode_rows, encode_rows
 from minipav.traces import label_with_outcome
@@ -39,7 +39,7 @@ def candidates(bench, cell, n_mc=8):
     its relatives, the verifier's values q and q_before, the true one, and whether it was kept."""
     run, s, parts = bench.run, bench.search(cell), []
     problems, s.log = run.problems(cell.split, cell.problems), []
-    search_all(s, problems, cell.ns[0], cell.seed)
+    search_width(s, problems, cell.ns[0], cell.seed)
     for i, x in enumerate(s.log):
         b, step = x["beam"], x["step"]
         b = type(b)(*(v.cpu() for v in vars(b).values()))
@@ -55,7 +55,7 @@ def same_states(bench, cell):
     """{same_state: of what a beam by Q^pi keeps, the share whose state another one of its level has, too}"""
     run, s = bench.run, bench.search(cell)
     problems, s.log, twice, kept = run.problems(cell.split, cell.problems), [], 0, 0
-    search_all(s, problems, cell.ns[0], cell.seed)
+    search_width(s, problems, cell.ns[0], cell.seed)
     for level in s.log:
         b, chosen = level["beam"], level["kept"]
         steps = [run.task.steps(t.removesuffix(run.task.delimiter))[-1] for t in decode_rows(

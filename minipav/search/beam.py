@@ -9,10 +9,10 @@ from torch.nn.functional import pad as pad_right
 from minipav import graphs, parallel
 from minipav.advantage import q_best_of_k
 from minipav.checkpoint import Partial
-from minipav.sampler import decode, prefill
+from minipav.sampler import WHOLE, decode, prefill
 from minipav.search.score import Result, Step, check_quota, places, ranks, top
 from minipav.tokenizer import delimiter_tokens, encode_rows, pad_token, stop_mask
-from minipav.traces import choice, responses
+from minipav.traces import responses
 from minipav.utils import progress
 from minipav.verifier import Values
 
@@ -21,7 +21,7 @@ from minipav.verifier import Values
 class Beam:
     """Prefixes or finished traces of all problems, one row each, ordered by owner."""
     owner: torch.Tensor             # (N,) problem
-    tokens: torch.Tensor            # (N, S)
+    tokens: torch.Tensor            # (N, T)
     lengths: torch.Tensor           # (N,)
     q_pi: torch.Tensor              # (N, H + 1) Q^pi at the step ends so far, the last of them repeated
     score: torch.Tensor             # (N,)
@@ -44,11 +44,11 @@ def beam(s, problems, widths, seed):
     """
     mine = parallel.share(len(problems))
     with progress(f"beam, {s.score.label}", sum(widths) * (mine.stop - mine.start)) as bar:
-        return [search_all(s, problems, width, seed, bar) for width in widths]
+        return [search_width(s, problems, width, seed, bar) for width in widths]
 
 
 @torch.no_grad()
-def search_all(s, problems, width, seed, bar=None):
+def search_width(s, problems, width, seed, bar=None):
     """A beam of one width, whose progress the bar tells. -> Result
 
     The problems go in batches whose KV buffers have at most max_tokens_in_flight slots (on a GPU: would have
@@ -63,8 +63,8 @@ def search_all(s, problems, width, seed, bar=None):
     per_row //= 4 if device.type == "cuda" else 1       # rows are seldom so long; if they are, it is told
     batch = max(1, s.env.sampling.get("max_tokens_in_flight", 1 << 18) // (width * per_row))
     r, mine, logged, spent = Result.empty(P), parallel.share(P), len(s.log or ()), torch.zeros(1)
-    kept = partial(s, r, spent, prompts, lengths, width, seed)
-    end, start = kept.at or mine.start, start - spent.item()
+    saved = saver(s, r, spent, prompts, lengths, width, seed)
+    end, start = saved.at or mine.start, start - spent.item()
     tell(bar, r, width, slice(mine.start, end), end - mine.start)
     while end < mine.stop:
         at = slice(end, min(end + batch, mine.stop))
@@ -83,7 +83,7 @@ def search_all(s, problems, width, seed, bar=None):
             texts = responses(enc, finished.tokens, finished.lengths, lengths[at][finished.owner])
             r.enter(task, problems, finished.owner + i, finished.q_pi[:, -1], texts)
         spent[0] = time.time() - start
-        kept.save(end, end == P)
+        saved.save(end, end == P)
         tell(bar, r, width, slice(mine.start, end), end - i)
     r.exchange(mine)
     return replace(r, seconds=time.time() - start)
@@ -97,16 +97,17 @@ def tell(bar, r, width, done, more):
         bar.update(width * more)
 
 
-def partial(s, r, spent, *call):
-    """What saves the result r of a long call, and the seconds spent, unless it is logged."""
-    how = (s.C, s.alpha, s.spread, s.quota, s.K, s.score.label, s.exact, s.policy.bf16, choice(s.env))
+def saver(s, r, spent, *call):
+    """What saves the result r, and the seconds spent, of a long call; one that is logged is not saved."""
+    how = (s.C, s.alpha, s.spread, s.quota, s.K, s.score.label, s.exact, s.policy.bf16,
+           temperature_and_top_p(s.env))
     models = [m for m in (s.policy, s.verifier, s.mu_verifier) if m]
-    return Partial(None if s.log is not None else s.env.sampling.get("keep"),
+    return Partial(None if s.log is not None else s.env.sampling.get("partial_folder"),
                    [r.right, r.solved, r.tokens, r.verifier_tokens, r.q, spent], models, *call,
                    crc32(repr(how).encode()), texts=r.text)
 
 
-def both(s, pi, mu):
+def q_pi_and_q_mu(s, pi, mu):
     """Q^pi, and Q^mu: of a verifier of its own, or in closed form (Eq. 30)."""
     return pi.q, q_best_of_k(pi.q, s.K) if mu is None else mu.q
 
@@ -115,7 +116,7 @@ def search_batch(s, problems, prompts, lengths, slots, width, seed, offset=0):
     """-> the finished traces of the last beams (a Beam), policy tokens (P,), verifier tokens (P,)"""
     P, H, device, eot = len(prompts), s.env.task.max_steps, prompts.device, s.env.enc.eot_token
     room = lengths + s.env.task.longest
-    cache, hidden = prefill(s.policy, prompts, torch.arange(P), lengths)     # (P, C)
+    cache, hidden = prefill(s.policy, prompts, torch.arange(P), lengths)     # (P, n_embd)
     pi = Values(s.verifier, prompts, lengths) if s.verifier else s.exact(s.env, problems, device)
     mu = s.mu_verifier and Values(s.mu_verifier, prompts, lengths)
     tokens = pad_right(prompts, (0, slots - prompts.shape[1]), value=pad_token(s.env.enc))
@@ -124,8 +125,8 @@ def search_batch(s, problems, prompts, lengths, slots, width, seed, offset=0):
     finished, spent = live[:0], torch.zeros(P, dtype=torch.long, device=device)
     read = s.readers * lengths
     for level in range(H):
-        place = ((live.owner + offset) * H + level) * width * s.C
-        steps, grown = expand(s, live.owner, cache, hidden, place, allot(s, live.owner, width, level), seed)
+        first = ((live.owner + offset) * H + level) * width * s.C
+        steps, grown = expand(s, live.owner, cache, hidden, first, allot(s, live.owner, width, level), seed)
         spent.index_add_(0, live.owner[steps[0]], steps[2])
         kept = distinct(*steps[:2], steps[3])
         kept = kept[(steps[3][kept] == eot) | (level + 1 < H)]  # a last step without END leads nowhere
@@ -135,9 +136,9 @@ def search_batch(s, problems, prompts, lengths, slots, width, seed, offset=0):
             break
         parent, new, count, stop, logprob = (x[kept] for x in steps)
         read = read.index_add(0, live.owner[parent], s.readers * count)
-        before = [q[parent] for q in both(s, pi, mu)]
+        before = [q[parent] for q in q_pi_and_q_mu(s, pi, mu)]
         pi, mu = (x and x.children(parent, new, count) for x in (pi, mu))
-        step = Step(*both(s, pi, mu), *before, live.q_pi[parent, :level + 1], level + 1, logprob.sum(1),
+        step = Step(*q_pi_and_q_mu(s, pi, mu), *before, live.q_pi[parent], level + 1, logprob.sum(1),
                     s.alpha)
         child = grow(live[parent], new, count, step, s.score.of(step))
         relatives = kin(s, child.owner, parent, parents, new, count)
@@ -168,18 +169,22 @@ def allot(s, owner, width, level):
     return samples // live + (places(owner) < samples % live)
 
 
-def expand(s, owner, cache, hidden, place, times, seed, whole=True):
-    """times (N,) next steps of every prefix of these owners, ascending. place (N,): the number of the first
-    sample of each prefix's problem, from which its others count on; a sample's number fixes its randomness.
+def expand(s, owner, cache, hidden, first, times, seed, whole=True):
+    """times (N,) next steps of every prefix of these owners, ascending. first (N,): the id of the first
+    sample of each prefix's problem, from which the others count on. A sample's id fixes its randomness.
     -> (parent, tokens, lengths, stop token, log-probabilities) of each, the cache behind"""
     task, enc, device = s.env.task, s.env.enc, hidden.device
     parent = torch.arange(len(owner), device=device).repeat_interleave(times)
-    ids = place[parent] + places(owner[parent])
+    ids = first[parent] + places(owner[parent])
     stops = stop_mask(delimiter_tokens(enc, task.delimiter), enc.n_vocab, device)
     grown = cache.branch(parent)
     new = decode(s.policy, grown, hidden[parent], ids, seed, task.max_step_tokens, stops, pad_token(enc),
-                 logprobs=True, whole=whole, **choice(s.env))
+                 logprobs=True, whole=whole, **temperature_and_top_p(s.env))
     return (parent, *new), grown
+
+
+def temperature_and_top_p(env):
+    return {k: env.sampling[k] for k in WHOLE if k in env.sampling}
 
 
 def distinct(parent, new, reason):

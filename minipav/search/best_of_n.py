@@ -104,7 +104,7 @@ def values(s, model, t, problems):
 
 
 def best_of_n(s, problems, ns, seed):
-    """Best-of-N by the score of each sample's last step (its Step has all values in `path`, no logprob)."""
+    """Best-of-N by the score of each sample's last step (its Step has no logprob: zeros)."""
     P, M = len(problems), max(ns)
     t, _ = draw(s, problems, M, seed)
     start = time.time()
@@ -112,7 +112,7 @@ def best_of_n(s, problems, ns, seed):
     q_mu = q_best_of_k(q, s.K) if s.mu_verifier is None else values(s, s.mu_verifier, t, problems)
     row, last = torch.arange(len(t)), t.last
     before = (last - 1).clamp(min=0)  # a sample without a step: V(x) itself
-    path = torch.where(q.isnan(), q[row, last][:, None], q)
+    path = torch.where(torch.arange(q.shape[1]) < last[:, None], q, q[row, before][:, None])
     value = s.score.of(Step(q[row, last], q_mu[row, last], q[row, before], q_mu[row, before], path, last,
                             torch.zeros(len(t)), s.alpha))
     ended = t.tokens[row, t.lengths - 1] == s.env.enc.eot_token                 # what never ended ranks last

@@ -2,7 +2,7 @@
 verifier tree search, as in Hugging Face's search-and-learn, with one prefix a sub-tree)."""
 from dataclasses import replace
 
-from minipav.search.beam import search_all
+from minipav.search.beam import search_width
 from minipav.utils import progress
 
 
@@ -11,7 +11,7 @@ def dvts(s, problems, widths, seed):
     out, s = [], replace(s, spread=0, quota="none")
     with progress(f"sub-trees, {s.score.label}", sum(widths)) as bar:
         for width in widths:
-            r = search_all(s, [p for p in problems for _ in range(width)], 1, seed)
+            r = search_width(s, [p for p in problems for _ in range(width)], 1, seed)
             right, solved, q, tokens, read = (x.view(-1, width) for x in (
                 r.right, r.solved, r.q, r.tokens, r.verifier_tokens))
             best = q.argmax(1)

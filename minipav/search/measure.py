@@ -119,7 +119,7 @@ def rights(path):
     return np.array([float(row["right"]) for row in read_csv(path, COLUMNS)])
 
 
-def choose(tables):
+def simplest_of_the_best(tables):
     """Of tables {choice: path}, on the same problems and samples, the simpler ones first: the first that is
     behind the best by no more than the standard error of their paired difference."""
     right = {choice: rights(path) for choice, path in tables.items()}

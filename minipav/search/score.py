@@ -18,9 +18,7 @@ class Step:
     q_mu: torch.Tensor              # (N,) Q^mu after it
     q_pi_before: torch.Tensor       # (N,) and before it
     q_mu_before: torch.Tensor
-    # (N, h) Q^pi at the ancestors, from the prompt on; in trees (N, H + 1), the parent's repeated; in
-    # best-of-N all values
-    path: torch.Tensor
+    path: torch.Tensor              # (N, S + 1) Q^pi at the ancestors, prompt first, the parent's repeated
     depth: int                      # h, from 1; (N,) in trees and best-of-N
     logprob: torch.Tensor           # (N,) log pi of the step's tokens
     alpha: float

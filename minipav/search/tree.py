@@ -18,7 +18,7 @@ STOP = 0.9                          # Q^pi of a finished trace at which a search
 
 class Tree:
     """Nodes of P problems in one table; node i < P is the prompt of problem i. By node: parent, owner, depth,
-    tokens (N, S), lengths, path (N, H + 1): Q^pi at the step ends up to it, the last one repeated, q_mu,
+    tokens (N, T), lengths, path (N, H + 1): Q^pi at the step ends up to it, the last one repeated, q_mu,
     logprob: of its step, score, still: the score of a step that changes no value, ended: by END."""
 
     def __init__(self, s, problems, room, seed, offset):
@@ -63,8 +63,8 @@ class Tree:
         s, owner, enc = self.s, self.owner[nodes], self.s.env.enc
         rows = self.tokens[nodes], torch.arange(len(nodes)), self.lengths[nodes]
         cache, hidden = prefill(s.policy, *rows)
-        place = (owner + self.offset << 24) + self.drawn[owner]
-        steps, _ = expand(s, owner, cache, hidden, place, n, self.seed, whole=False)
+        first = (owner + self.offset << 24) + self.drawn[owner]
+        steps, _ = expand(s, owner, cache, hidden, first, n, self.seed, whole=False)
         row, new, count, stop, logprob = steps
         self.drawn.index_add_(0, owner, torch.full_like(owner, n))
         self.spent.index_add_(0, owner[row], count)

@@ -34,8 +34,8 @@ class Task:
     demonstrations = None
     # (problems, responses, rng) -> texts, each with an illegal step put in, and the index of that step
     corrupt = None
-    # (step) -> what all that comes after it depends on, if no step before was illegal, beside the number of
-    # steps: a text
+    # (step) -> the state that it reaches, as a text: with the number of steps so far all that later steps
+    # depend on, if none was illegal
     state = None
     # (problems) -> f(i, prefix of a response): exact Q of a tabular reference policy
     exact = None
