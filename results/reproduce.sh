@@ -55,6 +55,6 @@ python rl.py --run "${countdown[@]}" --iterations 240 --eval_every 5 --out resul
 python rl.py --run "${countdown[@]}" --iterations 240 --eval_every 5 --reward dpo --lr 0.0001 \
     --out results/rl_relatives_countdown_dpo
 
-python -m minipav.paper.didactic --out results/didactic
+python -m minipav.paper.didactic --seeds 10 --all --out results/didactic
 python -m minipav.paper.theory --out results/didactic
 python -m minipav.paper.report --collect results

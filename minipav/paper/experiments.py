@@ -161,7 +161,7 @@ def data_sizes(bench, a, mu, alpha, sizes=(16000, 64000), width=8):
         "rows": list(train_on_sizes(bench, a, sizes, width))}, spec)
 
 
-def data_by_way(run, base, problems, seeds, n_probe=16, most=64):
+def data_by_way(run, base, problems, seeds, n_probe=16):
     """{way: rollouts -> Traces}. At equal rollouts: seeds with n_mc completions of each of their prefixes
     (n_mc = 0: a seed's own outcome is its prefixes' label); or three quarters of the rollouts for probing,
     and the rest for the prefixes up to the first pits that were found (App. D). At equal traces, those of
@@ -176,9 +176,9 @@ def data_by_way(run, base, problems, seeds, n_probe=16, most=64):
         t = labelled(traces(3 * rollouts // 4, n_probe), n_probe)
         pit = first_pit(t.q.masked_fill(~t.labelled, float("nan")), t.reward, run.config["pit_threshold"])
         upto = torch.arange(t.ends.shape[1]) <= pit[:, None]
-        n = min(most, rollouts // 4 // max(1, int(upto.sum())))
+        n = rollouts // 4 // max(1, int(upto.sum()))
         if n == 0 or not upto.any():
-            return t
+            return labelled(traces(rollouts, n_probe), n_probe)                 # there is nothing to add to
         # the probe chose the pit
         again = monte_carlo(base, run, problems, t, upto, n, run.seed("data", "pits"))
         return replace(t, q=torch.where(upto, again.q, t.q), n=torch.where(upto, again.n, t.n))

@@ -106,7 +106,7 @@ def search_figures(s, out):
                                                     ("beam, PAV", "beam:effective"))}
     if all(beams.values()):
         each = [f"{m}:{x}" for m in ("best_of_n", "beam") for x in SCORES]
-        theirs = {"best-of-N, ORM": "ORM", "best-of-N, PAV": "PAV_as_ORM"} | BEAMS
+        theirs = {"best-of-N, ORM": "ORM", "best-of-N, Q^pi": "PAV_as_ORM"} | BEAMS
         draw(out / "fig5a", "Fig. 5a: the same search with only the score changed", [
             ("ours", X, "accuracy", lines({name_of(m): s.main(m) for m in each})),
             ("ours, quota and alpha tuned", X, "accuracy", lines(beams | tuned)),
@@ -202,7 +202,7 @@ def rl_figures(t, out):
             paper(PAPER["fig8a_2B"], KEYS, title="8a: the paper, 2B", ylabel="pass@N"),
             (f"8b: {hard} problems that SFT never solves", "N", "pass@N", {
                 TRAININGS[n]: t.on_unsolved(n) for n in main}),
-            paper(PAPER["fig8b"], KEYS, title="8b: the paper, 9B", ylabel="pass@N")])
+            paper(PAPER["fig8b"], KEYS, title="8b: the paper", ylabel="pass@N")])
     if len(t.trained) > 2:
         draw(out / "rewards", "Every training", spent(t, t.trained))
     if len(main) == 2:
