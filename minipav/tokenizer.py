@@ -1,4 +1,4 @@
-"""tiktoken encodings: our own for the synthetic tasks, and what is the same for every one.
+"""Encodings with tiktoken's interface: ours for the synthetic tasks, and what works on any of them.
 
 The synthetic vocabulary is: all 256 bytes (so that no input is untokenizable), the integers 10-99, every
 operation such as *2, and the phrases of the task (" reach ", " = "), each one token. <|endoftext|> and
