@@ -43,8 +43,7 @@ def _train(model, batches, steps, lr_muon, lr_adamw, log=lambda *x: None, micro_
 def train_policy(model, env, expert_fraction, *, steps, batch_size, lr_muon, lr_adamw, seed, log,
                  micro_batch=0, keeper=NOT_KEPT):
     """Train `model` in place. log(step, steps, loss) is called after every step; micro_batch: rows of
-    mean length in one backward pass (0: all); keeper: what saves a long
-    training (run.keeper)."""
+    mean length in one backward pass (0: all); keeper: saves a long training (run.keeper)."""
     def batches(ahead=20):  # demonstrations for 20 steps at once
         task, enc, rng = env.task, env.enc, np.random.default_rng(derive_seed(seed, "sft"))
         for step in range(0, steps, ahead):

@@ -190,8 +190,7 @@ def train_verifier(init, train, held_out, *, steps, batch_size, lr_muon, lr_adam
     the lowest cross-entropy on `held_out` (traces of other problems) is kept. -> (model, Report)
 
     log(step, steps, loss, lowest held-out loss so far) is called at every step. micro_batch: rows of mean
-    length in one backward pass (0: all); keeper: what saves a long training
-    (run.keeper).
+    length in one backward pass (0: all); keeper: saves a long training (run.keeper).
     """
     torch.manual_seed(seed)
     same = init.config.head == "scalar" and init.config.target == target

@@ -161,6 +161,7 @@ def test_equal_searches_are_one():
     assert cell("beam:advantage") != cell("beam:advantage", prover="weak")
     assert cell("pass", alpha=1.0, prover="weak") == cell("pass")
     assert orders_as_q(cell("beam:effective")) and orders_as_q(cell("beam:log_odds", quota="parent"))
+    assert not orders_as_q(cell("mcts:log_odds")) and not orders_as_q(cell("beam:effective", alpha=0.2))
     for text in ("chess", "beam:chess", ":q_pi", ""):
         with pytest.raises(Fail, match="--search") as e:
             cell(text)
@@ -171,7 +172,7 @@ def test_all_makes_every_figure(run, tmp_path, monkeypatch):
     """At toy size: few provers at few states, one data size, and verifiers of two training steps."""
     out, logged = tmp_path / "run", experiments.logged_values
     shutil.copytree(run[0], out)
-    monkeypatch.setattr(experiments, "KS", (1, 2, 4))
+    monkeypatch.setattr(experiments, "KS", (1, 4, 8))
     monkeypatch.setattr(experiments, "logged_values", partial(logged, states=10, actions=4))
     monkeypatch.setattr(experiments, "train_verifier", lambda *a, **k: train_verifier(*a, **k | {"steps": 2}))
     monkeypatch.setitem(search.EXPERIMENTS, "data", partial(experiments.data_sizes, sizes=(60,), width=1))
@@ -198,7 +199,7 @@ def test_show_prints_every_candidate_with_its_values(run):
     (("--alpha", -1), "--alpha"), (("--n", 0), "--n 0"), (("--search", "beam:chess"), "--search beam:chess"),
     (("--widths", 2, 2), "--widths"), (("--out", "/dev/null/x"), "/dev/null/x"),
     (("--policy", "best"), "--policy"),
-    (("--quota", "some"), "--quota some"), (("--spread", -1), "--spread"),
+    (("--quota", "some"), "--quota"), (("--spread", -1), "--spread"),
 ])
 def test_bad_flags_are_one_line_errors(run, args, words):
     assert words in fails(search, "--run", run[0], *SMALL, *args)

@@ -165,7 +165,7 @@ def test_a_corrupted_solution_is_wrong_from_the_corrupted_step_on(data):
             assert task.outcome(p, task.corrupt([p], ["no number" + END], rng)[0][0]) == 0
 
 
-def test_bad_files_and_formats_are_named(tmp_path, data):
+def test_bad_files_and_formats_are_named(tmp_path, data, monkeypatch):
     good = {"question": "a", "answer": "#### 1"}
     for rows, says in (([good, ["x"]], "line 2"), ([{"question": "a"}], "line 1"),
                        ([good, good | {"answer": "no mark"}], "line 2: its answer"),
@@ -180,7 +180,8 @@ def test_bad_files_and_formats_are_named(tmp_path, data):
     with pytest.raises(Fail, match="--prompt_format"):
         GSM8K(data=data, prompt_format="chat")
     long = "a / b\n" * 300 + "{question}"
-    assert parse(GSM8K, "", ["--data", data, "--prompt_format", long]).template == long
+    monkeypatch.setattr("sys.argv", ["train.py", "--data", data, "--prompt_format", long])
+    assert parse(GSM8K, "").template == long
     marks = GSM8K(data=write(tmp_path, test=[good | {"question": f"a{END}b"}], train=[good]))
     assert END not in marks.prompt(marks.problems("test", 1, 0)[0])
 

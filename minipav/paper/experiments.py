@@ -164,8 +164,8 @@ def data_sizes(bench, a, mu, alpha, sizes=(16000, 64000), width=8):
 def data_by_way(run, base, problems, seeds, n_probe=16):
     """{way: rollouts -> Traces}. At equal rollouts: seeds with n_mc completions of each of their prefixes
     (n_mc = 0: a seed's own outcome is its prefixes' label); or three quarters of the rollouts for probing,
-    and the rest for the prefixes up to the first pits that were found (App. D). At equal traces, those of
-    n_mc = 16: fewer completions, and exact values."""
+    and the rest for the prefixes up to the first pits that were found (App. D; if none was, for probing). At
+    equal traces, those of n_mc = 16: fewer completions, and exact values."""
     def traces(rollouts, n_mc):
         return seeds[:max(1, int(((1 + n_mc * seeds.last).cumsum(0) <= rollouts).sum()))]
 
@@ -175,10 +175,11 @@ def data_by_way(run, base, problems, seeds, n_probe=16):
     def with_pits(rollouts):
         t = labelled(traces(3 * rollouts // 4, n_probe), n_probe)
         pit = first_pit(t.q.masked_fill(~t.labelled, float("nan")), t.reward, run.config["pit_threshold"])
-        upto = torch.arange(t.ends.shape[1]) <= pit[:, None]
-        n = rollouts // 4 // max(1, int(upto.sum()))
-        if n == 0 or not upto.any():
-            return labelled(traces(rollouts, n_probe), n_probe)                 # there is nothing to add to
+        index = torch.arange(t.ends.shape[1])
+        upto = (index <= pit[:, None]) & (index < t.last[:, None])              # an end is known
+        if not upto.any():
+            return labelled(traces(rollouts, n_probe), n_probe)                 # no pit: all for probing
+        n = max(1, rollouts // 4 // int(upto.sum()))
         # the probe chose the pit
         again = monte_carlo(base, run, problems, t, upto, n, run.seed("data", "pits"))
         return replace(t, q=torch.where(upto, again.q, t.q), n=torch.where(upto, again.n, t.n))
