@@ -113,8 +113,7 @@ class Partial:
     def path(self):
         models, call = self.of
         of = [p.detach().double().sum() for m in models for p in m.parameters()]
-        of = [torch.stack(of).cpu(), *call]
-        of = [torch.as_tensor(x) for x in of]
+        of = map(torch.as_tensor, (torch.stack(of).cpu(), *call))
         return self.folder / f"{tensor_checksum(named(of), {})}.safetensors"
 
     def save(self, at, last=False):

@@ -72,11 +72,9 @@ def exchange(rows, *tensors):
         add_up(t)
 
 
-def exchange_list(rows, items):
-    """As exchange, for a list."""
+def exchange_list(mine, items):
+    """As exchange, for a list of which this process has filled in its share, the slice `mine`."""
     if world() > 1:
         parts = [None] * world()
-        dist.all_gather_object(parts, {i: items[i] for i in rows})
-        for part in parts:
-            for i, x in part.items():
-                items[i] = x
+        dist.all_gather_object(parts, items[mine])
+        items[:] = [x for part in parts for x in part]

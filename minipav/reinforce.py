@@ -111,7 +111,7 @@ class Reinforce:
                 if due and (not self.rows or self.rows[-1]["iteration"] < i):
                     r = self.log(problems)
                     checkpoint.save(*self.saved(), self.curve, self.state, self.rows)
-                    bar.say(f"  {self.folder.name:<20} iteration {i:>4}   accuracy {r['accuracy']:.3f}   "
+                    bar.write(f"  {self.folder.name:<20} iteration {i:>4}   accuracy {r['accuracy']:.3f}   "
                             f"greedy {r['greedy']:.3f}   pass@{a.eval_n} {r['pass_n']:.3f}   "
                             f"KL {r['kl'] or 0:5.2f}   {r['tokens_per_s']:>7.0f} tokens/s")
                 if i >= a.iterations:

@@ -106,11 +106,9 @@ class Run:
         done = path.exists()
         parallel.barrier()              # nobody has written it since
         if done:
-            record = files.read_json(path, spec=dict, seconds=(int, float), peak_memory_gb=(int, float),
-                                     command=str, commit=str, hardware=str)
+            record = stage(self.out, name)
             if record["spec"] != spec:
                 raise files.damaged(path, "made with other flags")
-            check_files(self.out, record)
             print(f"{name}: done before", flush=True)
             return record
         print(name, flush=True)
@@ -197,11 +195,15 @@ class Run:
         return t
 
 
-def check_files(folder, record):
-    """Raises Fail if a file that a finished stage lists is not as the stage left it."""
-    for name, crc in record.get("files", {}).items():
-        if files.file_checksum(Path(folder) / name) != crc:
-            raise files.damaged(Path(folder) / name, "not as its stage left it")
+def stage(folder, name):
+    """The record of a finished stage of the run in this folder. Raises Fail if a file that it lists is not as
+    the stage left it."""
+    record = files.read_json(Path(folder) / "stages" / f"{name}.json", spec=dict, seconds=(int, float),
+                             command=str, commit=str, hardware=str)
+    for file, crc in record.get("files", {}).items():
+        if files.file_checksum(Path(folder) / file) != crc:
+            raise files.damaged(Path(folder) / file, "not as its stage left it")
+    return record
 
 
 def keyed(name, spec):

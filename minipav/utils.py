@@ -227,11 +227,6 @@ class Bar(tqdm):
         """Move to n of the total."""
         self.update(n - self.n)
 
-    def say(self, text):
-        """A line above the bar, by the first of several processes."""
-        if not self.disable:
-            self.write(text, file=sys.stderr)
-
 
 def progress(name, total):
     """A tqdm bar with a fixed-width name; in a log file a line every half minute."""

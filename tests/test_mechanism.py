@@ -128,7 +128,7 @@ def test_gains_by_hand(tmp_path):
 def test_it_trains_searches_and_reports(smoke_run, tmp_path, monkeypatch):
     monkeypatch.setattr(mechanism, "train_verifier", lambda *a, **k: train_verifier(*a, **k | {"steps": 2}))
     run = shutil.copytree(smoke_run[0], tmp_path / "run")
-    names = ("q_pi", "base-10", "nano-500", "base-250-paper")
+    names = ("q_pi", "base-10", "nano-500", "strong-60")
     flags = ("--run", run, "--device", "cpu", "--width", 2, "--problems", 6, "--validation", 6, "--noise",
              "--verifiers")
     monkeypatch.setattr(noise, "SIGMAS", (0.0, 3.0))
@@ -144,17 +144,6 @@ def test_it_trains_searches_and_reports(smoke_run, tmp_path, monkeypatch):
     assert run_main(mechanism, *flags, *names).count("done before") == 13
     assert {r["x"] for r in csv.DictReader((run / "mechanism" / "noise.csv").open())} == {"0.0", "3.0"}
     assert "--verifiers" in fails(mechanism, *flags, "base-4")
-
-
-def test_the_papers_data_are_judged_on_their_own_problems(smoke_run, monkeypatch):
-    """An outcome that is the problem's alone: every label of a trace is what its own prompt says."""
-    monkeypatch.setattr(Calculator, "outcome", lambda self, p, response: p.start % 2)
-    run = Run.open(smoke_run[0], "cpu")
-    t = mechanism.data_of(run, mechanism.Recipe("base", 250, data="paper"))
-    starts = [int(run.enc.decode(row[:n].tolist()).split()[1]) for row, n in zip(t.tokens, t.ends[:, 0] + 1)]
-    inner = t.labelled & (torch.arange(t.ends.shape[1]) < t.last[:, None])
-    want = torch.tensor(starts)[:, None].expand_as(t.q) % 2
-    assert inner.any() and torch.equal(t.q[inner], want[inner].float()) and 0 < want[inner].float().mean() < 1
 
 
 def test_a_prediction_is_judged_on_the_run_that_did_not_choose_it():

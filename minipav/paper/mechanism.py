@@ -12,12 +12,10 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 
 from minipav import parallel
-from minipav.data import RECIPES, Collect
 from minipav.files import write_csv
 from minipav.flags import flag, parse
 from minipav.model import GPT, SIZES
@@ -39,27 +37,20 @@ class Recipe:
     """How a verifier of Q^pi is trained."""
     init: str                       # a policy, "scratch", "nano" (small, too), or "q_pi": the run's own
     steps: int = 0
-    traces: int = 0                 # of the data; 0: all
-    data: str = "base"              # traces of the run, or "paper": fresh ones by that recipe
+    traces: int = 0                 # of the run's data; 0: all
     seed: int = 0
     target: str = "bce"             # what it learns (targets.py)
 
     @property
     def name(self):
         parts = [self.init, str(self.steps or ""), f"{self.traces}traces" * bool(self.traces),
-                 self.data * (self.data != "base"), f"seed{self.seed}" * bool(self.seed),
-                 self.target * (self.target != "bce")]
+                 f"seed{self.seed}" * bool(self.seed), self.target * (self.target != "bce")]
         return "-".join(filter(None, parts))
-
-    @property
-    def spec(self):                 # of runs from before there was a target, too
-        return {k: x for k, x in asdict(self).items() if (k, x) != ("target", "bce")}
 
 
 VERIFIERS = [Recipe("q_pi"), *(Recipe("base", s) for s in (10, 30, 60, 120, 250)),
              Recipe("base", 120, seed=1), Recipe("base", 150, 1000), Recipe("base", 150, 3000),
-             Recipe("base", 250, data="paper"), Recipe("strong", 60), Recipe("strong", 250),
-             Recipe("scratch", 600), Recipe("nano", 500)]
+             Recipe("strong", 60), Recipe("strong", 250), Recipe("scratch", 600), Recipe("nano", 500)]
 RELATIVES = [Recipe("base", 250, target=target) for target in ("seer", "in_support", "dre")]
 
 
@@ -87,14 +78,6 @@ def wanted(a, rows, quotas):
 
 def data_of(run, recipe):
     """Labelled traces that a verifier is trained on."""
-    c = run.config
-    if recipe.data == "paper":                                  # about as many rollouts as the run's own
-        problems, seeds = run.problems("train", c["problems"]), run.traces("seeds_base_train")
-        seeds = {"base": seeds[(seeds.problem < max(2, c["problems"] // 12)).nonzero()[:, 0]]}
-        collect = Collect(run, problems, n_mc=c["n_mc"], branches=0, q_from="base", prover_branches=0,
-                          corrupted_fraction=0, pit_traces=c["pit_traces"], pit_threshold=c["pit_threshold"],
-                          seed=run.seed("mechanism"), rng=np.random.default_rng(run.seed("mechanism")))
-        return RECIPES["paper"](collect, {"base": run.model("base")}, seeds)["base"]
     traces = run.traces("base_train")
     few = torch.randperm(len(traces), generator=torch.Generator().manual_seed(recipe.seed))[:recipe.traces]
     return traces[few] if recipe.traces else traces
@@ -178,7 +161,7 @@ def main():
     for run in open_runs(a.run, device):
         made, fixed = {}, {"width": a.width, "problems": a.problems, "validation": a.validation, "K": a.K}
         for recipe in recipes:
-            name, spec = recipe.name, recipe.spec
+            name, spec = recipe.name, asdict(recipe)
             made[name] = run.stage(f"mechanism-{name}", partial(train, run, recipe), spec)
             wide = {f"{name}-w{a.width}": a.quotas}
             if run.task.state:

@@ -19,19 +19,11 @@ from minipav.paper.claims import DIDACTIC, SEARCH, THEORY, collect, judge, sente
 from minipav.paper.figures import draw, lines, name_of, search_figures, tune_figure
 from minipav.paper.quantities import ahead
 from minipav.paper.statistics import NONE, Curves, at_tokens, interval, load, read_table, spread
-from minipav.run import check_files, differ
+from minipav.run import differ, stage
 from minipav.utils import Fail, command, main_guard
 
 PAIRED = ["group", "search", "prover", "n", *(f"{what}{x}" for what in ("accuracy", "over_orm", "over_beam")
                                     for x in ("", "_lo", "_hi"))]
-
-
-def stage(folder, name):
-    """The record of a finished stage of the run in this folder."""
-    path = Path(folder) / "stages" / f"{name}.json"
-    record = read_json(path, seconds=(int, float), command=str, commit=str, hardware=str, spec=dict)
-    check_files(folder, record)
-    return record
 
 
 def provenance(runs, names):

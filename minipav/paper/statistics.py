@@ -4,6 +4,7 @@ Row 0 of every array of shape (R + 1, ...) is the data, the others are two-level
 problems within each, the same ones for every curve. A statistic is a function of such arrays; `interval`
 reads it off.
 """
+from math import comb
 from typing import NamedTuple
 
 import numpy as np
@@ -125,13 +126,9 @@ def tokens_to_reach(curve, level):
 
 def pass_at_n(n, right, N):
     """1 - C(wrong, N) / C(n, N): the chance that one of N of n samples, `right` of them right, is right."""
-    ratio = np.ones(len(right))
-    for i in range(N):
-        ratio *= np.clip(n - right - i, 0, None) / (n - i)
-    return 1 - ratio
+    return np.array([1 - comb(n - int(r), N) / comb(n, N) for r in right])
 
 
 def spearman(a, b):
     """Rank correlation; where all are tied it is 0."""
-    a, b = (pd.Series(x).rank() for x in (a, b))
-    return float(np.nan_to_num(a.corr(b))) if a.nunique() > 1 and b.nunique() > 1 else 0.0
+    return float(np.nan_to_num(pd.DataFrame({"a": a, "b": b}).corr("spearman").iloc[0, 1]))

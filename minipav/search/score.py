@@ -89,9 +89,8 @@ class Result:
 
     def exchange(self, mine):
         """This process has the problems of the slice `mine`: get the others."""
-        rows = range(mine.start, mine.stop)
-        parallel.exchange(rows, self.right, self.solved, self.tokens, self.verifier_tokens, self.q)
-        parallel.exchange_list(rows, self.text)
+        parallel.exchange(mine, self.right, self.solved, self.tokens, self.verifier_tokens, self.q)
+        parallel.exchange_list(mine, self.text)
 
 
 @dataclass
