@@ -147,7 +147,7 @@ def prover_figures(s, out):
 
     def over_orm(b, mu):
         a = beam[b, mu if mu != b else "bo1"]
-        orm = at_tokens(of_base(s, "best_of_n:orm", b), a.tokens[:, -1], beyond=False)
+        orm = at_tokens(of_base(s, "best_of_n:orm", b), a.tokens[:, -1])
         return 100 * (a.acc[:, -1] / orm - 1)
     by_k = {f"beam {w}": line(ks, np.stack([beam["base", f"bo{k}"].acc[:, i] for k in ks], 1))
             for i, w in enumerate(beam["base", "bo1"].n)}

@@ -30,7 +30,7 @@ def exploration(s):
     pav, samples = s.main("beam:effective"), s.main("pass")
     if not (pav and samples):
         return None
-    gaps = [pav.solved[:, k] - at_tokens(samples, pav.tokens[:, k], beyond=False) for k in range(len(pav.n))]
+    gaps = [pav.solved[:, k] - at_tokens(samples, pav.tokens[:, k]) for k in range(len(pav.n))]
     return {f"width {w}": interval(100 * x) for w, x in zip(pav.n, gaps)}
 
 

@@ -98,7 +98,7 @@ class Searched:
         for (group, policy, method, score, prover, _), c in self.curves.by.items() if orm and beam else ():
             if group in (self.group, "tuned") and policy == "base" and method != "pass":
                 for n, tokens in zip(orm.n, orm.tokens.T):
-                    here, *others = (at_tokens(x, tokens, beyond=False) for x in (c, orm, beam))
+                    here, *others = (at_tokens(x, tokens) for x in (c, orm, beam))
                     found = [interval(x) or NONE for x in (here, *(100 * (here - x) for x in others))]
                     if found[0] != NONE:
                         yield (group, f"{method}:{score}".rstrip(":"), prover, n,

@@ -96,13 +96,13 @@ def spread(values):
             "hi": round(max(values), 4)}
 
 
-def at_tokens(curve, tokens, beyond=True):
+def at_tokens(curve, tokens):
     """Accuracy (R + 1,) of a curve at a budget of `tokens` (R + 1,), linear in log tokens between measured
-    points. A method never has to spend its whole budget, so its best affordable point counts; a budget below
-    the cheapest point is NaN, and so is one beyond the last point (by more than 5%) where beyond is False."""
+    points. A method never has to spend its whole budget, so its best affordable point counts; NaN below the
+    cheapest point, and more than 5% beyond the last one."""
     out = np.full(len(tokens), np.nan)
     for r, (acc, tok, t) in enumerate(zip(curve.acc, curve.tokens, tokens)):
-        if t >= tok[0] * (1 - 1e-9) and (beyond or t <= 1.05 * tok[-1]):
+        if tok[0] * (1 - 1e-9) <= t <= 1.05 * tok[-1]:
             out[r] = max(acc[tok <= t * (1 + 1e-9)].max(initial=0), np.interp(np.log(t), np.log(tok), acc))
     return out
 
