@@ -19,7 +19,7 @@ from minipav.files import write_csv
 from minipav.flags import few, flag, parse
 from minipav.paper.experiments import GRID, SWEEPS
 from minipav.paper.rl_report import ROWS, report_rl
-from minipav.prover import Prover, verifier_of
+from minipav.prover import Prover, verifier_of, weights_of
 from minipav.reinforce import outcomes
 from minipav.rewards import REWARDS, check_trial, gradient_ratio, loop_of
 from minipav.run import check_out, keyed, open_runs, task_of
@@ -142,7 +142,7 @@ def start(run, a, split, micro_batch):
 def train(run, reward, a, split, micro_batch):
     """One training, unless it is done already; where it was stopped it goes on. -> (start's stages, its
     stage, accuracy)"""
-    spec = used(reward, a, split)
+    spec = used(reward, a, split) | weights_of(a.prover)
     name = keyed(f"rl/{reward}", spec)
     folder, (init, stages) = run.out / name, start(run, a, split, micro_batch)
 
@@ -160,13 +160,15 @@ def train(run, reward, a, split, micro_batch):
 
 
 def sweeps(run, trial):
-    """Those of SWEEPS for whose policies and provers the run has the verifiers."""
+    """Those of SWEEPS for whose policies and provers the run has the verifiers, and right seeds for RFT."""
     def has(changes):
         t = replace(trial, **changes)
-        return (run.out / verifier_of(Prover.parse(t.prover, t.policy).policy)).exists()
+        found = (run.out / verifier_of(Prover.parse(t.prover, t.policy).policy)).exists()
+        rft = found and "policy" in changes and not t.no_rft
+        return found and (not rft or bool(run.traces(f"seeds_{t.policy}_train").reward.any()))
     out = [(r, changes) for r, changes in SWEEPS if has(changes)]
     if len(out) < len(SWEEPS):
-        print(f"--sweep: {len(SWEEPS) - len(out)} trainings need other verifiers than the run has: left out")
+        print(f"--sweep: {len(SWEEPS) - len(out)} need verifiers or right seeds that are not there: left out")
     return out
 
 
@@ -206,10 +208,13 @@ def main():
     check_out(a.run, a.out)
     runs, split = open_runs(a.run, pick_device(a.device), a.dtype), "validation" if a.tune else "test"
     swept = sweeps(runs[0], trial) if a.sweep else ()
-    wanted = [(r, plain(r, t)) for r, t in trials(a, trial, swept)
-              if REWARDS[r].values != "exact" or runs[0].task.exact]
+    asked = trials(a, trial, swept)
+    wanted = [(r, plain(r, t)) for r, t in asked if REWARDS[r].values != "exact" or runs[0].task.exact]
+    why = f"--reward pav_exact: task {runs[0].task.name} has no exact values"
     if not wanted:
-        raise Fail(f"--reward pav_exact: task {runs[0].task.name} has no exact values")
+        raise Fail(why)
+    if len(wanted) < len(asked):
+        print(f"{why}: left out")
     for reward, t in wanted:
         check_trial(reward, Prover.parse(t.prover, t.policy), t)  # now, not after the first trainings
     done = [{} for _ in runs]                                                   # of each run: label -> stage

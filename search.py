@@ -132,6 +132,8 @@ def main():
     if not a.show:
         check_out(a.run, a.out)
     runs = open_runs(a.run, pick_device(a.device), a.dtype)
+    for run in runs if a.verifier else ():
+        check_head(str(run.out / a.verifier), "scalar", "verifier")
     check_quota(a.quota, runs[0].task)
     if a.all and not runs[0].task.phrases:
         raise Fail(f"--all: asks for more problems than {runs[0].task.name} has")

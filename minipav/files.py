@@ -89,7 +89,10 @@ def damaged(path, why):
     """The error for a file that is there and is not what it should be, or is not there."""
     if isinstance(why, FileNotFoundError):
         return Fail(f"{path} does not exist: is this the right folder?")
-    return Fail(f"{path} is damaged or of another version ({str(why)[:200]}): delete it, or start elsewhere")
+    if isinstance(why, OSError):
+        return Fail(f"cannot read {path}: {why.strerror}")
+    return Fail(f"{path} is damaged or of another version ({str(why)[:200]}): restore it; what a stage of a "
+                "run wrote is made again once the stage's record in stages/ is deleted")
 
 
 @contextmanager
@@ -146,20 +149,20 @@ def read_tensors(path, dims=None):
     return tensors, metadata
 
 
-def make_folder(path):
+def make_folder(path, flag="--out"):
     """Raises Fail if this folder cannot be made, or not be written."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
         if not os.access(path, os.W_OK):
             raise PermissionError(13, "it is read-only")
     except OSError as e:
-        raise Fail(f"--out {path}: cannot make or write it ({e.strerror}); choose another") from None
+        raise Fail(f"{flag} {path}: cannot make or write it ({e.strerror}); choose another") from None
 
 
-def lock(folder):
+def lock(folder, flag="--out"):
     """Make the folder and hold it until the process ends; clear what dead processes left half-written. Raises
     Fail if it cannot be made, or, with its process number, if another process holds it."""
-    make_folder(folder)
+    make_folder(folder, flag)
     folder = Path(folder).resolve()
     if folder in LOCKS or parallel.rank():
         return
@@ -171,7 +174,7 @@ def lock(folder):
         holder = f.read().strip() or "?"
         raise Fail(f"{folder} is in use by process {holder}: wait for it, or choose another folder") from None
     except OSError as e:
-        raise Fail(f"--out {folder}: cannot make or write it ({e.strerror}); choose another") from None
+        raise Fail(f"{flag} {folder}: cannot make or write it ({e.strerror}); choose another") from None
     LOCKS[folder] = f
     f.truncate(0)
     f.write(str(os.getpid()))

@@ -3,7 +3,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from minipav.files import read_json
+from minipav.files import file_checksum, read_json
 from minipav.utils import Fail
 
 
@@ -12,10 +12,16 @@ def verifier_of(policy):
     return {"base": "q_pi", "weak": "q_weak", "strong": "q_strong"}.get(policy, policy)
 
 
-def check_head(policy, head):
+def check_head(policy, head, flag="prover"):
     """Raises Fail if a prover that is a folder has not this head: "lm" to sample, "scalar" for values."""
     if verifier_of(policy) == policy and read_json(Path(policy) / "config.json", head=str)["head"] != head:
-        raise Fail(f"--prover {policy}: is no {'verifier' if head == 'scalar' else 'policy'}")
+        raise Fail(f"--{flag} {policy}: is no {'verifier' if head == 'scalar' else 'policy'}")
+
+
+def weights_of(prover):
+    """What a result depends on beside the name of a prover that is a folder: the checksum of its weights."""
+    path = Path(prover) / "model.safetensors"
+    return {"prover_weights": file_checksum(path)} if prover and path.is_file() else {}
 
 
 class Prover(NamedTuple):

@@ -55,7 +55,9 @@ class Run:
                 if old.get(k) != v and k not in MEMORY:
                     raise Fail(f"--{k} is {v}, but the run in {out} was started with {old.get(k)}: repeat "
                                "its flags to resume it, or choose another --out")
-        elif config.get("init"):
+        elif resume:
+            print(f"--resume: no run is in {out}; a new one begins", flush=True)
+        if not found and config.get("init"):
             open_pretrained(config["init"]).describe(self.out / "init")
         parallel.barrier()
         self._prepare(config)
@@ -86,7 +88,7 @@ class Run:
         if missing:
             raise Fail(f"--run {out}: train.py has not finished there ({', '.join(missing)} not done); "
                        "finish it with its flags and --resume")
-        files.lock(run.out)
+        files.lock(run.out, "--run")
         try:
             same = device == config["device"]
             dtype = config["dtype"] if same and dtype == "auto" else pick_dtype(dtype, device)
@@ -174,6 +176,9 @@ class Run:
     def model(self, name):
         """A model of this run, or of another folder by its absolute path."""
         model = GPT.load(self.out / name, self.config["device"])
+        if (n := model.config.vocab_size) != self.enc.n_vocab:
+            raise Fail(f"{self.out / name}: a model of {n} tokens, where this run's task has "
+                       f"{self.enc.n_vocab}: it is of another task, or the task was changed")
         if self.moved:                                          # the bound in config.json is another device's
             fits = tokens_in_flight(model.config, self.config["device"], self.config["dtype"])
             self.sampling["max_tokens_in_flight"] = fits

@@ -19,7 +19,9 @@ def synthetic_encoding(phrases):
     """The tiktoken.Encoding of a task whose prompts and lines are made of numbers, operations, `phrases`."""
     words = [*phrases, *(f"{op}{d}" for op in "+-*/" for d in range(1, 10)),
              *(str(i) for i in range(10, 100))]
-    ranks = {bytes([b]): b for b in range(256)} | {w.encode(): 256 + i for i, w in enumerate(words)}
+    ranks = {bytes([b]): b for b in range(256)}
+    for word in words:
+        ranks.setdefault(word.encode(), len(ranks))             # each once: END's id is behind the last
     longest_first = sorted(map(re.escape, phrases), key=len, reverse=True)
     # tiktoken splits the text by this pattern first; a piece that is itself in the ranks is one token.
     pattern = "|".join([*longest_first, r"[+\-*/][1-9](?!\d)", r"[1-9]\d", r"\n", r"[\s\S]"])

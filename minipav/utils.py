@@ -41,7 +41,9 @@ def main_guard(main):
         main()
         sys.stdout.flush()
     except Fail as e:
-        tqdm.write(f"error: {e}", file=sys.stderr)       # clear of a progress bar
+        for bar in list(getattr(tqdm, "_instances", ())):
+            bar.close()                                                         # the error is the last line
+        print(f"error: {e}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         on_stop(signal.SIG_IGN)                                                 # timeout sends two

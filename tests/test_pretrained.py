@@ -212,6 +212,14 @@ def test_the_models_own_end_is_called_end(tmp_path):
     assert encode_rows(other, [PAD + "a"])[0].tolist() == [[pad_token(other), ord("a")]]
 
 
+def test_a_phrase_that_is_a_token_already_takes_no_other_tokens_id():
+    enc = synthetic_encoding(["+3", "=", "10", " = ", " = "])
+    assert enc.n_vocab == synthetic_encoding([" = "]).n_vocab
+    for text in ("98", "99", "+3 = 10"):
+        assert decode_rows(enc, *encode_rows(enc, [text + END])) == [text + END]
+        assert (encode_rows(enc, [text])[0] != enc.eot_token).all()
+
+
 def test_no_model_is_written_over_another(tmp_path):
     a_folder(tmp_path / "init")
     tiny().save(tmp_path / "base")

@@ -5,6 +5,7 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import SMALL, fails, run_main
 
 import rl
@@ -236,7 +237,14 @@ def test_bad_runs_are_one_line_errors(lacks_q_weak, tmp_path):
 def test_a_sweep_leaves_out_what_the_run_has_no_verifier_for(tmp_path):
     """As of tasks in words, whose runs have no other policies."""
     (tmp_path / "q_pi").mkdir()
-    swept = rl.sweeps(SimpleNamespace(out=tmp_path), rl.Trial())
+    (tmp_path / "q_weak").mkdir()                               # but of no right seed: no RFT of that policy
+    traces = {"seeds_weak_train": SimpleNamespace(reward=torch.zeros(3))}
+    run = SimpleNamespace(out=tmp_path, traces=traces.__getitem__)
+    weak = [(r, x) for r, x in rl.SWEEPS if x.get("policy") == "weak" or x.get("prover") == "weak"]
+    found = rl.sweeps(run, rl.Trial())
+    assert [x for x in weak if x in found] == [x for x in weak if "policy" not in x[1]] != weak
+    (tmp_path / "q_weak").rmdir()
+    swept = rl.sweeps(run, rl.Trial())
     other = [(r, x) for r, x in rl.SWEEPS if x.get("prover") in ("weak", "strong") or "policy" in x]
     assert 0 < len(other) and swept == [x for x in rl.SWEEPS if x not in other]
     plain = rl.trials(rl.Flags(), rl.Trial())

@@ -9,8 +9,11 @@ import pytest
 from conftest import fails, run_main
 
 import search
+from minipav.model import GPT, GPTConfig
 from minipav.paper import experiments
-from minipav.search.measure import COLUMNS, Cell, orders_as_q, rights, simplest_of_the_best
+from minipav.prover import weights_of
+from minipav.run import Run
+from minipav.search.measure import COLUMNS, Bench, Cell, orders_as_q, rights, simplest_of_the_best
 from minipav.search.score import SCORES
 from minipav.utils import Fail
 from minipav.verifier import train_verifier
@@ -203,6 +206,26 @@ def test_show_prints_every_candidate_with_its_values(run):
 ])
 def test_bad_flags_are_one_line_errors(run, args, words):
     assert words in fails(search, "--run", run[0], *SMALL, *args)
+
+
+def test_a_verifier_is_one_and_of_this_task(run, tmp_path):
+    assert "--verifier" in fails(search, "--run", run[0], *SMALL, "--verifier", "base")
+    other = GPT(GPTConfig(300, 128, n_layer=1, n_head=2, n_embd=16)).as_verifier("bce", 1)
+    other.save(tmp_path / "mu")
+    assert "300 tokens" in fails(search, "--run", run[0], *SMALL, "--alpha", 0.5, "--prover", tmp_path / "mu")
+
+
+def test_a_result_depends_on_the_weights_of_a_prover_that_is_a_folder(run, tmp_path):
+    assert weights_of("bo4") == weights_of("weak") == weights_of("") == {}
+    (tmp_path / "model.safetensors").write_bytes(b"one")
+    one = weights_of(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"two")
+    assert one and weights_of(tmp_path) != one
+    mu = shutil.copytree(run[0] / "q_pi", tmp_path / "mu")
+    cell, bench = Cell("beam", "q_mu", (2,), prover=str(mu), problems=5), Bench(Run.open(run[0], "cpu"))
+    first = bench.measure(cell)
+    shutil.copytree(run[0] / "orm", mu, dirs_exist_ok=True)
+    assert bench.measure(cell) != first
 
 
 def test_bad_runs_are_one_line_errors(run, tmp_path):

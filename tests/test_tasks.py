@@ -7,6 +7,7 @@ import pytest
 
 from minipav.tasks import countdown, make_task
 from minipav.tasks.calculator import TOP, Problem, apply, distance, dp, transitions
+from minipav.tasks.task import LOWER, Task
 from minipav.tokenizer import END, decode_rows, encode_rows, synthetic_encoding
 from minipav.utils import Fail
 
@@ -204,6 +205,26 @@ def test_tokens_are_one_per_integer_operation_newline_and_any_text_survives():
     assert decode_rows(enc, *encode_rows(enc, texts)) == texts
     with pytest.raises(ValueError):
         enc.encode(END)                                                         # never by accident
+
+
+def test_too_few_problems_are_told_before_anything_is_trained():
+    class Few(Task):
+        name, rounds, there = "few", 0, 1000
+
+        def draw(self, n, rng):
+            self.rounds += 1
+            return [(i,) for i in range(self.there)]
+
+        def prompt(self, problem):
+            return f"{problem}"
+    task = Few()
+    size = {split: sum(task.split_of((i,)) == split for i in range(1000)) for split in LOWER}
+    task.check(20 * size["validation"], size["test"])
+    for problems, test, words in ((size["train"] + 1, 1, "--batch_size"), (1, size["test"] + 1, "--test_prob"),
+                                  (20 * size["validation"] + 20, 1, "20 at least")):
+        with pytest.raises(Fail, match=words):
+            task.check(problems, test)
+    assert task.rounds < 20, "a round without a new problem is the last"
 
 
 def test_bad_tasks_and_dials_are_one_line_errors():

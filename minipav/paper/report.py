@@ -7,6 +7,7 @@
 Intervals are 95% bootstrap intervals over problems, the same resampled problems for every method (paired);
 with several runs the runs are resampled too, so that the spread over seeds is in them.
 """
+import gzip
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,8 +51,8 @@ def finish(out, summary, claims, text, after):
 
 def keep(path, tables):
     """All rows of these tables, compressed."""
-    gz = {"method": "gzip", "mtime": 0}
-    write_whole(path, lambda p: pd.concat(tables).to_csv(p, index=False, compression=gz))
+    packed = gzip.compress(pd.concat(tables).to_csv(index=False).encode(), mtime=0)
+    write_whole(path, lambda p: p.write_bytes(packed))
 
 
 class Searched:

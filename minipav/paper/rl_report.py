@@ -174,4 +174,4 @@ def report_rl(runs, stages, out):
         "before": {n: dict(zip(("tokens", "seconds"), map(float, t.before(n)))) for n in t.trained},
         "accuracy_by_seed": {n: [round(float(x[n, "end", 1].mean()), 4) for x in t.each] for n in t.labels}}
     finish(out, facts, judged(RL, t), "\n".join(text),
-           "python rl.py --all; or other seeds of train.py, then python rl.py --run RUN RUN ... --out DIR")
+           f"python rl.py --run {runs[0].out} --all; or other seeds, then --run RUN RUN ... --out DIR")

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 
 from minipav.files import read_csv, write_csv
-from minipav.prover import Prover, verifier_of
+from minipav.prover import Prover, verifier_of, weights_of
 from minipav.run import keyed
 from minipav.search import METHODS
 from minipav.search.score import SCORES, Search
@@ -82,7 +82,7 @@ class Bench:
 
     def measure(self, cell):
         """Search, unless it was done before. -> path of the rows, a table with COLUMNS"""
-        spec = asdict(cell)
+        spec = asdict(cell) | weights_of(cell.prover)
         name = keyed("search/" + "-".join(x for x in (cell.method, cell.score, cell.policy) if x), spec)
         path = self.run.out / f"{name}.csv"
 

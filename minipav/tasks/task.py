@@ -11,6 +11,10 @@ import numpy as np
 from minipav.tokenizer import END
 from minipav.utils import Fail, derive_seed
 
+# where a split has too few problems
+LOWER = {"train": "--problems or --batch_size", "test": "--test_problems (search.py, rl.py: --problems)",
+         "validation": "--problems or --validation (20 at least; a text's are a tenth of train.jsonl)"}
+
 
 class Task:
     name: str
@@ -59,7 +63,9 @@ class Task:
         return self.exact(problems)
 
     def check(self, problems, test_problems):
-        """Raises Fail, naming the flag of train.py, if there are fewer problems than so many."""
+        """Raises Fail if there are fewer problems than train.py is asked for."""
+        for split, n in dict(train=problems, validation=max(20, problems // 20), test=test_problems).items():
+            self.problems(split, n, 0)
 
     def batches(self, size, n, seed, step):
         """The problems of SFT's n batches from optimizer step `step` on, all together."""
@@ -86,10 +92,14 @@ class Task:
         """n distinct problems of a split ('train', 'validation', 'test'), the same ones for the same seed."""
         rng = np.random.default_rng([("train", "validation", "test").index(split), seed])
         found, share = {}, 0.9 if split == "train" else 0.05
-        for _ in range(100):
+        more = True
+        while more:
+            before = len(found)
             for p in self.draw(int(1.1 * n / share) + 20, rng):
                 if self.split_of(p) == split:
                     found.setdefault(self.prompt(p), p)
             if len(found) >= n:
                 return list(found.values())[:n]
-        raise Fail(f"task {self.name} has fewer than {n} distinct {split} problems at this difficulty")
+            more = len(found) > before
+        raise Fail(f"task {self.name} has fewer than {n} {split} problems at this difficulty: lower "
+                   f"{LOWER[split]}")

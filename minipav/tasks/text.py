@@ -23,7 +23,7 @@ import torch
 from minipav.files import read_text
 from minipav.flags import Words, flag
 from minipav.tasks.answers import LONGEST, boxed, normal, number, same
-from minipav.tasks.task import Task
+from minipav.tasks.task import LOWER, Task
 from minipav.tokenizer import CHAT, END, encode_rows
 from minipav.utils import Fail
 
@@ -96,12 +96,6 @@ class Text(Task):
         longest = max(int(solution.max()) + 1, self.max_new_tokens)
         return int(prompt.max()) + longest + max(self.max_new_tokens, self.max_step_tokens)
 
-    def check(self, problems, test_problems):
-        for name, n, split in (("problems", problems, "train"), ("test_problems", test_problems, "test"),
-                               ("problems", max(20, problems // 20), "validation")):
-            if n > (have := len(self.splits[split])):
-                raise Fail(f"--{name}: needs {n} {split} problems, and {self.data} has {have}")
-
     def read(self, name):
         """The problems of a file, by question. Raises Fail, naming the line that is not one."""
         path, found = f"{self.data}/{name}.jsonl", {}
@@ -130,8 +124,7 @@ class Text(Task):
     def problems(self, split, n, seed):
         pool = self.splits[split]
         if n > len(pool):
-            raise Fail(f"--data {self.data}: has {len(pool)} {split} problems, not {n}: lower --problems or "
-                       "--validation")
+            raise Fail(f"--data {self.data}: has {len(pool)} {split} problems, not {n}: lower {LOWER[split]}")
         rng = np.random.default_rng([("train", "validation", "test").index(split), seed])
         return [pool[i] for i in rng.permutation(len(pool))[:n]]
 
