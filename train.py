@@ -117,7 +117,7 @@ def policies(run, a):
     model = open_pretrained(a.init).load(a.device, room) if a.init else GPT(
         GPTConfig(run.enc.n_vocab, room, **SIZES[a.size])).to(a.device)
     model.bf16, model.checkpointing = a.dtype == "bf16", a.checkpointing
-    print(f"  {sum(p.numel() for p in model.parameters()):,} parameters on {a.device}")
+    print(f"  {sum(p.numel() for p in model.parameters()):,} {'new ' * (not a.init)}parameters, {a.device}")
 
     def train(name, fraction, steps, seed, weak_at=None):
         if run.task.demonstrations is None or steps == 0:
@@ -147,7 +147,7 @@ def rollouts(run, a):
     """Of every policy: its seed rollouts, and by --recipe the labelled traces of its verifier."""
     seed, rng = run.seed("rollouts"), np.random.default_rng(run.seed("rollouts"))
     models = {name: run.model(name) for name in ("base", *provers(a))}
-    tokens = {}
+    tokens, files = {}, []
     for split, share in (("train", 1.0), ("validation", 0.05)):
         problems, s = run.problems(split, int(max(20, share * a.problems))), derive_seed(seed, split)
         n_mu, seeds = int(max(20, share * a.prover_rollouts // 2)), {}
@@ -161,7 +161,7 @@ def rollouts(run, a):
                 seeds[name].problem %= len(problems)
             right = float(seeds[name].reward.mean())
             print(f"  {name}, {split}: {len(seeds[name]):,} seeds, {right:.1%} right")
-            run.save_traces(f"seeds_{name}_{split}", seeds[name])
+            files.append(run.save_traces(f"seeds_{name}_{split}", seeds[name]))
         c = Collect(run, problems, n_mc=a.n_mc, branches=int(share * a.branches), prover_branches=n_mu,
                     q_from=a.q_from, corrupted_fraction=a.corrupted_fraction, pit_threshold=a.pit_threshold,
                     pit_traces=a.pit_traces if split == "train" else 0, seed=s, rng=rng)
@@ -171,8 +171,8 @@ def rollouts(run, a):
             print(f"  {name}, {split}: {len(traces):,} traces, {int(traces.labelled.sum()):,} labels, "
                   f"{int(traces.cost.sum()):,} tokens sampled")
             tokens[f"{name}_{split}"] = int(traces.cost.sum())
-            run.save_traces(f"{name}_{split}", traces)
-    return {"tokens": tokens}
+            files.append(run.save_traces(f"{name}_{split}", traces))
+    return {"tokens": tokens, "files": files}
 
 
 # ---- 3 verifiers

@@ -24,7 +24,8 @@ from minipav.verifier import exact_q, score
 class Reward:
     returns: object  # (Rex, Q^mu after the step, A^mu, alpha), each (N, S) -> return of each step (N, S)
     values: str = None              # where Q^mu comes from: one of VALUES, or nowhere
-    uses: tuple = ()                # the flags of rl.py that it depends on, beside those of the loop
+    # the flags of rl.py that it depends on, beside those of the loop: one not named stays at its default
+    uses: tuple = ()
     baseline: bool = True           # False: the return is an advantage of pi itself and needs none
     known: bool = True              # known values (Rex at the end) take the place of Q^mu's there
     lr: float = 1e-3                # of the policy: chosen for `outcome` and `pav`, others' where said

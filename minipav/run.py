@@ -186,7 +186,10 @@ class Run:
         return model
 
     def save_traces(self, name, traces):
-        files.write_tensors(self.out / f"{name}.safetensors", vars(traces), {"name": name})
+        """-> where"""
+        path = self.out / f"{name}.safetensors"
+        files.write_tensors(path, vars(traces), {"name": name})
+        return path
 
     def traces(self, name):
         path = self.out / f"{name}.safetensors"

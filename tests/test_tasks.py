@@ -220,7 +220,7 @@ def test_too_few_problems_are_told_before_anything_is_trained():
     task = Few()
     size = {split: sum(task.split_of((i,)) == split for i in range(1000)) for split in LOWER}
     task.check(20 * size["validation"], size["test"])
-    for problems, test, words in ((size["train"] + 1, 1, "--batch_size"), (1, size["test"] + 1, "--test_prob"),
+    for problems, test, words in ((size["train"] + 1, 1, "--batch_size"), (1, size["test"] + 1, "--test"),
                                   (20 * size["validation"] + 20, 1, "20 at least")):
         with pytest.raises(Fail, match=words):
             task.check(problems, test)
