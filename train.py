@@ -66,7 +66,7 @@ class Flags:
     lr_adamw: float = flag(3e-3, "learning rate of the rest", low=1e-12, high=10)
     # rollouts; a count of 0 means none
     temperature: float = flag(1.0, "of every sample of every policy", low=0.01, high=100)
-    top_p: float = flag(0.98, "nucleus of every sample of every policy; 1: all of it", low=1e-6, high=1)
+    top_p: float = flag(0.98, "nucleus of every sample but RL's own; 1: all of it", low=1e-6, high=1)
     recipe: str = flag("dense", "of the verifiers' data: dense is ours, paper the paper's",
                        choices=list(RECIPES))
     problems: int = flag(10000, "training problems with seed rollouts of pi", low=1, high=10**7)
@@ -77,10 +77,10 @@ class Flags:
     q_from: str = flag("base", "Q^pi starts from this policy; dense data branches off its right seeds too",
                        choices=("base", "strong"))
     branches: int = flag(40000, "dense: completions of prefixes of right seeds", high=10**8)
-    corrupted_fraction: float = flag(0.15, "dense: seeds copied with a corrupted step, like right branches",
-                                     high=1)
-    prover_rollouts: int = flag(20000,
-                                "of each prover: half its own seeds, half from pi's prefixes", high=10**8)
+    corrupted_fraction: float = flag(0.15, "dense: seeds copied with a corrupted step, as are all right "
+                                     "branches", high=1)
+    prover_rollouts: int = flag(20000, "of each prover; dense: half its own seeds, half from pi's prefixes",
+                                high=10**8)
     # verifiers
     target: str = flag("bce", "what a verifier learns", choices=list(TARGETS))
     q_steps: int = flag(800, "optimizer steps of Q^pi", low=1)
@@ -195,7 +195,7 @@ def verifier(run, a, name, data, init, steps, select=lambda traces: traces):
 # ---- 4 evaluation
 
 def cells(a, seed):
-    """Every method at every budget."""
+    """What is measured here: re-ranking and beams, at every budget."""
     ns = tuple(2 ** k for k in range(a.max_n.bit_length()))
     narrow = tuple(w for w in a.widths if w <= 4) or tuple(a.widths[:1])
     fixed = dict(problems=a.test_problems, seed=seed)

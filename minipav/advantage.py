@@ -62,8 +62,8 @@ def seed_rollouts(policy, env, problems, n_cov, seed, **sampling):
 
 def rollout_from(mu, env, problems, traces, rows, h, n_mc, seed, **sampling):
     """n_mc completions by mu of each prefix of traces[rows[i]] up to its step end h[i] (0: the bare prompt).
-    A response that gets longer than a sample may be is cut there. -> Traces (prefix-major), labelled with
-    their outcomes from there on; their mean estimates Q^mu (Eq. 1)."""
+    A response is cut at max_new_tokens. -> Traces (prefix-major), labelled with their outcomes from h[i] on,
+    the mean of which estimates Q^mu (Eq. 1)."""
     t = traces[rows]
     if len(rows) == 0:
         return t

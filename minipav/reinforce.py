@@ -1,9 +1,9 @@
 """Online RL with process advantages (section 5, App. E): REINFORCE with the effective reward.
 
     sample    problems, and a group of traces of each, from the whole distribution of the policy
-    credit    a return for each step, Rex + alpha A^mu(s_h, a_h), and from it the weight of each of its tokens
-    update    one step of policy and value network: sum_h grad log pi(a_h | s_h) (return_h - b(s_h)) (Eq. 5),
-              with a KL to the initial policy
+    credit    a return for each step, by default Rex + alpha A^mu(s_h, a_h)
+    update    one step of the policy along sum_h grad log pi(a_h | s_h) (return_h - b) (Eq. 5), with a KL to
+              the initial policy, and one of the value network, whose b is of all before each token
     log       accuracy on held-out problems, every eval_every iterations
 """
 import copy
@@ -25,8 +25,8 @@ from minipav.traces import Traces, responses
 from minipav.utils import Fail, NotFinite, apply_step, backward, make_optimizers, micro_batches, progress
 from minipav.verifier import label_weights, verifier_loss
 
-# totals; on held-out problems accuracy, greedy, pass_n; then means since the row before: length, kl of a
-# trace, entropy, value_error of a token, shares of the traces (train_reward, illegal, zero_return)
+# totals so far; on held-out problems accuracy, greedy, pass_n; then means since the row before: length and
+# kl a trace, entropy and value_error a token, shares of the traces (train_reward, illegal, zero_return)
 COLUMNS = ("iteration", "tokens", "seconds", "accuracy", "greedy", "pass_n", "length", "kl", "entropy",
            "value_error", "train_reward", "illegal", "zero_return", "tokens_per_s")
 
@@ -36,7 +36,7 @@ COLUMNS = ("iteration", "tokens", "seconds", "accuracy", "greedy", "pass_n", "le
 @mixed
 def policy_loss(policy, ref, tokens, step, weight, kl_coef):
     """REINFORCE with a KL to the initial policy, summed over rows: (loss, KL, entropy, tokens). The KL is
-    exact, over the whole vocabulary at every state visited. Prompt and padding have no part; the end token
+    exact at every state visited, over the whole vocabulary. Prompt and padding have no part; the end token
     has."""
     rows, cols = at = (step[:, 1:] >= 0).nonzero(as_tuple=True)     # the positions that predict a response
     with torch.no_grad():
@@ -64,7 +64,7 @@ def value_loss(value, tokens, step, target):
 
 
 def outcomes(policy, env, problems, n, seed, **sampling):
-    """Rex (P, n) of n samples of each problem, by the run's temperature and top_p (RL trains on WHOLE)."""
+    """Rex (P, n) of n samples of each problem, by the run's temperature and top_p (RL's own: WHOLE)."""
     return seed_rollouts(policy, env, problems, n, seed, **sampling).reward.view(len(problems), n)
 
 

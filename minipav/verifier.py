@@ -124,8 +124,8 @@ def outcome_only(traces):
 
 def label_weights(traces, balance=False):
     """Weight (N, S + 1) of each label in the loss: the root of the number of outcomes behind it (of an exact
-    one: of 16). More outcomes count more, but not in proportion: labels of one trace are few views of one
-    problem. balance: the buckets Q < .5 and Q >= .5 weigh the same (section 4.2)."""
+    one: of 16). More outcomes count more, but not in proportion: labels of one trace are
+    correlated. balance: the buckets Q < .5 and Q >= .5 weigh the same (section 4.2)."""
     w = torch.where(traces.exact, EXACT_COUNT, traces.n).float().sqrt() * traces.labelled
     if balance:
         for bucket in (traces.q < 0.5, traces.q >= 0.5):
@@ -148,7 +148,7 @@ class Report:
     """How well a verifier predicts on held-out problems."""
     brier: float                    # mean squared error against the label
     auc: float                      # chance that a step end with the better outcome gets the higher score
-    auc_within: float               # the same of two step ends of one problem: what a search asks for
+    auc_within: float               # the same of two step ends of one problem, at any depth
     loss: float                     # binary cross-entropy
     steps: list  # a (step, labels, mean predicted, mean label, Brier) row for each step index
 
@@ -186,8 +186,9 @@ def evaluate(model, traces):
 
 def train_verifier(init, train, held_out, *, steps, batch_size, lr_muon, lr_adamw, seed, log, balance=False,
                    target="bce", micro_batch=0, keeper=NOT_KEPT):
-    """Fit a verifier that starts from `init` (a policy, or another verifier) to `train`; the checkpoint with
-    the lowest cross-entropy on `held_out` (traces of other problems) is kept. -> (model, Report)
+    """Fit a verifier that starts from `init` (a policy, or another verifier) to `train`. Of a few checkpoints
+    in the second half the one with the lowest cross-entropy on `held_out` (traces of other problems) is kept.
+    -> (model, Report)
 
     log(step, steps, loss, lowest held-out loss so far) is called at every step. micro_batch: rows of mean
     length in one backward pass (0: all); keeper: saves a long training (run.keeper).

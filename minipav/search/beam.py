@@ -37,10 +37,10 @@ def beam(s, problems, widths, seed):
     """Beam search at each width. -> [Result]
 
     Each level samples width * C next steps (at most s.spread at the first one), spread evenly over a
-    problem's live prefixes (s.spread 0: C behind each, width * C at the first level), drops duplicates and
-    last steps without END, scores, and keeps the best `width` of each problem, relatives only as far as
-    s.quota lets them. A finished trace stays in the beam with its score frozen. The answer is the finished
-    trace with the highest Q^pi.
+    problem's live prefixes (s.spread 0: C behind each, width * C at the first level), drops duplicates, steps
+    and responses without an end, scores, and keeps the best `width` of each problem, of every group of
+    relatives (s.quota) the best before any second. A finished trace stays in the beam with its score frozen.
+    The answer is the finished trace with the highest Q^pi.
     """
     mine = parallel.share(len(problems))
     with progress(f"beam, {s.score.label}", sum(widths) * (mine.stop - mine.start)) as bar:
@@ -130,7 +130,7 @@ def search_batch(s, problems, prompts, lengths, slots, width, seed, offset=0):
         spent.index_add_(0, live.owner[steps[0]], steps[2])
         kept = distinct(*steps[:2], steps[3])
         kept = kept[(steps[3][kept] == eot) | (level + 1 < H)]  # a last step without END leads nowhere
-        parent = steps[0][kept]                                 # nor does a response that is too long
+        parent = steps[0][kept]                                 # a response that is too long neither
         kept = kept[live.lengths[parent] + steps[2][kept] <= room[live.owner[parent]]]
         if len(kept) == 0:
             break
@@ -170,8 +170,8 @@ def allot(s, owner, width, level):
 
 
 def expand(s, owner, cache, hidden, first, times, seed, whole=True):
-    """times (N,) next steps of every prefix of these owners, ascending. first (N,): the id of the first
-    sample of each prefix's problem, from which the others count on. A sample's id fixes its randomness.
+    """times (N,) next steps of every prefix of these owners, ascending. first (N,): of each prefix the id of
+    its problem's first sample; ids count on from there, and each fixes its sample's randomness.
     -> (parent, tokens, lengths, stop token, log-probabilities) of each, the cache behind"""
     task, enc, device = s.env.task, s.env.enc, hidden.device
     parent = torch.arange(len(owner), device=device).repeat_interleave(times)
@@ -188,7 +188,7 @@ def temperature_and_top_p(env):
 
 
 def distinct(parent, new, reason):
-    """Indices of the children but duplicates (same parent, same step) and steps that never ended."""
+    """Indices of the children without duplicates (same parent, same step) and steps that never ended."""
     generator = torch.Generator().manual_seed(0)
     salt = torch.randint(-2**62, 2**62, (new.shape[1] + 1,), generator=generator).to(new.device)
     key = (torch.cat([parent[:, None], new + 1], 1) * salt).sum(1)              # a 64-bit hash of the row
@@ -218,7 +218,8 @@ def kin(s, owner, parent, parents, new, count):
 
 def prune(finished, child, ended, width, relatives):
     """The best `width` of each problem, of its finished traces and its children: every group of `relatives`
-    (N,) has its best child before any second one. -> their rows of finished + child, and which live on"""
+    (N,) has its best child, like each finished trace, before any second one. -> their rows of finished +
+    child, and which live on"""
     value, owner = torch.cat([finished.score, child.score]), torch.cat([finished.owner, child.owner])
     tier = torch.cat([torch.zeros_like(finished.owner), ranks(child.score, relatives)])
     best = top(value, owner, width, tier)
