@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from minipav import parallel
-from minipav.checkpoint import NOT_KEPT
+from minipav.checkpoint import NOT_KEPT, Partial
 from minipav.sampler import prefill
 from minipav.targets import TARGETS
 from minipav.traces import responses
@@ -30,15 +30,16 @@ def target_of(model):
 # ---- reading
 
 @torch.no_grad()
-def score(model, tokens, ends):
+def score(model, tokens, ends, progress=None, partial_folder=None):
     """Q at every step end: tokens (N, T), ends (N, S + 1) -> (N, S + 1) on the CPU, NaN where ends is -1.
 
-    Rows are scored longest first, in batches that are cut at their own longest row.
+    Rows are scored longest first, in batches that are cut at their own longest row; progress(rows done) is
+    called after each; partial_folder: where a long call saves what it has, to go on from there.
     """
-    value = target_of(model).value
-    out = torch.full(ends.shape, float("nan"))
-    last = ends.max(1).values + 1
-    order, at = last.argsort(descending=True, stable=True)[parallel.rank()::parallel.world()], 0
+    value, out, last = target_of(model).value, torch.zeros(ends.shape), ends.max(1).values + 1
+    order = last.argsort(descending=True, stable=True)[parallel.rank()::parallel.world()]
+    saved = Partial(partial_folder, [out], [model], tokens, ends, int(model.bf16))
+    at = saved.at
     while at < len(order):
         T = int(last[order[at]])
         rows = order[at:at + max(1, tokens_per_forward(model) // T)]
@@ -47,8 +48,11 @@ def score(model, tokens, ends):
         hidden = model.trunk(tokens[rows, :T].to(model.device), at=where)       # (ends, C)
         out[rows[end_rows], index] = value(model.head(hidden)).cpu()
         at += len(rows)
+        saved.save(at, at >= len(order))
+        if progress:
+            progress(at * parallel.world())
     parallel.exchange(order, out)
-    return out
+    return out.masked_fill_(ends < 0, float("nan"))
 
 
 class Values:

@@ -127,12 +127,6 @@ def make_traces(tokens, lengths, ends, **fields):
     return Traces(tokens=tokens, lengths=lengths, ends=ends, **{**default, **fields})
 
 
-def advantage_error(q, n):
-    """Standard error of `advantage(q)` when the values rest on n (..., S + 1) independent outcomes."""
-    se = standard_error(q, n)
-    return (se[..., 1:] ** 2 + se[..., :-1] ** 2).sqrt()
-
-
 def q_best_of_k_error(q, n, K):
     """Standard error of `q_best_of_k(q, K)`, to first order: K (1 - q)^(K-1) times that of q."""
     return K * (1 - q) ** (K - 1) * standard_error(q, n)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
-from conftest import WalkPolicy
+from conftest import Says, WalkPolicy
 
 from minipav import advantage, data
 from minipav.data import RECIPES, Collect, corrupted_steps, first_pits
@@ -221,3 +221,25 @@ def test_first_pits_are_estimated_anew_up_to_the_pit(walked):
         error = advantage.standard_error(t.q[0], t.n[0])
         assert ((t.q[0] - exact)[estimated].abs() <= 4 * error[estimated]).all()
     assert len(first_pits(walk, env, problems, probed, 30, 1.0, seed=2)) == 0
+
+
+@pytest.mark.parametrize("recipe", list(RECIPES))
+def test_a_prover_completes_for_itself(collect, recipe):
+    """One that always ends at once: each of its completions is one token."""
+    c, policies, seeds = collect
+    policies = policies | {"weak": Says(c.env, c.problems, END)}
+    t, own = RECIPES[recipe](c, policies, seeds)["weak"], seeds["weak"]
+    if recipe == "dense":
+        assert (t.cost[len(own):len(own) + 60] == 1).all()
+    else:
+        assert torch.equal(t.cost[:len(own)] - own.cost, c.n_mc * ((own.ends >= 0).sum(1) - 1))
+
+
+def test_branches_are_off_right_seeds(collect):
+    c, policies, seeds = collect
+    own, branches = seeds["base"], RECIPES["dense"](c, policies, seeds)["base"][80:240]
+    right = [row for row, reward in zip(own.tokens.tolist(), own.reward) if reward]
+    ends = branches.ends.gather(1, branches.labelled.int().argmax(1, keepdim=True))[:, 0]
+    assert len(own) == 80 and 0 < len(right) < 80
+    for row, end in zip(branches.tokens.tolist(), ends.tolist()):
+        assert any(x[:end + 1] == row[:end + 1] for x in right)

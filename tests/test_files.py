@@ -1,13 +1,10 @@
 """Files: what is written is read again to the bit, whole or not at all, and what is damaged is named."""
-import json
-import os
 
 import pytest
 import torch
 from conftest import ROOT
 
-from minipav import files
-from minipav.files import read_csv, read_json, read_tensors, write_csv, write_json, write_tensors, write_whole
+from minipav.files import read_csv, read_json, read_tensors, write_csv, write_json, write_tensors
 from minipav.paper.statistics import read_table
 from minipav.utils import Fail, command
 
@@ -42,21 +39,6 @@ def test_json_and_tensors_survive(tmp_path):
     assert got.keys() == tensors.keys() and metadata["note"] == "mine"
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    """Also if the writing fails half way: the old file stays, and nothing half-written is left."""
-    path = tmp_path / "t.txt"
-    path.write_text("old")
-
-    def half(p):
-        p.write_text("new, but")
-        raise OSError(28, "No space left on device")
-    with pytest.raises(Fail, match="t.txt.*No space"):
-        write_whole(path, half)
-    assert path.read_text() == "old" and os.listdir(tmp_path) == ["t.txt"]
-    with pytest.raises(Fail, match="cannot write"):
-        write_json(path / "below a file.json", {})
-
-
 @pytest.mark.parametrize("damage", [lambda b: b[:-20], lambda b: b"", lambda b: b"[1]", lambda b: b"\xff" + b,
                                     lambda b: b.replace(b"seed", b"need"), lambda b: b.replace(b"17", b"18"),
                                     lambda b: b.replace(b"17", b'"17"')])
@@ -86,15 +68,6 @@ def test_damaged_tensors_are_named(tmp_path):
     write_tensors(path, {"x": torch.tensor([1.0, float("inf")])})
     with pytest.raises(Fail, match="x is not finite"):
         read_tensors(path)
-
-
-def test_half_written_files_of_dead_processes_are_cleared(tmp_path):
-    (tmp_path / "deep").mkdir()
-    (tmp_path / "deep" / ".x.json.123.tmp").write_text("half")
-    (tmp_path / "deep" / "x.json").write_text("whole")
-    files.lock(tmp_path)
-    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["x.json"]
-    assert json.loads((tmp_path / ".lock").read_text()) == os.getpid()
 
 
 def test_shipped_results_are_not_damaged():

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import WalkPolicy, fails, run_main
+from conftest import WalkPolicy, even, fails, run_main
 
 from minipav.paper import mechanism, mechanism_report, noise, prediction
 from minipav.paper.mechanism import GRID
@@ -57,9 +57,10 @@ def test_rollouts_stand_in_for_exact_values(smoke_run, monkeypatch):
     cell = Cell("beam", "q_pi", (2,), split="validation", problems=20)
     exact = prediction.candidates(bench, cell)
     monkeypatch.setattr(type(bench.run.task), "exact", None)
+    monkeypatch.setattr(type(bench.run.task), "outcome", even)
     sampled = prediction.candidates(bench, cell, n_mc=4)
     assert len(exact) == len(sampled) and (sampled.true * 4 % 1 == 0).all()
-    assert (exact.true[exact.ended] == sampled.true[sampled.ended]).all()
+    assert 0 < sampled.true.mean() < 1 and (sampled.true[sampled.ended] % 1 == 0).all()
 
 
 def test_errors_are_inherited_up_to_a_step():

@@ -12,8 +12,9 @@ from minipav.advantage import rollout_from, seed_rollouts
 from minipav.reinforce import COLUMNS, Reinforce, policy_loss, value_loss
 from minipav.rewards import REWARDS, close, loop_of, step_of_token
 from minipav.run import Run
+from minipav.sampler import WHOLE
 from minipav.traces import Traces
-from minipav.utils import Fail
+from minipav.utils import Fail, apply_step, schedule
 
 TRIAL = dict(iterations=4, batch=8, group=2, eval_every=2, problems=5, eval_n=2, n=4, n_mc=2, prover="bo2",
              lr=1e-3)
@@ -113,9 +114,9 @@ def test_trust_verifier_believes_it_to_the_end(smoke, tmp_path, monkeypatch):
     seen, credit = [], Reinforce.credit
     monkeypatch.setattr(Reinforce, "credit", lambda *args: seen.append(credit(*args)) or seen[-1])
     for trust in (False, True):
-        trained(smoke, tmp_path / str(trust), iterations=1, trust_verifier=trust, prover="bo1", alpha=2.0)
-    (_, known), (_, believed) = seen
-    assert believed.unique().tolist() == [0] and known.sum(1).tolist() == [-1] * 8      # none is right
+        trained(smoke, tmp_path / str(trust), iterations=1, trust_verifier=trust, prover="bo2", alpha=2.0)
+    (_, known), (_, believed) = seen                            # Q^Bo2 is .75
+    assert believed.unique().tolist() == [0] and known.sum(1).tolist() == [-1.5] * 8    # none is right
 
 
 @pytest.mark.parametrize("how", [dict(baseline="value"), dict(baseline="group"), dict(reward="dpo")])
@@ -135,9 +136,10 @@ def test_micro_batches_change_nothing(smoke, tmp_path, monkeypatch, how):
 
 @pytest.mark.parametrize("how", [dict(refresh=2), dict(reward="outcome", baseline="mean"),
                                  dict(reward="selftrain"), dict(reward="dpo")])
-def test_resumed_equals_uninterrupted(smoke, tmp_path, monkeypatch, how):
+def test_resumed_equals_uninterrupted(mixed, tmp_path, monkeypatch, how):
     """Killed at every iteration; with a verifier that is trained on, and with a running mean."""
-    whole = trained(smoke, tmp_path / "whole", **how)
+    whole = trained(mixed, tmp_path / "whole", **how)
+    assert how.get("baseline") != "mean" or whole.state["running"] > 0
     Loop = loop_of(how.get("reward", "pav"))
     iterate = Loop.iterate
     for at in range(4):
@@ -147,9 +149,9 @@ def test_resumed_equals_uninterrupted(smoke, tmp_path, monkeypatch, how):
             return iterate(self, i)
         monkeypatch.setattr(Loop, "iterate", killed)
         with pytest.raises(KeyboardInterrupt):
-            trained(smoke, tmp_path / str(at), **how)
+            trained(mixed, tmp_path / str(at), **how)
         monkeypatch.setattr(Loop, "iterate", iterate)
-        again = trained(smoke, tmp_path / str(at), **how)
+        again = trained(mixed, tmp_path / str(at), **how)
         assert torch.equal(weights(again.policy), weights(whole.policy))
         assert torch.equal(again.curve, whole.curve)
         same = [k for k in whole.rows[0] if k not in ("seconds", "tokens_per_s")]
@@ -255,3 +257,62 @@ def test_a_checkpoint_of_another_training_is_refused(smoke, tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(Fail, match="checkpoint.safetensors"):
         loop.train()
+
+
+@pytest.mark.parametrize("baseline", ["value", "group", "mean", "none"])
+def test_a_token_weighs_its_return_minus_the_baseline(mixed, tmp_path, monkeypatch, baseline):
+    """With the KL to the initial policy; it trains on training problems and is evaluated on test problems."""
+    seen, credit, asked, problems = [], Reinforce.credit, [], type(mixed.task).problems
+
+    def credited(loop, i, problems, traces):
+        out = credit(loop, i, problems, traces)
+        seen.append({"loop": loop, "ends": traces.ends, "returns": out[1], "running": loop.state["running"]})
+        return out
+
+    def valued(*args):
+        loss, seen[-1]["b"] = value_loss(*args)
+        return loss, seen[-1]["b"]
+
+    def weighted(policy, ref, tokens, step, weight, kl):
+        x = seen[-1]
+        if baseline != "value":
+            b = rewards.step_baseline(baseline, x["returns"], x["ends"], 2, x["running"])
+            x["b"] = rewards.to_tokens(b, step)
+        assert torch.equal(weight, rewards.to_tokens(x["returns"], step) - x["b"]) and kl == 0.03
+        assert policy is x["loop"].policy and ref is x["loop"].ref
+        return policy_loss(policy, ref, tokens, step, weight, kl)
+    monkeypatch.setattr(Reinforce, "credit", credited)
+    monkeypatch.setattr(reinforce, "value_loss", valued)
+    monkeypatch.setattr(reinforce, "policy_loss", weighted)
+    monkeypatch.setattr(type(mixed.task), "problems", lambda *a: asked.append(a[1:3]) or problems(*a))
+    trained(mixed, tmp_path / "run", iterations=2, baseline=baseline)
+    assert len(seen) == 2 and bool(seen[1]["b"].any()) == (baseline != "none")
+    assert set(asked) == {("train", 4), ("test", 5)}
+
+
+@pytest.mark.parametrize("reward, who", [("vine", "policy"), ("pav_pi", "policy"),
+                                         ("pav_rollout", "mu_policy")])
+def test_who_completes(smoke, tmp_path, monkeypatch, reward, who):
+    asked = []
+
+    def spy(*args, **how):
+        asked.append((args[0], how))
+        return rollout_from(*args, **how)
+    monkeypatch.setattr(rewards, "rollout_from", spy)
+    loop = trained(smoke, tmp_path / "run", reward, iterations=2)
+    assert asked and all(x == (getattr(loop, who), WHOLE if who == "policy" else {}) for x in asked)
+
+
+def test_learning_rates_and_the_clipped_step(smoke, tmp_path):
+    model = tiny()
+    sgd, before = torch.optim.SGD(model.parameters(), 0.5), weights(model)
+    for factor in (0.2, 1.0):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, 3.0)
+        apply_step(model, [sgd], factor)
+        assert (weights(model) - before).norm() == pytest.approx(0.5 * factor, rel=1e-3)
+        before = weights(model)
+    assert [schedule(s, 100) for s in (0, 4, 49, 99)] == pytest.approx([0.2, 1, 1, 0.05])
+    loop = trained(smoke, tmp_path / "run", "outcome", iterations=1)
+    loop.a.iterations, loop.a.warmup = 100, 0.1
+    assert [loop.rate(i) for i in (0, 50, 75, 100)] == pytest.approx([0.1, 0.5, (1 - 0.5 ** 0.5) / 2, 0])

@@ -10,18 +10,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import SMOKE, run_main, tiny
+from conftest import SMOKE, even, run_main, tiny
 
 import train
-from minipav import checkpoint
+from minipav import checkpoint, verifier
 from minipav.checkpoint import Keeper
 from minipav.data import Traces
 from minipav.run import Run
 from minipav.sampler import sample
 from minipav.search import METHODS
 from minipav.search.measure import Bench, Cell
+from minipav.search.score import SCORES
 from minipav.sft import _train
-from minipav.verifier import ExactValues, train_verifier
+from minipav.verifier import ExactValues, score, train_verifier
 
 LESS = ("--weak_at 0.3 --problems 40 --branches 40 --pit_traces 0 --prover_rollouts 40 --test_problems 8 "
         "--max_n 2 --widths 1")
@@ -137,6 +138,19 @@ def test_a_call_of_the_sampler_goes_on_where_it_was_killed(tmp_path):
         assert torch.equal(again.tokens, sample(*args, **changed.get("how", how)).tokens)
 
 
+def test_a_call_of_the_verifier_goes_on_where_it_was_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(verifier, "tokens_per_forward", lambda _: 16)           # two rows at once
+    model, tokens = tiny(head="scalar"), torch.randint(1, 29, (6, 8))
+    ends = torch.tensor([[2, 5, 7], [1, 4, -1]]).repeat(3, 1)
+    want, done = score(model, tokens, ends), []
+    with pytest.raises(Killed):
+        score(model, tokens, ends, killed_at(2), tmp_path)
+    got = score(model, tokens, ends, done.append, tmp_path)
+    assert torch.equal(got.nan_to_num(-1), want.nan_to_num(-1)) and done == [6]
+    again = score(model, tokens.flip(0), ends, done.append, tmp_path)
+    assert not torch.equal(again, want) and done[1:] == [2, 4, 6]
+
+
 def test_a_killed_search_neither_samples_nor_searches_again(smoke_run, tmp_path, monkeypatch):
     """What one search has sampled, and Q^pi's beam for alpha = 0, the next ones find on disk until the
     command ends."""
@@ -161,6 +175,7 @@ def test_a_beam_goes_on_where_it_was_killed(smoke_run, tmp_path, monkeypatch):
     again."""
     run, batches, module = Run.open(smoke_run[0], "cpu"), [], importlib.import_module("minipav.search.beam")
     run.sampling = run.sampling | {"partial_folder": None, "max_tokens_in_flight": 1}   # a problem at a time
+    monkeypatch.setattr(type(run.task), "outcome", even)
     search_batch, problems = module.search_batch, run.problems("test", 4)
 
     def searched(*args):
@@ -178,11 +193,12 @@ def test_a_beam_goes_on_where_it_was_killed(smoke_run, tmp_path, monkeypatch):
     with pytest.raises(Killed):
         found()
     got = found()
-    assert len(batches) == 7 + 2 + 4
+    assert len(batches) == 7 + 2 + 4 and any(r.right.any() for r in want)
     for a, b in zip(got, want):
         assert a.text == b.text and any(a.text) and all(torch.equal(getattr(a, k), getattr(b, k)) for k in
                                                         ("right", "solved", "tokens", "verifier_tokens", "q"))
-    for i, other in enumerate((dict(alpha=1.0), dict(verifier=None),
+    for i, other in enumerate((dict(alpha=1.0), dict(K=2), dict(C=2), dict(spread=0), dict(quota="state"),
+                               dict(score=SCORES["q_mu"]), dict(verifier=None),
                                dict(verifier=None, exact=functools.partial(ExactValues)))):
         found(**other)
         assert len(batches) == 13 + 12 * (i + 1)                # another search

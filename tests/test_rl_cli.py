@@ -216,10 +216,6 @@ def lacks_q_weak(smoke_run, tmp_path_factory):
 
 
 @pytest.mark.parametrize("args, words", [
-    (("--alpha", -1), "--alpha"), (("--lr", 0), "--lr"), (("--prover", "bo0"), "--prover bo0"),
-    (("--prover", "nowhere"), "--prover nowhere"), (("--batch", 7), "--batch 7"),
-    (("--reward", "gold"), "--reward"),
-    (("--warmup", 2), "--warmup"), (("--group", 1, "--baseline", "group"), "--group 1"),
     (("--group", 1, "--sweep"), "--group 1"),
     (("--no_rft", *SMALL, "--reward", "pav", "--prover", "weak"), "q_weak"),
     (("--no_rft", *SMALL, "--reward", "pav_rollout", "--prover", "bo16"), "--n_mc 4"),

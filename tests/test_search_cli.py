@@ -143,16 +143,6 @@ def test_the_choice_is_the_simplest_within_a_standard_error_of_the_best(tmp_path
     assert simplest_of_the_best({0: simple, 1: almost, 2: better}) == 1, "one problem of a hundred behind"
 
 
-def test_alpha_zero_is_the_q_beam_to_the_token(run, tmp_path):
-    """With any prover."""
-    flags = ("--alpha", 0, "--prover", "strong", "--search", "beam:q_pi", "beam:effective", "--out", tmp_path)
-    run_main(search, "--run", run[0], *SMALL, *flags)
-    want = {"method": "beam", "alpha": 0.0, "split": "test", "problems": 20, "quota": "none"}
-    tables = {r["spec"]["score"]: [[row[k] for k in COLUMNS[5:]] for row in rows(run[0] / f"{name}.csv")]
-              for name, r in records(run[0]).items() if want.items() <= r["spec"].items()}
-    assert len(tables["q_pi"]) == 20 * 2 and tables["q_pi"] == tables["effective"]
-
-
 def test_equal_searches_are_one():
     """What has no part in the result is in no name: a prover at alpha 0, or where the score uses none."""
     def cell(text, **fields):
@@ -195,18 +185,19 @@ def test_show_prints_every_candidate_with_its_values(run):
     assert told.count("Q^mu") == 2 and told.count("answer: ") == 2 and "  *" in told
 
 
+def test_a_cell_has_the_models_that_it_names(run):
+    bench = Bench(Run.open(run[0], "cpu"))
+    s = bench.search(Cell("beam", "effective", prover="bo8", alpha=0.7, spread=5, quota="parent"))
+    assert (s.K, s.alpha, s.spread, s.quota, s.mu_verifier) == (8, 0.7, 5, "parent", None)
+    assert s.policy is bench.model("base") and s.verifier is bench.model("q_pi")
+    s = bench.search(Cell("beam", "effective", policy="strong", prover="weak", alpha=1.0))
+    assert s.policy is bench.model("strong") and s.verifier is bench.model("q_strong")
+    assert s.mu_verifier is bench.model("q_weak")
+    assert bench.search(Cell("best_of_n", "orm")).verifier is bench.model("orm")
+    assert bench.search(Cell("beam", "exact")).verifier is None
+
+
 # ---- what is wrong
-
-@pytest.mark.parametrize("args, words", [
-    (("--prover", "bo0"), "--prover bo0"), (("--prover", "nowhere"), "--prover nowhere"),
-    (("--alpha", -1), "--alpha"), (("--n", 0), "--n 0"), (("--search", "beam:chess"), "--search beam:chess"),
-    (("--widths", 2, 2), "--widths"), (("--out", "/dev/null/x"), "/dev/null/x"),
-    (("--policy", "best"), "--policy"),
-    (("--quota", "some"), "--quota"), (("--spread", -1), "--spread"),
-])
-def test_bad_flags_are_one_line_errors(run, args, words):
-    assert words in fails(search, "--run", run[0], *SMALL, *args)
-
 
 def test_a_verifier_is_one_and_of_this_task(run, tmp_path):
     assert "--verifier" in fails(search, "--run", run[0], *SMALL, "--verifier", "base")

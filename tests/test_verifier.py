@@ -1,4 +1,6 @@
 """The verifier trainer: where the loss is, and what the metrics mean."""
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import make_traces, tiny
@@ -15,6 +17,7 @@ from minipav.verifier import (
     label_weights,
     outcome_only,
     score,
+    train_verifier,
     verifier_loss,
 )
 
@@ -105,20 +108,32 @@ def test_auc_counts_pairs(groups):
     assert auc(s, y, w, torch.arange(60)) == auc(s, 0 * y, w) == 0.5, "no pairs"
 
 
-def test_report_is_consistent():
+def test_the_report_is_that_of_the_weighted_labels():
     model, t = tiny(head="scalar"), traces()
-    t.q = t.q.round()
-    r, q, has = evaluate(model, t), score(model, t.tokens, t.ends), t.labelled
-    assert abs(r.brier - float(((q - t.q)[has] ** 2).mean())) < 1e-5
-    ones, of = torch.ones(int(has.sum())), has.nonzero()[:, 0]
-    assert abs(r.auc - auc(q[has], t.q[has], ones)) < 1e-6
-    assert abs(evaluate(model, t).auc_within - auc(q[has], t.q[has], ones, of)) < 1e-6
-    for h, n, predicted, observed, brier in r.steps:
-        m = has[:, h]
-        want = q[m, h].mean(), t.q[m, h].mean(), ((q - t.q)[m, h] ** 2).mean()
-        got = torch.tensor([predicted, observed, brier])
-        assert n == m.sum() and torch.allclose(got, torch.stack(want), atol=1e-5)
+    t.q, t.n = t.q.round(), t.n * torch.arange(1, 7)[:, None] ** 2
+    r, q, has, w = evaluate(model, t), score(model, t.tokens, t.ends), t.labelled, label_weights(t)
+
+    def mean(x, m):
+        return float((w * x)[m].sum() / w[m].sum())
+    error, bce, of = (q - t.q) ** 2, -(t.q * q.log() + (1 - t.q) * (1 - q).log()), has.nonzero()[:, 0]
+    assert [r.brier, r.loss] == pytest.approx([mean(error, has), mean(bce, has)], abs=1e-5)
+    aucs = [auc(q[has], t.q[has], w[has], group) for group in (None, of)]
+    assert [r.auc, r.auc_within] == pytest.approx(aucs, abs=1e-6) and len(w[has].unique()) > 2
+    for h, n, *found in r.steps:
+        m = has & (torch.arange(has.shape[1]) == h)
+        assert n == m.sum() and found == pytest.approx([mean(x, m) for x in (q, t.q, error)], abs=1e-5)
     assert sum(n for _, n, *_ in r.steps) == int(has.sum()) and r.steps[0][0] == 0
+
+
+def test_the_best_checkpoint_on_held_out_traces_is_kept(monkeypatch):
+    """Their labels are the opposite ones, so that training makes it worse."""
+    seen, t = [], traces(24)
+    monkeypatch.setattr(verifier, "evaluate", lambda *args: seen.append(evaluate(*args)) or seen[-1])
+    held_out = replace(t, q=1 - t.q)
+    model, report = train_verifier(tiny(head="scalar"), t, held_out, steps=12, batch_size=8, lr_muon=0.0,
+                                   lr_adamw=0.01, seed=0, log=lambda *x: None)
+    losses = [r.loss for r in seen]
+    assert report.loss == min(losses) < losses[-1] and evaluate(model, held_out).loss == report.loss
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -98,9 +98,10 @@ def majority(s, problems, ns, seed):
 
 def values(s, model, t, problems):
     """Q at every step end of these samples, by a verifier or exactly."""
-    if model is not None:
-        return s.remember(("q", id(model), id(t)), lambda: score(model, t.tokens, t.ends))
-    return exact_q(s.env, problems, t)
+    def read():
+        with progress("their values", len(t)) as bar:
+            return score(model, t.tokens, t.ends, bar.to, s.env.sampling.get("partial_folder"))
+    return exact_q(s.env, problems, t) if model is None else s.remember(("q", id(model), id(t)), read)
 
 
 def best_of_n(s, problems, ns, seed):
