@@ -39,6 +39,7 @@ def main_guard(main):
     on_stop(signal.default_int_handler)
     try:
         main()
+        parallel.stop()
         sys.stdout.flush()
     except Fail as e:
         for bar in list(getattr(tqdm, "_instances", ())):
