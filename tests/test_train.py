@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ONE_CORE, ROOT, SMOKE, fails, run_main
@@ -17,8 +18,11 @@ from safetensors.torch import load_file
 import train
 from minipav import files
 from minipav.cache import tokens_in_flight
+from minipav.model import GPT
 from minipav.paper import report
 from minipav.run import Run, differ
+from minipav.search.inspect import explain
+from minipav.search.measure import Bench
 from minipav.verifier import outcome_only
 
 TRAINED = ["policies", "rollouts", "q_pi", "orm", "q_weak", "q_strong"]
@@ -121,6 +125,29 @@ def test_smoke_run_writes_all_it_promises_and_fast(smoke_run):
         labels = sum(int(row["labels"]) for row in csv.DictReader(f))
     held_out = Run.open(out, "cpu").traces("base_validation")
     assert labels == int(outcome_only(held_out).labelled.sum()) < int(held_out.labelled.sum())
+
+
+def test_the_example_is_the_equations_by_hand(smoke_run):
+    """Each step's Q^pi, Q^Bo4 (Eq. 30), A^mu (Eq. 2) and Q + alpha A (Eq. 5), as they are printed."""
+    run = Run.open(smoke_run[0], "cpu")
+    [problem] = run.problems("test", 1)
+    [response] = run.task.demonstrations([problem], 1.0, np.random.default_rng(0))
+    text = explain(Bench(run), problem, response, 0.5, 4, 0, n_mc=8)
+    rows = [[float(x) for x in re.findall(r" (-?\d\.\d{3})(?! [(+])", line)] for line in text.splitlines()[2:]]
+    assert len(rows) == 1 + response.count("\n") + 1 and len(rows[0]) == 2
+    for (_, before, *_), (q, q_mu, adv, effective) in zip(rows, rows[1:]):
+        assert q_mu == pytest.approx(1 - (1 - q) ** 4, abs=3e-3)
+        assert adv == pytest.approx(q_mu - before, abs=2e-3)
+        assert effective == pytest.approx(q + 0.5 * adv, abs=2e-3)
+
+
+def test_the_weaker_prover_is_neither_the_untrained_model_nor_the_base_policy(smoke_run):
+    run = Run.open(smoke_run[0], "cpu")
+    torch.manual_seed(run.seed("policies"))
+    models = [GPT(run.model("base").config), run.model("weak"), run.model("base")]
+    one, two, three = (m.blocks[0].attn.wq.weight for m in models)
+    assert not torch.equal(one, two) and not torch.equal(two, three)
+    assert (two - one).norm() < (three - one).norm(), "on the way"
 
 
 def test_the_table_has_each_search_once(smoke_run):
