@@ -132,8 +132,8 @@ def test_the_example_is_the_equations_by_hand(smoke_run):
     run = Run.open(smoke_run[0], "cpu")
     [problem] = run.problems("test", 1)
     [response] = run.task.demonstrations([problem], 1.0, np.random.default_rng(0))
-    text = explain(Bench(run), problem, response, 0.5, 4, 0, n_mc=8)
-    rows = [[float(x) for x in re.findall(r" (-?\d\.\d{3})(?! [(+])", line)] for line in text.splitlines()[2:]]
+    lines = explain(Bench(run), problem, response, 0.5, 4, 0, n_mc=8).splitlines()
+    rows = [[float(x) for x in re.findall(r"(?<!\+-) (-?\d\.\d{3})(?! [(+])", line)] for line in lines[2:]]
     assert len(rows) == 1 + response.count("\n") + 1 and len(rows[0]) == 2
     for (_, before, *_), (q, q_mu, adv, effective) in zip(rows, rows[1:]):
         assert q_mu == pytest.approx(1 - (1 - q) ** 4, abs=3e-3)

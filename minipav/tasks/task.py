@@ -92,14 +92,14 @@ class Task:
         """n distinct problems of a split ('train', 'validation', 'test'), the same ones for the same seed."""
         rng = np.random.default_rng([("train", "validation", "test").index(split), seed])
         found, share = {}, 0.9 if split == "train" else 0.05
-        more = True
-        while more:
+        idle = 0                                                # rounds in a row without a new one
+        while idle < 20:
             before = len(found)
             for p in self.draw(int(1.1 * n / share) + 20, rng):
                 if self.split_of(p) == split:
                     found.setdefault(self.prompt(p), p)
             if len(found) >= n:
                 return list(found.values())[:n]
-            more = len(found) > before
+            idle = 0 if len(found) > before else idle + 1
         raise Fail(f"task {self.name} has fewer than {n} {split} problems at this difficulty: lower "
                    f"{LOWER[split]}")
