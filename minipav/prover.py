@@ -21,7 +21,8 @@ def check_head(policy, head, flag="prover"):
 def weights_of(prover):
     """What a result depends on beside the name of a prover that is a folder: the checksum of its weights."""
     path = Path(prover) / "model.safetensors"
-    return {"prover_weights": file_checksum(path)} if prover and path.is_file() else {}
+    folder = prover and verifier_of(prover) == prover and path.is_file()
+    return {"prover_weights": file_checksum(path)} if folder else {}
 
 
 class Prover(NamedTuple):
