@@ -159,14 +159,14 @@ def train(run, reward, a, split, micro_batch):
     return stages, name, record["accuracy"]
 
 
-def sweeps(run, trial):
-    """Those of SWEEPS for whose policies and provers the run has the verifiers, and right seeds for RFT."""
-    def has(changes):
+def sweeps(runs, trial):
+    """Those of SWEEPS for whose policies and provers all runs have the verifiers, and right seeds for RFT."""
+    def has(run, changes):
         t = replace(trial, **changes)
         found = (run.out / verifier_of(Prover.parse(t.prover, t.policy).policy)).exists()
         rft = found and "policy" in changes and not t.no_rft
         return found and (not rft or bool(run.traces(f"seeds_{t.policy}_train").reward.any()))
-    out = [(r, changes) for r, changes in SWEEPS if has(changes)]
+    out = [(r, changes) for r, changes in SWEEPS if all(has(run, changes) for run in runs)]
     if len(out) < len(SWEEPS):
         print(f"--sweep: {len(SWEEPS) - len(out)} need verifiers or right seeds that are not there: left out")
     return out
@@ -207,7 +207,7 @@ def main():
     few(batch=trial.batch, n_mc=trial.n_mc)
     check_out(a.run, a.out)
     runs, split = open_runs(a.run, pick_device(a.device), a.dtype), "validation" if a.tune else "test"
-    swept = sweeps(runs[0], trial) if a.sweep else ()
+    swept = sweeps(runs, trial) if a.sweep else ()
     asked = trials(a, trial, swept)
     wanted = [(r, plain(r, t)) for r, t in asked if REWARDS[r].values != "exact" or runs[0].task.exact]
     why = f"--reward pav_exact: task {runs[0].task.name} has no exact values"

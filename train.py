@@ -147,7 +147,7 @@ def rollouts(run, a):
     """Of every policy: its seed rollouts, and by --recipe the labelled traces of its verifier."""
     seed, rng = run.seed("rollouts"), np.random.default_rng(run.seed("rollouts"))
     models = {name: run.model(name) for name in ("base", *provers(a))}
-    tokens, files = {}, []
+    tokens = {}
     for split, share in (("train", 1.0), ("validation", 0.05)):
         problems, s = run.problems(split, int(max(20, share * a.problems))), derive_seed(seed, split)
         n_mu, seeds = int(max(20, share * a.prover_rollouts // 2)), {}
@@ -161,7 +161,7 @@ def rollouts(run, a):
                 seeds[name].problem %= len(problems)
             right = float(seeds[name].reward.mean())
             print(f"  {name}, {split}: {len(seeds[name]):,} seeds, {right:.1%} right")
-            files.append(run.save_traces(f"seeds_{name}_{split}", seeds[name]))
+            run.save_traces(f"seeds_{name}_{split}", seeds[name])
         c = Collect(run, problems, n_mc=a.n_mc, branches=int(share * a.branches), prover_branches=n_mu,
                     q_from=a.q_from, corrupted_fraction=a.corrupted_fraction, pit_threshold=a.pit_threshold,
                     pit_traces=a.pit_traces if split == "train" else 0, seed=s, rng=rng)
@@ -171,8 +171,8 @@ def rollouts(run, a):
             print(f"  {name}, {split}: {len(traces):,} traces, {int(traces.labelled.sum()):,} labels, "
                   f"{int(traces.cost.sum()):,} tokens sampled")
             tokens[f"{name}_{split}"] = int(traces.cost.sum())
-            files.append(run.save_traces(f"{name}_{split}", traces))
-    return {"tokens": tokens, "files": files}
+            run.save_traces(f"{name}_{split}", traces)
+    return {"tokens": tokens}
 
 
 # ---- 3 verifiers
@@ -229,7 +229,7 @@ def main():
     a.out = a.out or Path("runs") / f"{a.task}-seed{a.seed}"
     fit(a, size, task, a.out)
     config = {k: v for k, v in vars(a).items() if k not in ("out", "resume")}
-    task.check(a.problems, a.test_problems)
+    task.check(a.problems, a.test_problems, a.seed)
     run = Run(a.out, config | {"dials": asdict(task)}, a.resume)
     run.stage("policies", lambda: policies(run, a))
     run.stage("rollouts", lambda: rollouts(run, a))

@@ -90,9 +90,11 @@ def damaged(path, why):
     if isinstance(why, FileNotFoundError):
         return Fail(f"{path} does not exist: is this the right folder?")
     if isinstance(why, OSError):
-        return Fail(f"cannot read {path}: {why.strerror}")
-    return Fail(f"{path} is damaged or of another version ({str(why)[:200]}): restore it; what a stage of a "
-                "run wrote is made again once the stage's record in stages/ is deleted")
+        return Fail(f"cannot read {path}: {why.strerror or why}")
+    saved = "partial" in Path(path).parts or Path(path).name == "checkpoint.safetensors"
+    how = ("delete it, and what was saved there starts anew" if saved else
+           "restore it; what a run's stage wrote is made again once its record in stages/ is deleted")
+    return Fail(f"{path} is damaged or of another version ({str(why)[:200]}): {how}")
 
 
 @contextmanager

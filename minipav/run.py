@@ -186,10 +186,7 @@ class Run:
         return model
 
     def save_traces(self, name, traces):
-        """-> where"""
-        path = self.out / f"{name}.safetensors"
-        files.write_tensors(path, vars(traces), {"name": name})
-        return path
+        files.write_tensors(self.out / f"{name}.safetensors", vars(traces), {"name": name})
 
     def traces(self, name):
         path = self.out / f"{name}.safetensors"

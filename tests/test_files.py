@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from minipav.files import read_csv, read_json, read_tensors, write_csv, write_json, write_tensors
+from minipav.files import damaged, read_csv, read_json, read_tensors, write_csv, write_json, write_tensors
 from minipav.paper.statistics import read_table
 from minipav.utils import Fail, command
 
@@ -50,6 +50,15 @@ def test_a_damaged_record_is_named(tmp_path, damage):
     with pytest.raises(Fail, match="record.json") as e:
         read_json(path, seed=int)
     assert "\n" not in str(e.value)
+
+
+def test_what_is_to_be_done_about_a_damaged_file_depends_on_it():
+    for path, words in (("partial/q_pi.safetensors", "delete it"), ("a/checkpoint.safetensors", "delete it"),
+                        ("run/q_pi/model.safetensors", "restore it; .* stages/")):
+        with pytest.raises(Fail, match=words):
+            raise damaged(path, "half of it")
+    with pytest.raises(Fail, match="cannot read x: Permission"):
+        raise damaged("x", PermissionError(13, "Permission denied"))
 
 
 def test_damaged_tensors_are_named(tmp_path):

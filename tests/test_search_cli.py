@@ -213,10 +213,11 @@ def test_a_result_depends_on_the_weights_of_a_prover_that_is_a_folder(run, tmp_p
     (tmp_path / "model.safetensors").write_bytes(b"two")
     assert one and weights_of(tmp_path) != one
     mu = shutil.copytree(run[0] / "q_pi", tmp_path / "mu")
-    cell, bench = Cell("beam", "q_mu", (2,), prover=str(mu), problems=5), Bench(Run.open(run[0], "cpu"))
-    first = bench.measure(cell)
+    cell = Cell("beam", "q_mu", (2,), prover=str(mu), problems=20)
+    first = Bench(Run.open(run[0], "cpu")).measure(cell)
     shutil.copytree(run[0] / "orm", mu, dirs_exist_ok=True)
-    assert bench.measure(cell) != first
+    second = Bench(Run.open(run[0], "cpu")).measure(cell)
+    assert second != first and rows(second) != rows(first)
 
 
 def test_bad_runs_are_one_line_errors(run, tmp_path):

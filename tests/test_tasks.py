@@ -226,10 +226,10 @@ def test_too_few_problems_are_told_before_anything_is_trained():
             return f"{problem}"
     task = Few()
     size = {split: sum(task.split_of((i,)) == split for i in range(1000)) for split in LOWER}
-    task.check(20 * size["validation"], size["test"])
+    task.check(20 * size["validation"], size["test"], 0)
     for problems, test, words in ((size["train"] + 1, 1, "--batch_size"), (1, size["test"] + 1, "--test"),
                                   (20 * size["validation"] + 20, 1, "20 at least")):
         with pytest.raises(Fail, match=words):
-            task.check(problems, test)
+            task.check(problems, test, 0)
     assert task.rounds < 300, "and then the search for more comes to an end"
     assert all(task.problems("test", 1, seed) for seed in range(200))

@@ -62,10 +62,10 @@ class Task:
             raise Fail(f"task {self.name} has no exact values")
         return self.exact(problems)
 
-    def check(self, problems, test_problems):
+    def check(self, problems, test_problems, seed):
         """Raises Fail if there are fewer problems than train.py is asked for."""
         for split, n in dict(train=problems, validation=max(20, problems // 20), test=test_problems).items():
-            self.problems(split, n, 0)
+            self.problems(split, n, seed)
 
     def batches(self, size, n, seed, step):
         """The problems of SFT's n batches from optimizer step `step` on, all together."""
