@@ -25,7 +25,7 @@ def start(device):
 
 
 def stop():
-    """Leave the other processes: else one in four aborts as Python ends (gloo, torch 2.13)."""
+    """Leave the other processes: else some abort as Python ends (gloo, torch 2.13)."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

@@ -2,8 +2,8 @@
 
     sample    problems, and a group of traces of each, from the whole distribution of the policy
     credit    a return for each step, by default Rex + alpha A^mu(s_h, a_h)
-    update    one step of the policy along sum_h grad log pi(a_h | s_h) (return_h - b) (Eq. 5), with a KL to
-              the initial policy, and one of the value network, whose b is of all before each token
+    update    one step of the policy along sum_h grad log pi(a_h | s_h) (return_h - b) (Eq. 5, the gradient of
+              Eq. 4), with a KL to the initial policy; one of the value network, which b is from
     log       accuracy on held-out problems, every eval_every iterations
 """
 import copy

@@ -130,7 +130,7 @@ def search_batch(s, problems, prompts, lengths, slots, width, seed, offset=0):
         spent.index_add_(0, live.owner[steps[0]], steps[2])
         kept = distinct(*steps[:2], steps[3])
         kept = kept[(steps[3][kept] == eot) | (level + 1 < H)]  # a last step without END leads nowhere
-        parent = steps[0][kept]                                 # a response that is too long neither
+        parent = steps[0][kept]                                 # nor does a response that is too long
         kept = kept[live.lengths[parent] + steps[2][kept] <= room[live.owner[parent]]]
         if len(kept) == 0:
             break
