@@ -24,6 +24,7 @@ from minipav.search.best_of_n import (
     majority,
     majority_vote,
     pass_at_n,
+    weighted_vote,
 )
 from minipav.search.dvts import dvts
 from minipav.search.score import QUOTAS, SCORES, Search, Step
@@ -62,10 +63,16 @@ def test_majority_vote_counts_answers_not_traces():
     reward = torch.tensor([[0., 1, 1, 0, 0, 0, 0, 1]])
     assert majority_vote(answers, reward, 4).tolist() == [0.5]  # 8 wins; then 9 against 7: the first
     assert majority_vote(answers, reward, 8).tolist() == [0.5]  # 7 and 8 tie, 7 came first, half are right
+    weight = torch.tensor([[.1, .2, .2, 9, 9, 9, .7, .5]])
+    assert majority_vote(answers, reward, 8, weight).tolist() == [0]            # 9: .7, 7: .6, 8: .4
+    weight[0, 0] = .6
+    assert majority_vote(answers, reward, 4, weight).tolist() == [0]            # 7, then 9
+    assert majority_vote(answers, reward, 8, weight).tolist() == [0.5]          # 7: 1.1
+    assert majority_vote([[None, "1"]], torch.tensor([[1., 1]]), 2, torch.zeros(1, 2)).tolist() == [1]
 
 
 def test_methods_over_samples_share_them_and_equal_their_formulas(small):
-    """pass@N, majority vote and best-of-N of the same eight samples: by hand from a fresh draw of them."""
+    """pass@N, votes and best-of-N of the same eight samples: by hand from a fresh draw of them."""
     s, problems = replace(small, memo={}), small.problems
     t = seed_rollouts(s.policy, s.env, problems, 8, seed=3)
     reward, ns = t.reward.view(5, 8), [1, 2, 4, 8]
@@ -75,21 +82,22 @@ def test_methods_over_samples_share_them_and_equal_their_formulas(small):
                for r, n in zip(t.tokens, t.lengths)]
     answers = [answers[i:i + 8] for i in range(0, 40, 8)]
     want = {at_n: lambda n: pass_at_n(reward, n), majority: lambda n: majority_vote(answers, reward, n),
-            best_of_n: lambda n: expected_best(last, reward, n)}
+            best_of_n: lambda n: expected_best(last, reward, n),
+            weighted_vote: lambda n: majority_vote(answers, reward, n, last)}
     for method, by_hand in want.items():
         for n, r in zip(ns, method(replace(s, score=SCORES["q_pi"]), problems, ns, 3)):
             assert torch.allclose(r.right, by_hand(n)) and torch.allclose(r.solved, pass_at_n(reward, n))
             spent = (t.lengths - t.ends[:, 0] - 1).float().view(5, 8).mean(1)
             assert torch.allclose(r.tokens, n * spent)
-            read = n * t.lengths.float().view(5, 8).mean(1) if method is best_of_n else torch.zeros(5)
+            read = n * t.lengths.float().view(5, 8).mean(1) * (method in (best_of_n, weighted_vote))
             assert torch.allclose(r.verifier_tokens, read)
     assert len([k for k in s.memo if k[0] == "samples"]) == 1
     assert 0 < reward.mean() < 1 and not torch.equal(want[best_of_n](8), want[at_n](8))
 
 
 def test_best_of_n_by_the_effective_reward_scores_the_last_step(small):
-    """Q^pi + alpha A^mu of each sample's last step, mu with a verifier of its own; and a sample that never
-    ended is only picked if there is no other."""
+    """Q^pi + alpha A^mu of each sample's last step, mu with a verifier of its own; a sample that never ended
+    is only picked if there is no other, and in a vote a score below 0 counts 0."""
     mu = tiny(2, std=0.2, vocab_size=small.env.enc.n_vocab, block_size=48, head="scalar")
     pi = tiny(1, std=0.2, vocab_size=small.env.enc.n_vocab, block_size=48, head="scalar")
     s = replace(small, verifier=pi, mu_verifier=mu, alpha=0.7, score=SCORES["effective"], memo={})
@@ -103,6 +111,13 @@ def test_best_of_n_by_the_effective_reward_scores_the_last_step(small):
     s.memo[("samples", 6, 4)][0].tokens[cut, t.lengths[cut] - 1] = 0
     [r] = best_of_n(s, small.problems, [6], 4)
     assert torch.equal(r.right, t.reward[::6])
+    t = replace(t, reward=torch.tensor([1., 1, 1, 0, 0, 0]).repeat(5))
+    answers = ["1", "1", "1", "2", "2", "2"] * 5
+    s = replace(s, alpha=-100, memo={("samples", 6, 4): (t, 0), ("answers", 6, 4): answers})
+    [r] = weighted_vote(s, small.problems, [6], 4)
+    value = (q_pi - 100 * q_mu).gather(1, last) + 100 * q_mu.gather(1, last - 1)
+    first, second = value.clamp(min=0).view(5, 2, 3).sum(2).T
+    assert torch.equal(r.right, (first >= second).float()) and 0 < r.right.sum() < 5
 
 
 def test_greedy_takes_the_likeliest_token(small):

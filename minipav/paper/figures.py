@@ -12,8 +12,9 @@ from minipav.search.score import SCORES
 PAPER = read_json(Path(__file__).parent / "paper.json", signed=False)
 NAMES = {"weak": "weaker", "base": "base", "strong": "stronger"}
 METHODS = {"greedy": "greedy decoding", "pass": "pass@N (oracle)", "majority": "majority vote",
-           "dvts": "sub-trees", "best_of_n": "best-of-N", "backtrack": "backtracking", "mcts": "MCTS",
-           "puct": "MCTS, PUCT", "mcts_quality": "MCTS, quality value"}
+           "weighted_vote": "weighted vote", "dvts": "sub-trees", "best_of_n": "best-of-N",
+           "backtrack": "backtracking", "mcts": "MCTS", "puct": "MCTS, PUCT",
+           "mcts_quality": "MCTS, quality value"}
 TRAININGS = {"sft": "SFT", "rft": "RFT", "outcome": "ORM-RL", "pav": "PAV-RL"}
 KEYS = {v: v.replace("-", "_") for v in TRAININGS.values()}                     # their names in paper.json
 BEAMS = {"beam, Q^pi": "PRM_Q", "beam, PAV": "PAV"}

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from minipav.search.backtrack import backtrack
 from minipav.search.beam import beam
-from minipav.search.best_of_n import at_n, best_of_n, greedy, majority
+from minipav.search.best_of_n import at_n, best_of_n, greedy, majority, weighted_vote
 from minipav.search.dvts import dvts
 from minipav.search.mcts import mcts, puct, quality
 
@@ -21,6 +21,7 @@ class Method(NamedTuple):
 
 METHODS = {"greedy": Method(greedy, "one", score=""), "pass": Method(at_n, score=""),
            "majority": Method(majority, score=""), "best_of_n": Method(best_of_n, score="orm"),
+           "weighted_vote": Method(weighted_vote),
            "beam": Method(beam, "widths", shaped=True, score="effective"),
            "dvts": Method(dvts, "widths"), "backtrack": Method(backtrack, "widths"),
            "mcts": Method(mcts, "widths"), "puct": Method(puct, "widths"),

@@ -1,7 +1,7 @@
-"""Search over whole samples: best-of-N by a score, majority vote, pass@N, greedy decoding.
+"""Search over whole samples: best-of-N by a score, votes (weighted by one or not), pass@N, greedy decoding.
 
 All but greedy use the same M = max(N) samples a problem. pass@N and best-of-N are exact expectations over the
-subsets of size N, not of the first N samples; majority vote is a mean over disjoint groups.
+subsets of size N, not of the first N samples; votes are means over disjoint groups.
 """
 import time
 
@@ -42,16 +42,20 @@ def pass_at_n(reward, N):
     return expected_best(reward, reward, N)
 
 
-def majority_vote(answers, reward, N):
-    """Accuracy (P,) of the commonest answer among N samples, averaged over the M // N disjoint groups of
-    samples: the mean reward of those that gave it. answers: P lists of M answers, None never wins; reward (P,
-    M). Ties go to the answer that came first."""
+def majority_vote(answers, reward, N, weight=None):
+    """Accuracy (P,) of the answer with the most votes among N samples, averaged over the M // N disjoint
+    groups of samples: the mean reward of those that gave it. answers: P lists of M answers, None never wins;
+    reward (P, M); weight (P, M) of each sample's vote, none: 1. Ties go to the answer that came first."""
+    weight = torch.ones_like(reward) if weight is None else weight
     out = []
-    for row, right in zip(answers, reward.tolist()):
+    for row, right, weights in zip(answers, reward.tolist(), weight.tolist()):
         hits = []
         for i in range(0, len(row) - N + 1, N):
-            votes = [a for a in row[i:i + N] if a is not None]
-            winner = max(dict.fromkeys(votes), key=votes.count, default=None)
+            votes = dict.fromkeys((a for a in row[i:i + N] if a is not None), 0.0)
+            for a, w in zip(row[i:i + N], weights[i:i + N]):
+                if a is not None:
+                    votes[a] += w
+            winner = max(votes, key=votes.get, default=None)
             behind = [r for a, r in zip(row[i:i + N], right[i:i + N]) if a == winner and votes]
             hits.append(sum(behind) / max(1, len(behind)))
         out.append(sum(hits) / len(hits))
@@ -86,14 +90,17 @@ def at_n(s, problems, ns, seed):
     return over_samples(s, problems, ns, seed, lambda t, reward, n: pass_at_n(reward, n))
 
 
-def majority(s, problems, ns, seed):
-    P, M, env = len(problems), max(ns), s.env
-
+def voting(s, P, M, seed, weight=None):
+    """-> `right` of over_samples: the vote of P problems' M samples."""
     def right(t, reward, n):
-        answers = s.remember(("answers", M, seed), lambda: [env.task.answer(x) for x in responses(
-            env.enc, t.tokens, t.lengths, t.ends[:, 0] + 1)])
-        return majority_vote([answers[i * M:(i + 1) * M] for i in range(P)], reward, n)
-    return over_samples(s, problems, ns, seed, right)
+        answers = s.remember(("answers", M, seed), lambda: [s.env.task.answer(x) for x in responses(
+            s.env.enc, t.tokens, t.lengths, t.ends[:, 0] + 1)])
+        return majority_vote([answers[i * M:(i + 1) * M] for i in range(P)], reward, n, weight)
+    return right
+
+
+def majority(s, problems, ns, seed):
+    return over_samples(s, problems, ns, seed, voting(s, len(problems), max(ns), seed))
 
 
 def values(s, model, t, problems):
@@ -104,9 +111,10 @@ def values(s, model, t, problems):
     return exact_q(s.env, problems, t) if model is None else s.remember(("q", id(model), id(t)), read)
 
 
-def best_of_n(s, problems, ns, seed):
-    """Best-of-N by the score of each sample's last step (its Step has no logprob: zeros)."""
-    P, M = len(problems), max(ns)
+def scored(s, problems, M, seed):
+    """The score of each of the M samples' last step (its Step has no logprob: zeros), -inf if it never ended.
+    -> (P, M), verifier tokens read (P, M), seconds"""
+    P = len(problems)
     t, _ = draw(s, problems, M, seed)
     start = time.time()
     q = values(s, s.verifier, t, problems)
@@ -117,9 +125,21 @@ def best_of_n(s, problems, ns, seed):
     value = s.score.of(Step(q[row, last], q_mu[row, last], q[row, before], q_mu[row, before], path, last,
                             torch.zeros(len(t)), s.alpha))
     ended = t.tokens[row, t.lengths - 1] == s.env.enc.eot_token                 # what never ended ranks last
-    value = torch.where(ended, value, -torch.inf).view(P, M)
-    return over_samples(s, problems, ns, seed, lambda t, reward, n: expected_best(value, reward, n),
-                        (t.lengths * s.readers).view(P, M), time.time() - start)
+    return (torch.where(ended, value, -torch.inf).view(P, M), (t.lengths * s.readers).view(P, M),
+            time.time() - start)
+
+
+def best_of_n(s, problems, ns, seed):
+    """The sample with the highest score."""
+    value, *cost = scored(s, problems, max(ns), seed)
+    return over_samples(s, problems, ns, seed, lambda t, reward, n: expected_best(value, reward, n), *cost)
+
+
+def weighted_vote(s, problems, ns, seed):
+    """The answer with the highest sum of scores; one below 0 counts 0."""
+    value, *cost = scored(s, problems, max(ns), seed)
+    right = voting(s, len(problems), max(ns), seed, value.clamp(min=0))
+    return over_samples(s, problems, ns, seed, right, *cost)
 
 
 def greedy(s, problems, ns, seed):
