@@ -12,9 +12,8 @@ from minipav.search.score import SCORES
 PAPER = read_json(Path(__file__).parent / "paper.json", signed=False)
 NAMES = {"weak": "weaker", "base": "base", "strong": "stronger"}
 METHODS = {"greedy": "greedy decoding", "pass": "pass@N (oracle)", "majority": "majority vote",
-           "weighted_vote": "weighted vote", "dvts": "sub-trees", "best_of_n": "best-of-N",
-           "backtrack": "backtracking", "mcts": "MCTS", "puct": "MCTS, PUCT",
-           "mcts_quality": "MCTS, quality value"}
+           "dvts": "sub-trees", "best_of_n": "best-of-N", "backtrack": "backtracking", "mcts": "MCTS",
+           "puct": "MCTS, PUCT", "mcts_quality": "MCTS, quality value"}
 TRAININGS = {"sft": "SFT", "rft": "RFT", "outcome": "ORM-RL", "pav": "PAV-RL"}
 KEYS = {v: v.replace("-", "_") for v in TRAININGS.values()}                     # their names in paper.json
 BEAMS = {"beam, Q^pi": "PRM_Q", "beam, PAV": "PAV"}
@@ -25,7 +24,7 @@ def name_of(search):
     """What a search is called in tables and figures: "METHOD:SCORE" -> text."""
     method, _, score = search.partition(":")
     label = SCORES[score].label if score in SCORES else score
-    return METHODS.get(method, method) + (f", {label}" if label else "")
+    return METHODS.get(method, method.replace("_", " ")) + (f", {label}" if label else "")
 
 
 def draw(path, title, panels):
@@ -39,7 +38,7 @@ def draw(path, title, panels):
         for i, (line, (x, y, lo, hi)) in enumerate(lines.items()):
             bars = isinstance(x[0], str)
             at = np.arange(len(x)) + (i - (len(lines) - 1) / 2) * 0.12 if bars else np.asarray(x, float)
-            ax.plot(at, y, "o" if bars else "o-", ms=4, label=line, color=f"C{i}")
+            ax.plot(at, y, "o" if bars or (np.diff(at) < 0).any() else "o-", ms=4, label=line, color=f"C{i}")
             if lo is not None and (bars or len(x) == 1):
                 ax.vlines(at, lo, hi, color=f"C{i}", alpha=0.6)
             elif lo is not None:

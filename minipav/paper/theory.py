@@ -96,16 +96,18 @@ def remark(M=200, gamma=0.001, Ks=(2, 4, 8, 16, 32, 64, 128)):
     return rows
 
 
-def weak_prover(M=1000, gamma=0.1, steps=50):
+def weak_prover(rho, M=1000, gamma=0.1, steps=50):
     """Prop. F.1, a weak prover of a strong base: the base is mu after natural gradient on its own Q. -> (M,):
-    success of base and prover; gain of one step with A^mu, with A^pi (a longer step), with neither."""
+    eta = E_rho |V^mu - V^pi|; whether E_rho Var A^mu > E_rho Var A^pi; over gamma, the gain of one step with
+    A^mu, with A^pi (a longer step), with neither."""
     leaf, mu, _ = random_trees(M)
     pi = mu
     for _ in range(steps):
         pi = npg_step(pi, q_values(leaf, pi), 0.0, 2 * gamma)
     Q_pi, Q_mu = q_values(leaf, pi), q_values(leaf, mu)
-    gains = [improvement(leaf, pi, A, ROOT, gamma) for A in (Q_mu, Q_pi, 0.0)]
-    return value(pi, Q_pi)[:, 0], value(mu, Q_mu)[:, 0], *gains
+    eta = (rho * abs(value(mu, Q_mu) - value(pi, Q_pi))).sum(-1)
+    D, D_pi = ((rho * terms(pi, Q_pi, Q)[0]).sum(-1) for Q in (Q_mu, Q_pi))
+    return eta, D > D_pi, *(improvement(leaf, pi, A, rho, gamma) / gamma for A in (Q_mu, Q_pi, 0.0))
 
 
 def dots(x, y):
@@ -140,13 +142,15 @@ def main():
         numbers[f"remark_exponent_{name}"] = np.polyfit(np.log(K[3:]), np.log(y[3:]), 1)[0]
     numbers["gain_over_bound_by_K"] = dict(zip(K.astype(int).tolist(), (gain / (D + Al)).round(4)))
 
-    base, prover, with_mu, with_pi, without = weak_prover()
-    draw(out / "weak_prover", "Prop. F.1: one step of a strong base with a weak prover", [
-        ("300 trees", "success of the base minus of the prover", f"gain with A^mu minus {name}",
-         dots(base - prover, with_mu - y)) for name, y in (("without", without), ("with A^pi", with_pi))])
-    numbers |= {"weak_prover_helps_share": (with_mu > without).mean(),
-                "weak_prover_beats_pi_as_prover_share": (with_mu > with_pi).mean(),
-                "base_minus_prover": (base - prover).mean()}
+    panels, numbers["weak_prover"] = [], {}
+    for name, rho in (("from any state", UNIFORM), ("from the root", ROOT)):
+        eta, holds, with_mu, with_pi, without = weak_prover(rho)
+        panels.append((name, "eta^2", "gain / gamma", dots(eta ** 2, with_mu)))
+        numbers["weak_prover"][name] = {
+            "eta": eta.mean(), "conditions_hold_share": holds.mean(), "c": (with_mu / eta ** 2)[holds].min(),
+            "c_without": (without / eta ** 2)[holds].min(), "negative_share": (with_mu < 0)[holds].mean(),
+            "helps_share": (with_mu > without).mean(), "beats_pi_share": (with_mu > with_pi).mean()}
+    draw(out / "weak_prover", "Prop. F.1: one step of a strong base with a weak prover", panels)
     write_json(out / "theory.json", numbers)
     print(json.dumps(numbers, indent=1))
     print(f"in {out}: theory.json, theorem, remark and weak_prover (PNG and CSV)")
