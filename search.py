@@ -6,8 +6,8 @@
     python search.py --search beam:effective --alpha 0.5 --prover bo16     # one method and score, other flags
     python search.py --run runs/calculator-seed? --all --out results/search    # several seeds, and their mean
 
-Each search (method, score, policy, prover, alpha, budgets) is one table of rows in RUN/search; what is there
-is not searched again. The methods and scores are in minipav/search/, the experiments of --all in
+Each search (a Cell of minipav/search/measure.py) is one table of rows in RUN/search; what is there is not
+searched again. The methods and scores are in minipav/search/, the experiments of --all in
 minipav/paper/experiments.py.
 """
 from dataclasses import dataclass, replace

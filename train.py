@@ -198,11 +198,10 @@ def cells(a, seed):
     """What is measured here: re-ranking and beams, at every budget."""
     ns = tuple(2 ** k for k in range(a.max_n.bit_length()))
     narrow = tuple(w for w in a.widths if w <= 4) or tuple(a.widths[:1])
-    fixed = dict(problems=a.test_problems, seed=seed)
+    fixed = dict(problems=a.test_problems, seed=seed, quota=a.quota)
     yield Cell("greedy", **fixed)
     for search in ("pass", "majority", "best_of_n:orm", "best_of_n:q_pi"):
         yield Cell.parse(search, ns=ns, **fixed)
-    fixed["quota"] = a.quota
     yield Cell("beam", "q_pi", tuple(a.widths), **fixed)
     yield Cell("beam", "effective", tuple(a.widths), prover=f"bo{a.K}", alpha=a.alpha, **fixed)
     for mu in provers(a):

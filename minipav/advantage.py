@@ -82,13 +82,11 @@ def monte_carlo(mu, env, problems, traces, wanted, n_mc, seed):
     mu. The end of a trace is known: its outcome, and no completion is spent on it."""
     row, last = torch.arange(len(traces)), traces.last
     q, n, cost = torch.zeros_like(traces.q), torch.zeros_like(traces.n), torch.zeros_like(traces.cost)
-    exact = torch.zeros_like(traces.exact)
-    q[row, last], n[row, last], exact[row, last] = traces.reward, 1, traces.exact[row, last]
+    q[row, last], n[row, last] = traces.reward, 1
     ask = wanted & (traces.ends >= 0)
     ask[row, last] = False
     rows, h = ask.nonzero(as_tuple=True)
-    if len(rows):
-        done = rollout_from(mu, env, problems, traces, rows, h, n_mc, seed)
-        q[rows, h], n[rows, h] = done.reward.view(-1, n_mc).mean(1), n_mc
-        cost.index_add_(0, rows, done.cost.view(-1, n_mc).sum(1))
-    return replace(traces, q=q, n=n, labelled=n > 0, exact=exact, cost=cost)
+    done = rollout_from(mu, env, problems, traces, rows, h, n_mc, seed)
+    q[rows, h], n[rows, h] = done.reward.view(-1, n_mc).mean(1), n_mc
+    cost.index_add_(0, rows, done.cost.view(-1, n_mc).sum(1))
+    return replace(traces, q=q, n=n, labelled=n > 0, cost=cost)

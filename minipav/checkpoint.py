@@ -112,8 +112,8 @@ class Partial:
     @property
     def path(self):
         models, call = self.of
-        of = [p.detach().double().sum() for m in models for p in m.parameters()]
-        of = map(torch.as_tensor, (torch.stack(of).cpu(), *call))
+        of = [p.detach().cpu().double().sum() for m in models for p in m.parameters()]
+        of = map(torch.as_tensor, (torch.stack(of), *call))
         return self.folder / f"{tensor_checksum(named(of), {})}.safetensors"
 
     def save(self, at, last=False):

@@ -97,11 +97,10 @@ def dense(c, policies, seeds):
     if c.pit_traces and len(branches):
         fell = ((q.repeat_interleave(c.n_mc) > c.pit_threshold) & (branches.reward == 0)).nonzero()[:, 0]
         fell = branches[fell[c.pick(len(fell), c.pit_traces)]]
-        if len(fell):
-            probed = monte_carlo(pi, c.env, c.problems, fell, fell.ends >= 0, c.n_mc, c.seed + 2)
-            pits = first_pits(pi, c.env, c.problems, probed, 4 * c.n_mc, c.pit_threshold, c.seed + 3)
-            (pits if len(pits) else branches).cost[0] += probed.cost.sum()      # what all probes cost
-            data["base"].append(pits)
+        probed = monte_carlo(pi, c.env, c.problems, fell, fell.ends >= 0, c.n_mc, c.seed + 2)
+        pits = first_pits(pi, c.env, c.problems, probed, 4 * c.n_mc, c.pit_threshold, c.seed + 3)
+        (pits if len(pits) else branches).cost[0] += probed.cost.sum()          # what all probes cost
+        data["base"].append(pits)
     visited = Traces.cat([pi_seeds, branches], pad)
     for name in [k for k in seeds if k != "base"]:
         rows = c.pick(len(visited), c.prover_branches)

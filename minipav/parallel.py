@@ -1,9 +1,9 @@
 """Several processes, one run: torchrun --nproc_per_node=G train.py, and so for search.py and rl.py.
 
 Every process does the same things in the same order. What is divided are rows: of samples (sampler.py), of a
-search (beam.py), of scores (verifier.py), of a batch, whose gradients are summed (apply_step); and the states
-of AdamW. A sample's randomness belongs to its number, so it is the same in whatever process. Files are the
-first process's.
+search (beam.py, tree.py), of scores (verifier.py), of a batch, whose gradients are summed (apply_step); and
+the states of AdamW. A sample's randomness belongs to its number, so it is the same in whatever process. Files
+are the first process's.
 """
 import os
 import sys

@@ -148,8 +148,6 @@ def by_rollouts(mu, K, env, problems, traces, n_mc, seed, **sampling):
     """Unbiased Q^mu of best-of-K of mu from n_mc >= K completions of each prefix whose value is not known."""
     rows, h = to_estimate(traces, env.task.max_steps).nonzero(as_tuple=True)
     q = torch.zeros(traces.ends.shape)
-    if len(rows) == 0:
-        return q, 0
     done = rollout_from(mu, env, problems, traces, rows, h, n_mc, seed, **sampling)
     q[rows, h] = pass_at_n(done.reward.view(-1, n_mc), K).float()
     return q, int(done.cost.sum())

@@ -102,8 +102,8 @@ class Run:
 
     def stage(self, name, work, spec=None):
         """Do work(), which may return facts, unless stages/NAME.json says that it was done. spec: what it
-        depends on beside the run's configuration. -> the record: facts and seconds, memory, command,
-        commit"""
+        depends on beside the run's configuration. -> the record: facts, spec, seconds, memory, command,
+        commit, hardware, checksums of its files"""
         path, spec = self.out / "stages" / f"{name}.json", json.loads(json.dumps(spec or {}))
         done = path.exists()
         parallel.barrier()              # nobody has written it since
@@ -193,7 +193,7 @@ class Run:
         dims = {f.name: 1 for f in dataclasses.fields(Traces)}
         dims |= dict.fromkeys(("tokens", "ends", "q", "n", "labelled", "exact"), 2)
         tensors, meta = files.read_tensors(path, dims)
-        t = Traces(**tensors)
+        t = Traces(**{k: tensors[k] for k in dims})
         same = len({len(x) for x in tensors.values()}) == 1 and t.ends.shape == t.q.shape == t.labelled.shape
         if meta.get("name") != name or not same or len(t) and t.tokens.max() >= self.enc.n_vocab:
             raise files.damaged(path, "it holds other traces, or they do not fit together")

@@ -126,7 +126,7 @@ def sample(model, prompts, lengths, n=1, *, which=None, max_new_tokens, stop, se
         at += len(rows)
         saved.save(at, at >= len(order))
         if progress:
-            progress(at * parallel.world())
+            progress(min(at * parallel.world(), R))
     parallel.exchange(order, *outputs)
     return out
 

@@ -36,7 +36,7 @@ class TreeLoop(Reinforce):
         s = Search(run, policy, SCORES["q_pi"], verifier=self.verifier)
         budget = a.group * s.C * run.task.max_steps
         tree = Tree(s, problems, budget + BRANCH + ROLL, run.seed("rl traces", a.seed, i), 0)
-        found = list(iterate(tree, [budget], puct=False, quality=False))[-1]
+        found = next(iterate(tree, [budget], puct=False, quality=False))
         self.state["tokens"] += int(tree.spent.sum())
         (done, texts), outcome = tree.finished(), torch.zeros(len(tree.owner), device=tree.device)
         rex = [run.task.outcome(problems[i], x) for i, x in zip(tree.owner[done].tolist(), texts)]

@@ -77,8 +77,8 @@ def responses(enc, tokens, lengths, prompt_lengths):
     ordinary tokens merely spell it."""
     ended = tokens.gather(1, lengths[:, None] - 1)[:, 0] == enc.eot_token
     new = lengths - prompt_lengths
-    at = (prompt_lengths[:, None] + torch.arange(int(new.max()),
-                                                 device=new.device)).clamp(max=tokens.shape[1] - 1)
+    most = torch.arange(int(new.max()) if len(new) else 0, device=new.device)
+    at = (prompt_lengths[:, None] + most).clamp(max=tokens.shape[1] - 1)
     texts = decode_rows(enc, tokens.gather(1, at), new - ended.long())
     return [t.replace(END, "\ufffd") + END * e for t, e in zip(texts, ended.tolist())]
 

@@ -50,7 +50,7 @@ def score(model, tokens, ends, progress=None, partial_folder=None):
         at += len(rows)
         saved.save(at, at >= len(order))
         if progress:
-            progress(at * parallel.world())
+            progress(min(at * parallel.world(), len(tokens)))
     parallel.exchange(order, out)
     return out.masked_fill_(ends < 0, float("nan"))
 

@@ -98,7 +98,7 @@ def train(run, recipe):
         model, found = train_verifier(
             model, data_of(run, recipe), held_out, steps=recipe.steps, batch_size=c["batch_size"],
             lr_muon=c["lr_muon_verifier"], lr_adamw=c["lr_adamw_verifier"], seed=seed, target=recipe.target,
-            log=run.logger(recipe.name, recipe.steps))
+            micro_batch=c["micro_batch"], log=run.logger(recipe.name, recipe.steps))
     return {"auc": round(found.auc, 4), "files": model.save(run.out / "mechanism" / recipe.name)}
 
 
@@ -118,7 +118,8 @@ def measure(run, recipe, a, quotas, name):
                          round(float(r.right.mean()), 4), round(float(r.tokens.mean()), 1),
                          "".join(str(int(x)) for x in r.right)))
             bar.update()
-    with progress(f"{name}, beams", 12 * len(quotas)) as bar:
+    most = 11 * len(quotas) + 2 * ("none" in quotas)
+    with progress(f"{name}, beams", most) as bar:
         search(tried(a, quotas))
         search(wanted(a, pd.DataFrame(rows, columns=COLUMNS), quotas))
     write_csv(path, COLUMNS, rows)

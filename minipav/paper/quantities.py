@@ -7,7 +7,7 @@ from minipav.paper.statistics import at_tokens, first_reach, interval, spearman,
 
 # ---- search: measured is a report.Searched
 def ahead(s, a, b, of="main"):
-    """{N: points of search a ahead of b at the tokens of N samples}; of: "main" or "tuned" beams."""
+    """{N: points of search a ahead of b at the tokens of N >= 4 samples}; of: "main" or "tuned" beams."""
     orm, a, b = s.main("best_of_n:orm"), *(getattr(s, of)(x) for x in (a, b))
     if not (orm and a and b):
         return None

@@ -93,8 +93,8 @@ class Trained:
         """The curve by all tokens sampled so far, its data included, in the place of iterations."""
         return self.curve(n)._replace(n=self.before(n)[0] + self.mean(n, "tokens"))
 
-    def passes(self, n, most=64):
-        ns = [N for N in self.xs(n, "end") if N <= most]
+    def passes(self, n):
+        ns = [N for N in self.xs(n, "end") if N <= self.most]
         return line(ns, np.stack([self.end(n, N) for N in ns], 1))
 
     def unsolved(self):
@@ -122,8 +122,9 @@ class Trained:
         f, out, names = self.spec(n), [], set()
         orm = REWARDS[f["reward"]].values == "attention"
         if orm or REWARDS[f["reward"]].values == "verifier":                    # each starts from Q^pi
-            prover = f.get("prover", "base")
-            names = {"base", *({prover if prover in ("weak", "strong") else f["policy"]} if not orm else ())}
+            prover = f.get("prover", "bo1")
+            own = prover if prover in ("base", "weak", "strong") else f["policy"]
+            names = {"base"} if orm else {"base", own}
         for run in self.runs:
             rollouts, q_from = stage(run, "rollouts"), read_json(run / "config.json", q_from=str)["q_from"]
             tokens = rollouts["tokens"]

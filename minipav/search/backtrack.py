@@ -44,10 +44,10 @@ def move(tree, here, active, child, tries, neutral, C):
     stuck = failed & (tries[here] >= C)
     fallback = stuck & (neutral[here] >= 0)
     back = stuck & ~fallback
-    start, to = here.clone(), here.clone()
+    to = here.clone()
     to[on], to[fallback] = child[on], neutral[here[fallback]]
-    neutral[start[fallback]] = -1                       # when it comes back, this way is closed
+    neutral[here[fallback]] = -1                        # when it comes back, this way is closed
     to[back] = tree.parent[here[back]]
-    tries[start[back]] = 0
-    tries[to[back & (to != start)]] += 1
+    tries[here[back]] = 0
+    tries[to[back & (to != here)]] += 1
     return to, active & ~(positive & ended)

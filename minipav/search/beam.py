@@ -79,9 +79,8 @@ def search_width(s, problems, width, seed, bar=None):
             graphs.forget()
             continue
         i, end, logged = end, at.stop, len(s.log or ())
-        if len(finished.owner):
-            texts = responses(enc, finished.tokens, finished.lengths, lengths[at][finished.owner])
-            r.enter(task, problems, finished.owner + i, finished.q_pi[:, -1], texts)
+        texts = responses(enc, finished.tokens, finished.lengths, lengths[at][finished.owner])
+        r.enter(task, problems, finished.owner + i, finished.q_pi[:, -1], texts)
         spent[0] = time.time() - start
         saved.save(end, end == P)
         tell(bar, r, width, slice(mine.start, end), end - i)

@@ -1,4 +1,4 @@
-"""Search a run's problems and write one row for each (method, score, policy, prover, alpha, n, problem)."""
+"""Search a run's problems and write one row for each search (a Cell), budget and problem."""
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np

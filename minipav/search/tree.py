@@ -87,8 +87,6 @@ class Tree:
     def finished(self):
         """The finished nodes (K,) and their responses."""
         done = self.ended[:self.size].nonzero()[:, 0]
-        if len(done) == 0:
-            return done, []
         prompts = self.prompt_lengths[self.owner[done]]
         return done, responses(self.s.env.enc, self.tokens[done], self.lengths[done], prompts)
 
