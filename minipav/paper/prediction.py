@@ -17,6 +17,7 @@ from minipav.search.beam import search_width
 from minipav.search.measure import COLUMNS, rights
 from minipav.tokenizer import decode_rows, encode_rows
 from minipav.traces import label_with_outcome
+from minipav.utils import progress
 from minipav.verifier import exact_q
 
 
@@ -39,15 +40,18 @@ def candidates(bench, cell, n_mc=8):
     its relatives, the verifier's values q and q_before, the true one, and whether it was kept."""
     run, s, parts = bench.run, bench.search(cell), []
     problems, s.log = run.problems(cell.split, cell.problems), []
-    search_width(s, problems, cell.ns[0], cell.seed)
-    for i, x in enumerate(s.log):
-        b, step = x["beam"], x["step"]
-        b = type(b)(*(v.cpu() for v in vars(b).values()))
-        true = true_values(run, s.policy, problems, b, n_mc, cell.seed + i)
-        columns = {"owner": b.owner, "depth": torch.full_like(b.owner, step.depth), "parent": x["parent"],
-                   "grandparent": x["grandparent"], "q": step.q_pi, "q_before": step.q_pi_before,
-                   "true": true, "kept": x["kept"], "ended": x["ended"]}
-        parts.append(pd.DataFrame({k: v.cpu().numpy() for k, v in columns.items()}).assign(batch=i))
+    with progress("a beam to look at", cell.ns[0] * len(problems)) as bar:
+        search_width(s, problems, cell.ns[0], cell.seed, bar)
+    with progress("what its steps are worth", len(s.log)) as bar:
+        for i, x in enumerate(s.log):
+            b, step = x["beam"], x["step"]
+            b = type(b)(*(v.cpu() for v in vars(b).values()))
+            true = true_values(run, s.policy, problems, b, n_mc, cell.seed + i)
+            columns = {"owner": b.owner, "depth": torch.full_like(b.owner, step.depth), "parent": x["parent"],
+                       "grandparent": x["grandparent"], "q": step.q_pi, "q_before": step.q_pi_before,
+                       "true": true, "kept": x["kept"], "ended": x["ended"]}
+            parts.append(pd.DataFrame({k: v.cpu().numpy() for k, v in columns.items()}).assign(batch=i))
+            bar.update()
     return pd.concat(parts, ignore_index=True)
 
 
