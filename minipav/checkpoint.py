@@ -112,8 +112,9 @@ class Partial:
     @property
     def path(self):
         models, call = self.of
-        of = [p.detach().cpu().double().sum() for m in models for p in m.parameters()]
-        of = map(torch.as_tensor, (torch.stack(of), *call))
+        weights = [p.detach() for m in models for p in m.parameters()]
+        of = [(p.cpu() if p.is_mps else p).double().sum() for p in weights]     # a Mac's GPU has no doubles
+        of = map(torch.as_tensor, (torch.stack(of).cpu(), *call))
         return self.folder / f"{tensor_checksum(named(of), {})}.safetensors"
 
     def save(self, at, last=False):

@@ -104,7 +104,7 @@ class Reinforce:
             self.state.update(state)
         problems = self.run.problems(self.split, a.problems)
         with progress(self.folder.name, a.iterations) as bar:
-            bar.to(s["iteration"])
+            bar.update(s["iteration"])
             while True:
                 i = s["iteration"]
                 due = i % a.eval_every == 0 or i >= a.iterations

@@ -227,13 +227,8 @@ def hardware(device):
 
 class Bar(tqdm):
     def to(self, n):
-        """Move to n of the total. The first move, perhaps to where a resumed call begins, says nothing
-        of the speed."""
-        if self.n > 0:
-            return self.update(n - self.n)
-        self.initial = self.n = self.last_print_n = n
-        self.last_print_t = self._time()
-        self.refresh()
+        """Move to n of the total."""
+        self.update(n - self.n)
 
 
 def progress(name, total):

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT, run_main
+from matplotlib.axes import Axes
 
 from minipav.files import write_json
 from minipav.paper import figures, quantities, report, rl_report
@@ -303,6 +304,18 @@ def test_each_training_is_held_against_its_own_control():
     assert trained({"pav": weak, "o": outcome | {"kl": 0.015}}).fair("pav") is None, "not boK"
 
 
+def test_points_in_no_order_have_no_line(tmp_path, monkeypatch):
+    kinds, real = [], Axes.plot
+
+    def plot(ax, x, y, kind, **how):
+        kinds.append(kind)
+        return real(ax, x, y, kind, **how)
+    monkeypatch.setattr(Axes, "plot", plot)
+    y = [1, 2, 3], None, None
+    figures.draw(tmp_path / "x", "", [("", "", "", {"curve": ([1, 2, 3], *y), "cloud": ([2, 3, 1], *y)})])
+    assert kinds == ["o-", "o"]
+
+
 def test_a_verifier_costs_its_data_and_outcome_reward_what_rft_needs(tmp_path):
     """Tokens and seconds before the first iteration, from the records of train.py."""
     tokens = {"seeds_base": 100, "seeds_weak": 30, "seeds_strong": 40,
@@ -325,6 +338,7 @@ def test_a_verifier_costs_its_data_and_outcome_reward_what_rft_needs(tmp_path):
     assert before(pav) == pytest.approx([1050 + 40, 60 + 1090 * share])     # branches start at strong seeds
     assert before(pav, prover="strong") == pytest.approx([1050 + 320, 67 + 1370 * share])
     assert before(pav, policy="strong") == before(pav, prover="strong")
+    assert before(pav, policy="weak", prover="base", no_rft=True) == before(pav, no_rft=True)
     assert before(pav, prover="weak") == pytest.approx([1050 + 210 + 40, 65 + 1300 * share])
     abc = before(outcome | dict(reward="abc"), policy="weak", no_rft=True)       # the ORM starts from Q^pi
     assert abc == pytest.approx([1050 + 40, 63 + 1090 * share])

@@ -22,7 +22,6 @@ from minipav.search import METHODS
 from minipav.search.measure import Bench, Cell
 from minipav.search.score import SCORES
 from minipav.sft import _train
-from minipav.utils import progress
 from minipav.verifier import ExactValues, score, train_verifier
 
 LESS = ("--weak_at 0.3 --problems 40 --branches 40 --pit_traces 0 --prover_rollouts 40 --test_problems 8 "
@@ -119,15 +118,6 @@ def test_a_stages_seconds_are_those_of_all_its_tries(smoke_run, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run.stage("twice", work)
     assert run.stage("twice", work)["seconds"] >= 0.6 and not list((run.out / "partial").iterdir())
-
-
-def test_what_a_resumed_call_found_done_says_nothing_of_its_speed():
-    with progress("samples", 100) as bar:
-        start = bar.start_t
-        for n, seconds in ((80, 10), (85, 15), (90, 20)):
-            bar._time = lambda seconds=seconds: start + seconds
-            bar.to(n)
-        assert bar.n == 90 and "<00:20]" in str(bar)            # 10 in 20 s, 10 are left
 
 
 def test_a_call_of_the_sampler_goes_on_where_it_was_killed(tmp_path):

@@ -93,6 +93,7 @@ def test_methods_over_samples_share_them_and_equal_their_formulas(small):
             assert torch.allclose(r.verifier_tokens, read)
     assert len([k for k in s.memo if k[0] == "samples"]) == 1
     assert 0 < reward.mean() < 1 and not torch.equal(want[best_of_n](8), want[at_n](8))
+    assert not torch.equal(want[weighted_vote](2), want[majority](2))
 
 
 def test_best_of_n_by_the_effective_reward_scores_the_last_step(small):

@@ -145,9 +145,9 @@ def main():
     panels, numbers["weak_prover"] = [], {}
     for name, rho in (("from any state", UNIFORM), ("from the root", ROOT)):
         eta, holds, with_mu, with_pi, without = weak_prover(rho)
-        panels.append((name, "eta^2", "gain / gamma", dots(eta ** 2, with_mu)))
+        panels.append((name, "eta^2", "gain / gamma", dots((eta ** 2)[holds], with_mu[holds])))
         numbers["weak_prover"][name] = {
-            "eta": eta.mean(), "conditions_hold_share": holds.mean(), "c": (with_mu / eta ** 2)[holds].min(),
+            "eta": eta.mean(), "more_varied_share": holds.mean(), "c": (with_mu / eta ** 2)[holds].min(),
             "c_without": (without / eta ** 2)[holds].min(), "negative_share": (with_mu < 0)[holds].mean(),
             "helps_share": (with_mu > without).mean(), "beats_pi_share": (with_mu > with_pi).mean()}
     draw(out / "weak_prover", "Prop. F.1: one step of a strong base with a weak prover", panels)
