@@ -195,9 +195,10 @@ def test_theorem_3_1_on_random_provers_and_where_no_constant_holds():
 
 
 def test_a_weak_prover_helps_a_strong_base():
-    eta, holds, with_mu, with_pi, without = theory.weak_prover(theory.ROOT)
+    eta, _, holds, with_mu, with_pi, without = theory.weak_prover(theory.ROOT)
     assert (eta > 0.2).mean() > 0.9 and 0.4 < holds.mean() < 0.6
     assert (with_mu > without).mean() > 0.7 and (with_pi >= without).all()
     assert (with_mu[holds] / eta[holds] ** 2).min() < 0         # no constant there
-    eta, holds, with_mu, *_ = theory.weak_prover(theory.UNIFORM)
+    eta, apart, holds, with_mu, *_ = theory.weak_prover(theory.UNIFORM)
+    assert (apart <= eta).all()
     assert (with_mu[holds] / eta[holds] ** 2).min() > 0.01

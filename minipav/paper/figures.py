@@ -28,7 +28,7 @@ def name_of(search):
 
 
 def draw(path, title, panels):
-    """panels: [(title, xlabel, ylabel, {line: (x, y, lo, hi)})]; lo, hi may be None; text as x: bars."""
+    """panels: (title, xlabel, ylabel, {line: (x, y, lo, hi or None)}); text x: bars; unsorted: dots."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

@@ -98,16 +98,17 @@ def remark(M=200, gamma=0.001, Ks=(2, 4, 8, 16, 32, 64, 128)):
 
 def weak_prover(rho, M=1000, gamma=0.1, steps=50):
     """Prop. F.1, a weak prover of a strong base: the base is mu after natural gradient on its own Q. -> (M,):
-    eta = E_rho |V^mu - V^pi|; whether E_rho Var A^mu > E_rho Var A^pi; over gamma, the gain of one step with
-    A^mu, with A^pi (a longer step), with neither."""
+    eta = E_rho |V^mu - V^pi|; E_rho E_pi |Q^pi - Q^mu|; whether E_rho Var A^mu > E_rho Var A^pi; over gamma,
+    the gain of one step with A^mu, with A^pi (a longer step), with neither."""
     leaf, mu, _ = random_trees(M)
     pi = mu
     for _ in range(steps):
         pi = npg_step(pi, q_values(leaf, pi), 0.0, 2 * gamma)
     Q_pi, Q_mu = q_values(leaf, pi), q_values(leaf, mu)
     eta = (rho * abs(value(mu, Q_mu) - value(pi, Q_pi))).sum(-1)
+    apart = (rho * value(pi, abs(Q_pi - Q_mu))).sum(-1)
     D, D_pi = ((rho * terms(pi, Q_pi, Q)[0]).sum(-1) for Q in (Q_mu, Q_pi))
-    return eta, D > D_pi, *(improvement(leaf, pi, A, rho, gamma) / gamma for A in (Q_mu, Q_pi, 0.0))
+    return eta, apart, D > D_pi, *(improvement(leaf, pi, A, rho, gamma) / gamma for A in (Q_mu, Q_pi, 0.0))
 
 
 def dots(x, y):
@@ -144,10 +145,11 @@ def main():
 
     panels, numbers["weak_prover"] = [], {}
     for name, rho in (("from any state", UNIFORM), ("from the root", ROOT)):
-        eta, holds, with_mu, with_pi, without = weak_prover(rho)
+        eta, apart, holds, with_mu, with_pi, without = weak_prover(rho)
         panels.append((name, "eta^2", "gain / gamma", dots((eta ** 2)[holds], with_mu[holds])))
         numbers["weak_prover"][name] = {
-            "eta": eta.mean(), "more_varied_share": holds.mean(), "c": (with_mu / eta ** 2)[holds].min(),
+            "eta": eta.mean(), "q_apart_over_eta": [(apart / eta).min(), (apart / eta).max()],
+            "more_varied_share": holds.mean(), "c": (with_mu / eta ** 2)[holds].min(),
             "c_without": (without / eta ** 2)[holds].min(), "negative_share": (with_mu < 0)[holds].mean(),
             "helps_share": (with_mu > without).mean(), "beats_pi_share": (with_mu > with_pi).mean()}
     draw(out / "weak_prover", "Prop. F.1: one step of a strong base with a weak prover", panels)

@@ -4,6 +4,7 @@ All but greedy use the same M = max(N) samples a problem. pass@N and best-of-N a
 subsets of size N, not of the first N samples; votes are means over disjoint groups.
 """
 import time
+from collections import Counter
 
 import torch
 
@@ -51,12 +52,12 @@ def majority_vote(answers, reward, N, weight=None):
     for row, right, weights in zip(answers, reward.tolist(), weight.tolist()):
         hits = []
         for i in range(0, len(row) - N + 1, N):
-            votes = dict.fromkeys((a for a in row[i:i + N] if a is not None), 0.0)
-            for a, w in zip(row[i:i + N], weights[i:i + N]):
+            group, votes = slice(i, i + N), Counter()
+            for a, w in zip(row[group], weights[group]):
                 if a is not None:
                     votes[a] += w
             winner = max(votes, key=votes.get, default=None)
-            behind = [r for a, r in zip(row[i:i + N], right[i:i + N]) if a == winner and votes]
+            behind = [r for a, r in zip(row[group], right[group]) if a == winner is not None]
             hits.append(sum(behind) / max(1, len(behind)))
         out.append(sum(hits) / len(hits))
     return torch.tensor(out)

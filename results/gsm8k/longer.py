@@ -1,0 +1,75 @@
+"""The numbers of README.md, "Sixty-four samples", and longer/search.png, from the rows in longer/.
+
+    python -m results.gsm8k.longer
+"""
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from minipav.paper.figures import draw, line, name_of
+from minipav.paper.statistics import Curves, at_tokens, interval
+
+HERE = Path(__file__).parent / "longer"
+SAMPLES = ("majority", "weighted_vote:q_pi", "weighted_vote:orm", "best_of_n:q_pi", "best_of_n:orm", "pass")
+
+
+def pairs(samples, better, value):
+    """How often, within a problem, a sample of `better` has a higher value than another one; 95% interval."""
+    won = []
+    for _, g in samples.assign(better=better).groupby("problem"):
+        a, b = g[g.better][value].to_numpy()[:, None], g[~g.better][value].to_numpy()
+        won.append(((a > b).sum() + (a == b).sum() / 2, a.size * b.size))
+    won = np.array(won, float)
+    drawn = won[np.random.default_rng(0).integers(0, len(won), (2000, len(won)))].sum(1)
+    return won[:, 0].sum() / won[:, 1].sum(), *np.percentile(drawn[:, 0] / drawn[:, 1], [2.5, 97.5])
+
+
+def main():
+    rows = pd.read_csv(HERE / "more.csv.gz", keep_default_na=False).assign(prover="", alpha="")
+    curves = Curves(rows)
+    of = {s: curves.get("samples of 64", s) for s in SAMPLES}
+    one, vote = of["pass"].acc[:, 0], of["majority"].acc
+    for s, c in of.items():
+        print(s, [interval(a) for a in c.acc.T], "points over majority vote", [
+            interval(x) for x in 100 * (c.acc - vote).T], "times a sample", interval(c.acc[:, -1] / one),
+            "points over N = 4", interval(100 * (c.acc[:, -1] - c.acc[:, 2])), "over one, N = 4 and 64", [
+            interval(100 * (c.acc[:, k] - one)) for k in (2, -1)])
+    beams = {(g, s): curves.get(g, f"beam:{s}") for g, s in (
+        ("main", "q_pi"), ("main", "effective"), ("quota grandparent", "q_pi"))}
+    for name, b in beams.items():
+        for j, w in enumerate(b.n):
+            t, i = b.tokens[:, j], list(beams["main", "q_pi"].n).index(w)
+            print(*name, "width", w, interval(b.acc[:, j]), "tokens", t[0], "points over", {
+                s: interval(100 * (b.acc[:, j] - at_tokens(c, t))) for s, c in of.items() if s != "pass"},
+                "holds, over pass@N", interval(100 * (b.solved[:, j] - at_tokens(of["pass"], t))),
+                "over Q^pi", [interval(100 * (x[:, j] - y[:, i])) for x, y in (
+                    (b.acc, beams["main", "q_pi"].acc), (b.solved, beams["main", "q_pi"].solved))])
+
+    ends = pd.read_csv(HERE / "ends_test.csv.gz")
+    clean, ended = ends.wrong == 0, ends[ends.ended == 1]
+    print("a wrong calculation in", {k: x.mean() for k, x in (
+        ("all", ~clean), ("right", ~clean[ends.right == 1]), ("wrong", ~clean[ends.right == 0]))})
+    for value in ("q_pi", "orm"):
+        best = ended.loc[ended.groupby("problem")[value].idxmax()]
+        sure, wrong = ended[ended[value] > 0.4], best[best.right == 0]
+        print(value, "claims", ended[value].mean(), "of the best", best[value].mean(),
+              "over .4: right", sure.right.mean(), "picked", best[best[value] > 0.4].right.mean(), "problems",
+              sure.problem.nunique(), "without a right one", (sure.groupby("problem").right.max() == 0).sum(),
+              "picked, wrong, with a wrong calculation", (wrong.wrong > 0).mean())
+        print("  above: without over with one", pairs(ended, ended.wrong == 0, value), "right, both without",
+              pairs(ended[ended.wrong == 0], ended.right == 1, value))
+
+    lines = {(g.removeprefix("main").replace("quota grandparent", ", quota of cousins"), s): b
+             for (g, s), b in beams.items()}
+    draw(HERE / "search", "SmolLM2-135M on 300 easy GSM8K problems", [
+        ("the answer", "policy tokens a problem", "accuracy", {name_of(s): line(of[s].tokens[0], of[s].acc)
+         for s in SAMPLES if s not in ("pass", "weighted_vote:orm")} | {
+            name_of(f"beam:{s}") + g: line(b.tokens[0], b.acc) for (g, s), b in lines.items()}),
+        ("a right answer among the candidates", "policy tokens a problem", "pass@N", {
+            "samples": line(of["pass"].tokens[0], of["pass"].acc)} | {
+            name_of(f"beam:{s}") + g: line(b.tokens[0], b.solved) for (g, s), b in lines.items()})])
+
+
+if __name__ == "__main__":
+    main()
