@@ -1,6 +1,7 @@
-"""The numbers of README.md, "Sixty-four samples", and longer/search.png, from the rows in longer/.
+"""The numbers of README.md: of all of GSM8K and of RL, from the rows in full/, full/rl/ and rl/; of
+"Sixty-four samples", and longer/search.png, from those in longer/.
 
-    python -m results.gsm8k.longer
+    python -m results.gsm8k.numbers
 """
 from pathlib import Path
 
@@ -8,9 +9,9 @@ import numpy as np
 import pandas as pd
 
 from minipav.paper.figures import draw, line, name_of
-from minipav.paper.statistics import Curves, at_tokens, interval
+from minipav.paper.statistics import Curves, at_tokens, bootstrap, interval
 
-HERE = Path(__file__).parent / "longer"
+FULL, HERE = (Path(__file__).parent / name for name in ("full", "longer"))
 SAMPLES = ("majority", "weighted_vote:q_pi", "weighted_vote:orm", "best_of_n:q_pi", "best_of_n:orm", "pass")
 
 
@@ -25,16 +26,45 @@ def pairs(samples, better, value):
     return won[:, 0].sum() / won[:, 1].sum(), *np.percentile(drawn[:, 0] / drawn[:, 1], [2.5, 97.5])
 
 
-def main():
-    rows = pd.read_csv(HERE / "more.csv.gz", keep_default_na=False).assign(prover="", alpha="")
-    curves = Curves(rows)
-    of = {s: curves.get("samples of 64", s) for s in SAMPLES}
-    one, vote = of["pass"].acc[:, 0], of["majority"].acc
+def samples(curves, group):
+    """{search: its curve} of the searches over the same samples, whose numbers are printed."""
+    of = {s: curves.get(group, s) for s in SAMPLES}
+    one, vote, solved = of["pass"].acc[:, 0], of["majority"].acc, of["pass"].acc[:, 1]
     for s, c in of.items():
         print(s, [interval(a) for a in c.acc.T], "points over majority vote", [
             interval(x) for x in 100 * (c.acc - vote).T], "times a sample", interval(c.acc[:, -1] / one),
-            "points over N = 4", interval(100 * (c.acc[:, -1] - c.acc[:, 2])), "over one, N = 4 and 64", [
-            interval(100 * (c.acc[:, k] - one)) for k in (2, -1)])
+            "points over N = 4", interval(100 * (c.acc[:, -1] - c.acc[:, 2])), "over one", [
+            interval(x) for x in 100 * (c.acc.T - one)])
+        if s.startswith("best_of_n"):
+            print("  right above wrong", interval((c.acc[:, 1] + solved - 2 * one) / (2 * solved - 2 * one)))
+    return of
+
+
+def trainings(folder):
+    """Prints how far the samples of policies after RL are from each other."""
+    rows = pd.read_csv(folder / "rows.csv.gz").query("iteration == 'end'")
+    right = rows.assign(share=rows.right / rows.n).pivot(index="problem", columns="training", values="share")
+    acc = bootstrap([right])
+    print("points", folder.parent.name, {f"{a} over {b}": interval(100 * (acc[a] - acc[b]).to_numpy())
+          for a, b in (("outcome", "sft"), ("pav", "sft"), ("pav", "outcome"))})
+
+
+def main():
+    trainings(FULL / "rl")
+    trainings(FULL.parent / "rl")
+    print("all of GSM8K")
+    curves = Curves(pd.read_csv(FULL / "rows.csv.gz", keep_default_na=False).assign(prover="", alpha=""))
+    of = samples(curves, "main")
+    greedy = curves.get("main", "greedy").acc
+    draw(FULL / "search", "SmolLM2-135M on 500 GSM8K problems", [
+        ("", "policy tokens a problem", "accuracy", {name_of(s): line(c.tokens[0], c.acc)
+         for s, c in of.items() if s != "pass"})])
+    print("points over greedy", {s: interval(100 * (c.acc[:, -1] - greedy[:, 0])) for s, c in of.items()})
+
+    print("\nsixty-four samples of easy problems")
+    rows = pd.read_csv(HERE / "more.csv.gz", keep_default_na=False).assign(prover="", alpha="")
+    curves = Curves(rows)
+    of = samples(curves, "samples of 64")
     beams = {(g, s): curves.get(g, f"beam:{s}") for g, s in (
         ("main", "q_pi"), ("main", "effective"), ("quota grandparent", "q_pi"))}
     for name, b in beams.items():
