@@ -105,6 +105,8 @@ class Attention(nn.Module):
             q, k, v = (z.transpose(1, 2) for z in (rotate(q, *rope), rotate(k, *rope), v))  # (B, heads, T, D)
             if kv_out is not None:
                 kv_out[layer][0][:, :, :T], kv_out[layer][1][:, :, :T] = k, v
+            if x.is_cuda:                           # its kernels read three of a kind
+                q, k = q.to(v.dtype), k.to(v.dtype)
             low = self.large and T <= 256 and torch.is_autocast_enabled("cpu")
             with torch.autocast("cpu", enabled=low):    # else fp32 there: the fused backward is slow in bf16
                 y = causal_attention(q, k, v.to(q.dtype), 256 if low else 128)
