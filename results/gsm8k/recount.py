@@ -1,7 +1,7 @@
 """The numbers of README.md: of all of GSM8K and of RL, from the rows in full/, full/rl/ and rl/; of
 "Sixty-four samples", and longer/search.png, from those in longer/.
 
-    python -m results.gsm8k.numbers
+    python -m results.gsm8k.recount
 """
 from pathlib import Path
 
@@ -30,11 +30,13 @@ def samples(curves, group):
     """{search: its curve} of the searches over the same samples, whose numbers are printed."""
     of = {s: curves.get(group, s) for s in SAMPLES}
     one, vote, solved = of["pass"].acc[:, 0], of["majority"].acc, of["pass"].acc[:, 1]
+    greedy = curves.get("main", "greedy").acc[:, 0]
     for s, c in of.items():
         print(s, [interval(a) for a in c.acc.T], "points over majority vote", [
             interval(x) for x in 100 * (c.acc - vote).T], "times a sample", interval(c.acc[:, -1] / one),
             "points over N = 4", interval(100 * (c.acc[:, -1] - c.acc[:, 2])), "over one", [
-            interval(x) for x in 100 * (c.acc.T - one)])
+            interval(x) for x in 100 * (c.acc.T - one)], "over greedy decoding", interval(
+                100 * (c.acc[:, -1] - greedy)))
         if s.startswith("best_of_n"):
             print("  right above wrong", interval((c.acc[:, 1] + solved - 2 * one) / (2 * solved - 2 * one)))
     return of
@@ -55,15 +57,13 @@ def main():
     print("all of GSM8K")
     curves = Curves(pd.read_csv(FULL / "rows.csv.gz", keep_default_na=False).assign(prover="", alpha=""))
     of = samples(curves, "main")
-    greedy = curves.get("main", "greedy").acc
     draw(FULL / "search", "SmolLM2-135M on 500 GSM8K problems", [
         ("", "policy tokens a problem", "accuracy", {name_of(s): line(c.tokens[0], c.acc)
          for s, c in of.items() if s != "pass"})])
-    print("points over greedy", {s: interval(100 * (c.acc[:, -1] - greedy[:, 0])) for s, c in of.items()})
 
     print("\nsixty-four samples of easy problems")
-    rows = pd.read_csv(HERE / "more.csv.gz", keep_default_na=False).assign(prover="", alpha="")
-    curves = Curves(rows)
+    more, first = (pd.read_csv(HERE / x, keep_default_na=False) for x in ("more.csv.gz", "rows.csv.gz"))
+    curves = Curves(pd.concat([more, first[first.method == "greedy"]]).assign(prover="", alpha=""))
     of = samples(curves, "samples of 64")
     beams = {(g, s): curves.get(g, f"beam:{s}") for g, s in (
         ("main", "q_pi"), ("main", "effective"), ("quota grandparent", "q_pi"))}
