@@ -31,6 +31,7 @@ PROMPTS = {"plain": "Question: {question}\nAnswer:\n",
            "chatml": "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n",
            "llama3": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{question}<|eot_id|>"
                      "<|start_header_id|>assistant<|end_header_id|>\n\n"}
+ROWS = 32 if torch.cuda.is_available() else 4     # of a micro-batch: a GPU waits for Python below that
 # of a calculation: the number behind its last =
 RESULT = re.compile(r"\d[^=]*[-+*/x][^=]*\d[^=]*=(?:.*=)?[^\d=]*(\d[\d,]*(?:\.\d+)?)")
 
@@ -52,12 +53,12 @@ class Text(Task):
     phrases = []                    # without --init: bytes
     keys = ("question", "answer")   # of a problem and its solution
     # clean(solution) -> its text; extract(text) -> the final answer, or None; end(answer) -> a last line
-    defaults = dict(sft_steps=420, batch_size=32, micro_batch=4, lr_muon=0.0, lr_adamw=3e-4, strong_steps=0,
+    defaults = dict(sft_steps=420, batch_size=32, micro_batch=ROWS, lr_muon=0.0, lr_adamw=3e-4,
                     temperature=0.7, problems=3000, n_cov=4, branches=4000, pit_traces=0, prover_rollouts=0,
-                    q_steps=400, orm_steps=60, lr_muon_verifier=0.0, lr_adamw_verifier=3e-5,
-                    test_problems=300, max_n=16, widths=[1, 2, 4])
+                    q_steps=400, orm_steps=60, lr_muon_verifier=0.0, lr_adamw_verifier=1e-4,
+                    test_problems=300, max_n=16, widths=[1, 2, 4], strong_steps=0)
     search_defaults = dict(n=16, widths=[1, 2, 4, 8], problems=300, validation=150, tuned_at=4)
-    rl_defaults = dict(lr=1e-5, rft_lr=5e-5, value_lr=2e-5, value_lr_muon=0.0, batch=32, micro_batch=4,
+    rl_defaults = dict(lr=1e-5, rft_lr=5e-5, value_lr=2e-5, value_lr_muon=0.0, batch=32, micro_batch=ROWS,
                        eval_every=10, problems=200, eval_n=1, n=16)
 
     def __post_init__(self):
