@@ -35,13 +35,15 @@ def on_stop(handler):
 
 
 def main_guard(main):
-    """Run main(); a Fail ends the program with its line on stderr and exit status 1."""
+    """Run main(); a Fail, or a full GPU, ends the program with a line on stderr and exit status 1."""
     on_stop(signal.default_int_handler)
     try:
         main()
         parallel.stop()
         sys.stdout.flush()
-    except Fail as e:
+    except (Fail, torch.OutOfMemoryError) as e:
+        if not isinstance(e, Fail):
+            e = "the GPU's memory is full; docs/troubleshooting.md, Out of memory, says which flags need less"
         for bar in list(getattr(tqdm, "_instances", ())):
             bar.close()                                                         # the error is the last line
         print(f"error: {e}", file=sys.stderr)

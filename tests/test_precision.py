@@ -11,7 +11,7 @@ from minipav.precision import pick_dtype
 from minipav.reinforce import policy_loss
 from minipav.sampler import sample
 from minipav.sft import sft_loss
-from minipav.utils import Fail, Muon, backward, micro_batches
+from minipav.utils import Fail, Muon, backward, main_guard, micro_batches
 from minipav.verifier import Values, score, verifier_loss
 
 TOKENS = torch.randint(1, 29, (6, 20), generator=torch.Generator().manual_seed(0))
@@ -134,3 +134,14 @@ def test_muon_is_torchs(monkeypatch, bf16):
         moved = (b - x).norm()
         assert moved > 0.1 and (a - b).norm() < 0.02 * moved
     assert len(dtypes) == 2 and set(dtypes.values()) == {torch.bfloat16 if bf16 else torch.float32}
+
+
+def test_a_full_gpu_is_told_in_a_line(capsys, monkeypatch):
+    monkeypatch.setattr("minipav.utils.on_stop", lambda handler: None)
+
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB")
+    with pytest.raises(SystemExit) as e:
+        main_guard(main)
+    told = capsys.readouterr().err.splitlines()
+    assert e.value.code == len(told) == 1 and told[0].startswith("error: ") and "Out of memory" in told[0]
