@@ -105,11 +105,10 @@ class Attention(nn.Module):
             q, k, v = (z.transpose(1, 2) for z in (rotate(q, *rope), rotate(k, *rope), v))  # (B, heads, T, D)
             if kv_out is not None:
                 kv_out[layer][0][:, :, :T], kv_out[layer][1][:, :, :T] = k, v
-            if x.is_cuda:                           # its kernels read three of a kind
-                q, k = q.to(v.dtype), k.to(v.dtype)
             low = self.large and T <= 256 and torch.is_autocast_enabled("cpu")
             with torch.autocast("cpu", enabled=low):    # else fp32 there: the fused backward is slow in bf16
-                y = causal_attention(q, k, v.to(q.dtype), 256 if low else 128)
+                kind = v.dtype if x.is_cuda else q.dtype        # rotated q and k are in fp32
+                y = causal_attention(*(z.to(kind) for z in (q, k, v)), 256 if low else 128)
             y = y.transpose(1, 2).reshape(B, T, self.H * self.D)
         return self.wo(y if at is None else y[at])
 

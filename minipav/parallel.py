@@ -30,7 +30,6 @@ def stop():
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-        sys.stdout.flush()
         os._exit(0)
 
 

@@ -39,8 +39,8 @@ def main_guard(main):
     on_stop(signal.default_int_handler)
     try:
         main()
-        parallel.stop()
         sys.stdout.flush()
+        parallel.stop()
     except (Fail, torch.OutOfMemoryError) as e:
         if not isinstance(e, Fail):
             e = "the GPU's memory is full; docs/troubleshooting.md, Out of memory, says which flags need less"

@@ -31,7 +31,7 @@ PROMPTS = {"plain": "Question: {question}\nAnswer:\n",
            "chatml": "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n",
            "llama3": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{question}<|eot_id|>"
                      "<|start_header_id|>assistant<|end_header_id|>\n\n"}
-ROWS = 32 if torch.cuda.is_available() else 4     # of a micro-batch: a GPU waits for Python below that
+ROWS = 32 if torch.cuda.is_available() else 4     # of a micro-batch: of few a GPU waits for Python
 # of a calculation: the number behind its last =
 RESULT = re.compile(r"\d[^=]*[-+*/x][^=]*\d[^=]*=(?:.*=)?[^\d=]*(\d[\d,]*(?:\.\d+)?)")
 
