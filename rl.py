@@ -14,17 +14,19 @@ minipav/reinforce.py, the rewards in minipav/rewards.py, the sweep in minipav/pa
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from minipav import parallel
+from minipav import dpo, parallel, selftrain
 from minipav.files import write_csv
 from minipav.flags import few, flag, parse
 from minipav.paper.experiments import GRID, SWEEPS
 from minipav.paper.rl_report import ROWS, report_rl
 from minipav.prover import Prover, verifier_of, weights_of
-from minipav.reinforce import outcomes
-from minipav.rewards import REWARDS, check_trial, gradient_ratio, loop_of
+from minipav.reinforce import Reinforce, outcomes
+from minipav.rewards import REWARDS, check_trial, gradient_ratio
 from minipav.run import check_out, keyed, open_runs, task_of
 from minipav.sft import rft
 from minipav.utils import Fail, main_guard, pick_device, progress, tune_process
+
+LOOPS = {"selftrain": selftrain.Loop, "dpo": dpo.Loop}          # in the place of REINFORCE
 
 
 @dataclass
@@ -147,7 +149,7 @@ def train(run, reward, a, split, micro_batch):
     folder, (init, stages) = run.out / name, start(run, a, split, micro_batch)
 
     def work():
-        loop = loop_of(reward)(run, init, folder, reward, a, split, micro_batch)
+        loop = LOOPS.get(reward, Reinforce)(run, init, folder, reward, a, split, micro_batch)
         policy = loop.train()
         policy.save(folder)
         facts = evaluate(run, folder, policy, a, a.n, split,

@@ -102,7 +102,8 @@ def measure(run, a, wanted):
     for cell in wanted:
         alpha = bench.run.config["alpha"] if a.alpha is None else a.alpha
         how = chosen.get(known_as(cell), chosen.get(cell.score, [(alpha, "none")]))
-        for group, (alpha, quota) in zip(("main", "tuned")[:1 + METHODS[cell.method].shaped], how):
+        tuned = METHODS[cell.method].shaped and None in (a.alpha, a.quota)
+        for group, (alpha, quota) in zip(("main", "tuned")[:1 + tuned], how):
             tables.append((group, bench.measure(replace(cell, prover=mu, alpha=alpha, quota=quota))))
     if a.all:
         alpha = chosen["effective"][0][0] if a.alpha is None and "effective" in chosen else a.alpha
@@ -122,7 +123,7 @@ def main():
         check_head(Prover.parse(a.prover).policy, "scalar")
     few(problems=a.problems, n=a.n)
     few(problems=a.problems, widths=max(a.widths))
-    ns = tuple(2 ** k for k in range(a.n.bit_length()))
+    ns = tuple(sorted({a.n, *(2 ** k for k in range(a.n.bit_length()))}))
     budgets = {"n": ns, "widths": tuple(sorted(a.widths)), "one": (1,)}
     wanted = [Cell.parse(x, policy=a.policy, problems=a.problems, spread=a.spread,
                          verifier=a.verifier or "") for x in a.search]

@@ -196,7 +196,7 @@ def verifier(run, a, name, data, init, steps, select=lambda traces: traces):
 
 def cells(a, seed):
     """What is measured here: re-ranking and beams, at every budget."""
-    ns = tuple(2 ** k for k in range(a.max_n.bit_length()))
+    ns = tuple(sorted({a.max_n, *(2 ** k for k in range(a.max_n.bit_length()))}))
     narrow = tuple(w for w in a.widths if w <= 4) or tuple(a.widths[:1])
     fixed = dict(problems=a.test_problems, seed=seed, quota=a.quota)
     yield Cell("greedy", **fixed)

@@ -38,7 +38,7 @@ def first_pit(q, reward, threshold):
     """The first pit of each trace (App. D): the first step with Q = 0 after a step end with Q > threshold, in
     a trace that ends wrong. q (N, S + 1) with NaN where there is no estimate, reward (N,). -> index (N,); -1:
     none."""
-    high = torch.cummax((q > threshold).int(), 1).values.bool()
+    high = (q > threshold).cumsum(1) > 0
     pit = high & (q == 0) & (reward[:, None] == 0)
     return torch.where(pit.any(1), pit.int().argmax(1), -1)
 

@@ -22,14 +22,9 @@ PATTERNS = {                            # of a pre-tokenizer, by its name here
     "llama3": ENGLISH + WORDS % r"\p{N}{1,3}", "qwen2": ENGLISH + WORDS % r"\p{N}"}
 
 
-def byte_alphabet():
-    """{character: byte} of byte-level BPE: printable bytes stand for themselves, the others follow at 256."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    rest = [b for b in range(256) if b not in plain]
-    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(rest)}
-
-
-ALPHABET = byte_alphabet()
+# {character: byte} of byte-level BPE: printable bytes stand for themselves, the others follow at 256
+PLAIN = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+ALPHABET = dict(zip(map(chr, [*PLAIN, *range(256, 512)]), [*PLAIN, *sorted({*range(256)} - {*PLAIN})]))
 
 
 class TextEncoding(tiktoken.Encoding):

@@ -1,4 +1,5 @@
-"""The state of a training in one safetensors file: weights, optimizers, the curve so far, numbers and log."""
+"""The state of a training in one safetensors file: weights, optimizers, the curve so far, numbers and log;
+and what a long call has so far."""
 import json
 import signal
 import sys

@@ -49,14 +49,15 @@ def few(**counts):
         raise Fail(" x ".join(f"--{k} {v}" for k, v in counts.items()) + f": are more than {10**8:,} samples")
 
 
-def add(parser, cls):
+def add(parser, cls, new):
+    """new: defaults in the place of the fields' own."""
     group = parser.add_argument_group("flags" if cls.__name__ == "Flags" else f"flags of {cls.__name__}")
     for f in dataclasses.fields(cls):
         m, several = f.metadata, f.default is dataclasses.MISSING
+        default = new.get(f.name, f.default_factory() if several else f.default)
         if m["kind"] is bool:
-            group.add_argument(f"--{f.name}", action="store_true", help=m["help"])
+            group.add_argument(f"--{f.name}", action="store_true", default=default, help=m["help"])
             continue
-        default = f.default_factory() if several else f.default
         shown = " ".join(map(str, default)) if several else default
         kind = named(m["kind"]) if m["kind"] is not Words and issubclass(m["kind"], str | Path) else m["kind"]
         group.add_argument(f"--{f.name}", type=kind, default=default, choices=m["choices"],
@@ -85,12 +86,11 @@ def parse(cls, doc, more=None, defaults=None):
     whatever is wrong with them."""
     first, p = Parser(add_help=False, allow_abbrev=False), Parser(
         description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add(first, cls)
+    add(first, cls, {})
     known, _ = first.parse_known_args()
     classes = [cls, more(known)] if more else [cls]
     for c in classes:
-        add(p, c)
-    p.set_defaults(**(defaults(known) if defaults else {}))
+        add(p, c, defaults(known) if defaults else {})
     values = vars(p.parse_args())
     made = [check(c(**{f.name: values[f.name] for f in dataclasses.fields(c)})) for c in classes]
     return made if more else made[0]

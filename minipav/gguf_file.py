@@ -18,7 +18,6 @@ GGUF = {"embed": "token_embd", "norm": "output_norm", "head": "output", "blocks"
 
 
 class Gguf(Folder):
-    """A GGUF file of the Llama architecture, dequantised."""
     names = GGUF
 
     def __init__(self, path):

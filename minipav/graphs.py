@@ -27,10 +27,6 @@ class Recorded:
     def __init__(self, step, device):
         self.step, self.on, self.calls = step, wanted(device), 0
 
-    def renew(self):
-        """Shapes have changed: begin again."""
-        self.calls = 0
-
     def __call__(self):
         if self.on and self.calls == 1:
             self.graph = record(self.step)

@@ -10,7 +10,6 @@ The names of weights differ, and nothing else: rotary positions pair the halves,
 """
 import importlib.util
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from minipav.bpe import encoding
-from minipav.files import damaged, make_folder, read_json, read_text, reading, write_tensors, write_text
+from minipav.files import damaged, read_json, read_text, reading, write_tensors, write_text
 from minipav.model import GPT, GPTConfig
 from minipav.utils import Fail, main_guard
 
@@ -99,13 +98,12 @@ class Folder:
         if index.exists():
             files = sorted(set(read_json(index, signed=False, weight_map=dict)["weight_map"].values()))
         self.files = [self.path / str(f) for f in files]
-        names = [k for f in self.files for k in self.keys(f)]
+        names = []
+        for file in self.files:
+            with reading(file, SafetensorError), safe_open(file, "pt") as f:
+                names += f.keys()
         if "tie_word_embeddings" not in read_json(self.path / "config.json", signed=False):
             self.config.tied = "lm_head.weight" not in names
-
-    def keys(self, file):
-        with reading(file, SafetensorError), safe_open(file, "pt") as f:
-            return list(f.keys())
 
     def tensors(self):
         """(file, name, tensor), one at a time."""
@@ -118,7 +116,6 @@ class Folder:
 
     def describe(self, out):
         """config.json and tokenizer.json into the folder `out`."""
-        make_folder(out)
         write_text(out / "config.json", json.dumps(hf_config(self.config, self.end), indent=1))
         self.tokenizer(out / "tokenizer.json")
 
@@ -180,7 +177,6 @@ def save_pretrained(model, folder, described):
     """Write a policy so that transformers loads it, with the tokenizer of the folder `described`; of a
     verifier the trunk, and its head as head.safetensors."""
     folder, state = Path(folder), model.state_dict()
-    make_folder(folder)
     scalar = model.config.head == "scalar"
     if scalar:
         write_tensors(folder / "head.safetensors", {k: state.pop(f"head.{k}") for k in ("weight", "bias")})
@@ -191,7 +187,7 @@ def save_pretrained(model, folder, described):
         config |= {"tie_word_embeddings": True, "architectures": [config["architectures"][0][:-11] + "Model"]}
     write_tensors(folder / "model.safetensors", {renamed(k, HF): v for k, v in state.items()})
     write_text(folder / "config.json", json.dumps(config, indent=1))
-    shutil.copy(Path(described) / "tokenizer.json", folder / "tokenizer.json")
+    write_text(folder / "tokenizer.json", read_text(Path(described) / "tokenizer.json"))
 
 
 def main():

@@ -147,7 +147,7 @@ class Reinforce:
         if self.reward.values:
             seed = self.run.seed("rl rollouts", self.a.seed, i)
             q_mu, tokens = rewards.VALUES[self.reward.values](self, problems, traces, seed)
-        self.state["tokens"] += tokens + int((traces.lengths - traces.ends[:, 0] - 1).sum())
+        self.state["tokens"] += tokens + int(traces.cost.sum())
         if not torch.isfinite(q_mu[traces.ends >= 0]).all():
             self.stop(i, traces, q_mu)
         if self.a.trust_verifier or not self.reward.known:

@@ -4,7 +4,6 @@ The tokens of step h all get that step's own return, by default Rex + alpha A^mu
 unbiased sample of Q^pi). A^mu is never summed along the trace: such a sum telescopes to the outcome minus a
 function of the state (pav_sum).
 """
-import importlib
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,7 +28,7 @@ class Reward:
     baseline: bool = True           # False: the return is an advantage of pi itself and needs none
     known: bool = True              # known values (Rex at the end) take the place of Q^mu's there
     lr: float = 1e-3                # of the policy: chosen for `outcome` and `pav`, others' where said
-    loop: str = ""                  # a module whose Loop trains, in the place of REINFORCE
+    loop: bool = False              # trained by a loop of its own (LOOPS in rl.py)
     scaled: bool = False  # 1 + alpha times outcome reward's gradient; control: outcome, the KL over 1 + alpha
 
 
@@ -61,14 +60,8 @@ REWARDS = {
     "abc": Reward(spread_out, "attention", known=False),
     "uniform": Reward(spread_out, "evenly", known=False),
     # and what is no reward at all: training on what a tree search finds
-    "selftrain": Reward(None, "verifier", baseline=False, loop="minipav.selftrain"),
-    "dpo": Reward(None, "verifier", baseline=False, loop="minipav.dpo", lr=3e-4)}
-
-
-def loop_of(reward):
-    """The class that trains with this reward."""
-    name = REWARDS[reward].loop
-    return getattr(importlib.import_module(name or "minipav.reinforce"), "Loop" if name else "Reinforce")
+    "selftrain": Reward(None, "verifier", baseline=False, loop=True),
+    "dpo": Reward(None, "verifier", baseline=False, loop=True, lr=3e-4)}
 
 
 def gradient_ratio(alpha, K):
@@ -136,14 +129,6 @@ def step_baseline(kind, returns, ends, group, running):
 
 # ---- where Q^mu comes from: (loop, problems, traces, seed) -> Q^mu (N, S + 1), tokens sampled
 
-def by_verifier(loop, problems, traces, seed):
-    return q_best_of_k(score(loop.verifier, traces.tokens, traces.ends), loop.mu.K), 0
-
-
-def by_exact(loop, problems, traces, seed):
-    return q_best_of_k(exact_q(loop.run, problems, traces).nan_to_num(0.0), loop.mu.K), 0
-
-
 def by_rollouts(mu, K, env, problems, traces, n_mc, seed, **sampling):
     """Unbiased Q^mu of best-of-K of mu from n_mc >= K completions of each prefix whose value is not known."""
     rows, h = to_estimate(traces, env.task.max_steps).nonzero(as_tuple=True)
@@ -161,9 +146,13 @@ def by_group(loop, problems, traces, seed):
     return z.flatten()[:, None].expand(traces.ends.shape), 0
 
 
-VALUES = {"verifier": by_verifier, "group": by_group,
+VALUES = {"verifier": lambda l, problems, traces, seed: (
+              q_best_of_k(score(l.verifier, traces.tokens, traces.ends), l.mu.K), 0),
+          "exact": lambda l, problems, traces, seed: (
+              q_best_of_k(exact_q(l.run, problems, traces).nan_to_num(0.0), l.mu.K), 0),
+          "group": by_group,
           "attention": lambda l, problems, traces, seed: (attention_share(l.orm, traces), 0),
-          "evenly": lambda l, problems, traces, seed: (uniform_share(traces), 0), "exact": by_exact,
+          "evenly": lambda l, problems, traces, seed: (uniform_share(traces), 0),
           "rollouts": lambda l, problems, traces, seed: by_rollouts(
               l.mu_policy, l.mu.K, l.run, problems, traces, l.a.n_mc, seed),
           "current": lambda l, problems, traces, seed: by_rollouts(

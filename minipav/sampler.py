@@ -84,7 +84,6 @@ def _nucleus(p, u, top_p):
     return _inverse_cdf(p.masked_fill(p < ranked.gather(1, inside - 1), 0.0), u)[0]
 
 
-@torch.no_grad()
 @mixed
 def sample(model, prompts, lengths, n=1, *, which=None, max_new_tokens, stop, seed=0, logprobs=False,
            max_tokens_in_flight=1 << 18, pad=0, progress=None, partial_folder=None, **choice):
@@ -211,7 +210,7 @@ def decode(model, cache, hidden, ids, seed, max_new, stops, pad=0, logprobs=Fals
                 living = d.alive.nonzero()[:, 0]
                 cache.keep(living)
                 d.keep(living)
-                step.renew()
+                step.calls = 0          # shapes have changed: it is recorded anew
         if i % span == 0:
             cache.widen(min(i + span, max_new - 1), step.on)
         step()

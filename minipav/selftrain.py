@@ -72,10 +72,10 @@ class Loop(TreeLoop):
             batch = tree.tokens[right].cpu(), lengths, prompts
             backward(sft_loss, self.policy, batch, lengths, (lengths - prompts).sum(), self.micro_batch)
             apply_step(self.policy, self.optimizers["policy"], self.rate(i))
-        known = (tree.ended.bool() | (children >= 0).any(1)).nonzero()[:, 0]
+        known = (tree.ended | (children >= 0).any(1)).nonzero()[:, 0]
         generator = torch.Generator().manual_seed(self.run.seed("rl nodes", self.a.seed, i))
         known = known[torch.randperm(len(known), generator=generator)[:self.a.batch]]
-        q = torch.where(tree.ended[known].bool(), outcome[known], V[known]).cpu()[:, None]
+        q = torch.where(tree.ended[known], outcome[known], V[known]).cpu()[:, None]
         lengths, ones = tree.lengths[known].cpu(), torch.ones(q.shape)
         batch = tree.tokens[known].cpu(), lengths[:, None] - 1, q, ones.long(), ones
         if len(known):

@@ -1,7 +1,7 @@
 """Supervised fine-tuning of a policy on demonstrations, and rejection fine-tuning on its own right samples.
 
 expert_fraction of the demonstrations reach the target: the rest compute faithfully and go nowhere in
-particular, and so will the policy. Every step sees new problems.
+particular, and so will the policy. Every step sees new problems (in text: whole epochs).
 """
 import copy
 

@@ -37,7 +37,7 @@ class Traces:
         return len(self.tokens)
 
     def __getitem__(self, rows):
-        return Traces(*(getattr(self, f.name)[rows] for f in fields(self)))
+        return Traces(*(x[rows] for x in vars(self).values()))
 
     @property
     def last(self):

@@ -199,7 +199,7 @@ def apply_step(model, optimizers, factor):
         for group in opt.param_groups:
             group["lr"] = group.setdefault("base_lr", group["lr"]) * factor
         opt.step()
-        opt.zero_grad(set_to_none=True)
+        opt.zero_grad()
 
 
 def command():

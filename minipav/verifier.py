@@ -62,7 +62,7 @@ class Values:
     """
 
     def __init__(self, model, tokens, lengths):
-        self.model, self.value, self.count = model, target_of(model).value, torch.zeros_like(lengths)
+        self.model, self.value = model, target_of(model).value
         self.cache, hidden = prefill(model, tokens, torch.arange(len(tokens)), lengths)
         self.q = self.value(model.head(hidden))
 

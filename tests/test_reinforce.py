@@ -10,7 +10,7 @@ import rl
 from minipav import advantage, dpo, reinforce, rewards
 from minipav.advantage import rollout_from, seed_rollouts
 from minipav.reinforce import COLUMNS, Reinforce, policy_loss, value_loss
-from minipav.rewards import REWARDS, close, loop_of, step_of_token
+from minipav.rewards import REWARDS, close, step_of_token
 from minipav.run import Run
 from minipav.sampler import WHOLE
 from minipav.traces import Traces
@@ -78,7 +78,7 @@ def weights(model):
 
 def trained(run, folder, reward="pav", micro_batch=0, **kw):
     trial = rl.Trial(**{**TRIAL, **kw})
-    loop = loop_of(reward)(run, run.model("base"), folder, reward, trial, "test", micro_batch)
+    loop = rl.LOOPS.get(reward, Reinforce)(run, run.model("base"), folder, reward, trial, "test", micro_batch)
     loop.train()
     return loop
 
@@ -140,7 +140,7 @@ def test_resumed_equals_uninterrupted(mixed, tmp_path, monkeypatch, how):
     """Killed at every iteration; with a verifier that is trained on, and with a running mean."""
     whole = trained(mixed, tmp_path / "whole", **how)
     assert how.get("baseline") != "mean" or whole.state["running"] > 0
-    Loop = loop_of(how.get("reward", "pav"))
+    Loop = rl.LOOPS.get(how.get("reward"), Reinforce)
     iterate = Loop.iterate
     for at in range(4):
         def killed(self, i, at=at):

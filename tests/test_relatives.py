@@ -82,7 +82,7 @@ def hand_made(**fields):
     """A tree of one problem: 0 has the children 1 and 2, 1 the children 3 and 4; and room for more."""
     tree = SimpleNamespace(problems=["x"], device=torch.device("cpu"), H=4,
                            size=5, parent=torch.tensor([0, 0, 0, 1, 1]), owner=torch.zeros(9).long(),
-                           ended=torch.zeros(9).long(), **fields)
+                           ended=torch.zeros(9).bool(), **fields)
     children = torch.full((9, mcts.WIDEST + mcts.BRANCH), -1)
     children[0, :2], children[1, :2] = torch.tensor([1, 2]), torch.tensor([3, 4])
     return tree, children, torch.tensor([0.3, 0.5, 0.2, 0.1, 0.9]), torch.tensor([7.0, 4.0, 2.0, 2.0, 1.0])
@@ -150,7 +150,7 @@ def test_backtracking_leaves_a_bad_first_step():
              7: [(9, 1.4), (8, 1.3)]}
     tree = SimpleNamespace(problems=["x"], s=SimpleNamespace(C=3), device=torch.device("cpu"), H=4,
                            owner=torch.zeros(20).long(), parent=torch.zeros(20).long(), still=torch.ones(20),
-                           score=torch.zeros(20), ended=torch.zeros(20).long(), path=torch.ones(20, 1))
+                           score=torch.zeros(20), ended=torch.zeros(20).bool(), path=torch.ones(20, 1))
     visited = []
 
     def grow(nodes, n):
@@ -245,7 +245,7 @@ def test_the_backup_is_the_maximum_over_logged_actions():
                     reward=reward)
     ends = {}                       # of a whole trace: what was logged, at best
     for p, row, r in zip(problem.tolist(), tokens.tolist(), reward.tolist()):
-        ends[p, *row] = max(r, ends.get((p, *row), 0))
+        ends[(p, *row)] = max(r, ends.get((p, *row), 0))
 
     def value(node):
         if len(node) == 6:

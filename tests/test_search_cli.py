@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import fails, run_main
 
 import search
@@ -13,8 +14,9 @@ from minipav.model import GPT, GPTConfig
 from minipav.paper import experiments
 from minipav.prover import weights_of
 from minipav.run import Run
+from minipav.search import measure
 from minipav.search.measure import COLUMNS, Bench, Cell, orders_as_q, rights, simplest_of_the_best
-from minipav.search.score import SCORES
+from minipav.search.score import SCORES, Result
 from minipav.utils import Fail
 from minipav.verifier import train_verifier
 
@@ -195,6 +197,15 @@ def test_a_cell_has_the_models_that_it_names(run):
     assert s.mu_verifier is bench.model("q_weak")
     assert bench.search(Cell("best_of_n", "orm")).verifier is bench.model("orm")
     assert bench.search(Cell("beam", "exact")).verifier is None
+
+
+def test_n_samples_are_a_budget_whatever_n_is(run, tmp_path):
+    run_main(search, "--run", run[0], *SMALL, "--n", 6, "--search", "pass", "--out", tmp_path)
+    assert {r["n"] for r in csv.DictReader((tmp_path / "curves.csv").open())} == {"1", "2", "4", "6"}
+
+
+def test_a_table_of_rows_has_no_nul():
+    assert [*measure.rows(Cell("greedy"), [Result(*torch.zeros(4, 1), ["a\0"])])][0][-1] == "a\ufffd"
 
 
 # ---- what is wrong

@@ -115,6 +115,27 @@ def read_countdown(problem, response):
 READERS = {"calculator": read_calculator, "countdown": read_countdown}
 
 
+@pytest.mark.parametrize("slip, words", [
+    (dict(max_step_tokens=2), "step of more than max_step_tokens 2"),
+    (dict(max_new_tokens=9), "max_new_tokens 9"), (dict(max_steps=2), "max_steps 2"),
+    (dict(prompt=lambda p: f"from {p}"), "prompt without the delimiter"),
+    (dict(judge=lambda p, text: True), "judged True, not 'right'"),
+    (dict(demonstrations=lambda problems, share, rng: ["+1 = 2"] * len(problems)), "END")])
+def test_a_task_is_tried_out_before_a_policy_learns_it(slip, words):
+    task = make_task("calculator", {})
+    enc = synthetic_encoding(task.phrases)
+    task.room(enc)
+    vars(task).update(slip)
+    with pytest.raises(Fail, match=f"task calculator: its right demonstration .*{words}"):
+        task.room(enc)
+
+
+def test_a_row_has_room_for_the_prompt():
+    task = make_task("calculator", {})
+    task.prompt = lambda p: "x" * 300 + f"{p}\n"
+    assert task.room(synthetic_encoding(task.phrases)) > 300 + 2 * task.max_new_tokens
+
+
 def test_too_many_steps_score_zero():
     task = make_task("calculator", dict(H=2, min_steps=1))
     p = Problem(10, 13, (1, 2, 3, 4))

@@ -169,7 +169,9 @@ def test_bad_files_and_formats_are_named(tmp_path, data, monkeypatch):
     good = {"question": "a", "answer": "#### 1"}
     for rows, says in (([good, ["x"]], "line 2"), ([{"question": "a"}], "line 1"),
                        ([good, good | {"answer": "no mark"}], "line 2: its answer"),
-                       ([good | {"answer": 3}], "line 1"), ([good | {"question": "\ud83d"}], "line 1")):
+                       ([good | {"answer": 3}], "line 1"),
+                       ([good | {"question": " "}], "line 1: its question"),
+                       ([good | {"question": "\ud83d"}], "line 1")):
         with pytest.raises(Fail, match=rf"(train|test)\.jsonl, {says}"):
             GSM8K(data=write(tmp_path, train=rows, test=[good])).problems("train", 1, 0)
     (tmp_path / "test.jsonl").write_bytes(b"\xff\xfe")

@@ -90,7 +90,7 @@ class Case:
         if samples:
             self.functions = {"rollouts": self.rollouts}
         elif not a.only or any("step" in x for x in a.only):
-            self.steps(a)
+            self.steps()
         if not a.only or any("generate" in x for x in a.only):
             self.functions |= generators(self.c, self.prompts.to(a.device), self.n, self.T, a.device,
                                          a.generate)
@@ -98,13 +98,13 @@ class Case:
             raise Fail(f"--only {min(unknown)}: choose of {', '.join(self.functions)}")
         self.functions = {k: f for k, f in self.functions.items() if k in a.only or not a.only}
 
-    def steps(self, a):
+    def steps(self):
         """Add the training steps."""
         ours = sft_loss, verifier_loss, make_optimizers, apply_step, GPT, GPTConfig
         self.functions["rl step"] = self.rl()
         self.functions |= {f"{k} step": f for k, f in self.training(*ours, True).items()}
-        if a.against:
-            old = self.training(*checkout(a.against), False)
+        if self.a.against:
+            old = self.training(*checkout(self.a.against), False)
             self.functions |= {f"{k} step, against": f for k, f in old.items()}
 
     def count(self, name):

@@ -22,7 +22,8 @@ def token_ratio(of="main"):
         if not (orm and pav):
             return None
         row, best = np.arange(len(orm.acc)), orm.acc.argmax(1)
-        return {"": interval(np.nan_to_num(orm.tokens[row, best] / tokens_to_reach(pav, orm.acc[row, best])))}
+        ratio = np.nan_to_num(orm.tokens[row, best] / tokens_to_reach(pav, orm.acc[row, best]))
+        return {"": interval(np.where(orm.acc[row, best] == 0, np.nan, ratio))}     # 0 is reached at once
     return measure
 
 

@@ -79,14 +79,14 @@ class Searched:
         """rows.csv.gz, curves.csv, paired.csv. -> the table as text"""
         keep(out / "rows.csv.gz", [self.rows])
         header, body = ["group", "search", "prover", "n", "tokens_per_problem", "accuracy", "lo", "hi"], []
-        text = [f"{'method':<28}{'N or width':>10}{'tokens/problem':>16}{'accuracy':>10}   95% interval"]
+        text = [f"{'method':<32}{'N or width':>10}{'tokens/problem':>16}{'accuracy':>10}   95% interval"]
         for (group, _, method, score, prover, _), c in self.curves.by.items():
             search = f"{method}:{score}" if score else method
             for k, n in enumerate(c.n if group in (self.group, "tuned") else ()):
                 acc, lo, hi = interval(c.acc[:, k]).values()
                 body.append((group, search, prover, n, round(c.tokens[0, k], 1), acc, lo, hi))
                 name = name_of(search) + (f" ({prover})" if prover else "") + ", tuned" * (group == "tuned")
-                text.append(f"{name:<28}{n:>10}{c.tokens[0, k]:>16.0f}{acc:>10.3f}   [{lo:.3f}, {hi:.3f}]")
+                text.append(f"{name:<32}{n:>10}{c.tokens[0, k]:>16.0f}{acc:>10.3f}   [{lo:.3f}, {hi:.3f}]")
         write_csv(out / "curves.csv", header, body)
         if paired := list(self.paired()):
             write_csv(out / "paired.csv", PAIRED, paired)

@@ -61,7 +61,7 @@ def terms(pi, Q_pi, Q_mu):
 
 
 def npg_step(pi, Q_pi, A_mu, gamma):
-    """Lemma F.2: natural policy gradient on Eq. 5, alpha = 1: pi(a|s) exp(gamma (Q^pi + A^mu)) / Z(s)."""
+    """Lemma F.2: natural policy gradient of Eq. 4, alpha = 1: pi(a|s) exp(gamma (Q^pi + A^mu)) / Z(s)."""
     return softmax(np.log(pi) + gamma * (Q_pi + A_mu))
 
 

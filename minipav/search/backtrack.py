@@ -34,7 +34,7 @@ def walk(tree, budgets):
 def move(tree, here, active, child, tries, neutral, C):
     """Where each problem goes from the node `here` (P,) after the step `child` (P,), -1: none was sampled."""
     there = active & (child >= 0)
-    score, still, ended = tree.score[child], tree.still[child], tree.ended[child].bool()
+    score, still, ended = tree.score[child], tree.still[child], tree.ended[child]
     positive = there & torch.where(ended, tree.path[child, -1] >= STOP, score >= still)
     fair = there & ~positive & ~ended & (score >= still - still.abs() / 2)
     better = fair & ((neutral[here] < 0) | (score > tree.score[neutral[here]]))

@@ -1,6 +1,6 @@
 """Step-level beam search (section 4.1): sample steps, score them, keep the best, all problems at once."""
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from zlib import crc32
 
 import torch
@@ -10,7 +10,7 @@ from minipav import graphs, parallel
 from minipav.advantage import q_best_of_k
 from minipav.checkpoint import Partial
 from minipav.sampler import WHOLE, decode, prefill
-from minipav.search.score import Result, Step, check_quota, places, ranks, top
+from minipav.search.score import Result, Step, places, ranks, top
 from minipav.tokenizer import delimiter_tokens, encode_rows, pad_token, stop_mask
 from minipav.traces import responses
 from minipav.utils import progress
@@ -27,10 +27,10 @@ class Beam:
     score: torch.Tensor             # (N,)
 
     def __getitem__(self, rows):
-        return Beam(*(getattr(self, f.name)[rows] for f in fields(self)))
+        return Beam(*(x[rows] for x in vars(self).values()))
 
     def __add__(self, other):
-        return Beam(*(torch.cat([getattr(self, f.name), getattr(other, f.name)]) for f in fields(self)))
+        return Beam(*map(torch.cat, zip(vars(self).values(), vars(other).values())))
 
 
 def beam(s, problems, widths, seed):
@@ -55,7 +55,6 @@ def search_width(s, problems, width, seed, bar=None):
     if rows were a quarter as long as they can be; a batch that does not fit its memory is halved).
     """
     task, enc, device, start, P = s.env.task, s.env.enc, s.policy.device, time.time(), len(problems)
-    check_quota(s.quota, task)
     prompts, lengths = encode_rows(enc, [task.prompt(p) for p in problems])
     slots = prompts.shape[1] + task.longest
     # the live caches of policy and verifiers, each twice while a level's survivors are copied
@@ -155,7 +154,7 @@ def search_batch(s, problems, prompts, lengths, slots, width, seed, offset=0):
         delimiter = live.tokens.gather(1, live.lengths[:, None] - 1)            # which it has not read yet
         hidden = s.policy.trunk(delimiter, cache)[:, 0]
         cache = cache.fold(torch.arange(len(rows), device=device), torch.ones_like(rows))
-    return Beam(*(getattr(finished, f.name).cpu() for f in fields(Beam))), spent.cpu(), read.cpu()
+    return Beam(*(x.cpu() for x in vars(finished).values())), spent.cpu(), read.cpu()
 
 
 def allot(s, owner, width, level):

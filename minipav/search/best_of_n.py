@@ -21,10 +21,10 @@ def expected_best(scores, reward, N):
     The sample with r others below it is the best of C(r, N-1) of the C(M, N) subsets; ties share equally.
     """
     P, M = scores.shape
-    ranked = reward.gather(1, scores.argsort(1)).double()
+    value, order = scores.sort(1)
+    ranked = reward.gather(1, order).double()
     # equal scores are in no order: each of them gets the mean reward of its group
-    steps = (scores.sort(1).values.diff(dim=1) > 0).long()
-    group = torch.cat([torch.zeros(P, 1).long(), steps], 1).cumsum(1)
+    group = (value.diff(dim=1, prepend=value[:, :1]) > 0).cumsum(1)
     total, size = torch.zeros(2, P, M, dtype=torch.double)
     total.scatter_add_(1, group, ranked), size.scatter_add_(1, group, torch.ones_like(ranked))
     ranked = (total / size.clamp(min=1)).gather(1, group)
@@ -57,7 +57,7 @@ def majority_vote(answers, reward, N, weight=None):
                 if a is not None:
                     votes[a] += w
             winner = max(votes, key=votes.get, default=None)
-            behind = [r for a, r in zip(row[group], right[group]) if a == winner is not None]
+            behind = [r for a, r in zip(row[group], right[group]) if a is not None and a == winner]
             hits.append(sum(behind) / max(1, len(behind)))
         out.append(sum(hits) / len(hits))
     return torch.tensor(out)
@@ -79,7 +79,7 @@ def over_samples(s, problems, ns, seed, right, read=0, reading=0.0):
     """Results at each budget N of `right`(traces, reward (P, M), N) -> (P,). read (P, M): verifier tokens."""
     P, M = len(problems), max(ns)
     t, seconds = draw(s, problems, M, seed)
-    reward, spent = t.reward.view(P, M), (t.lengths - t.ends[:, 0] - 1).float().view(P, M).mean(1)
+    reward, spent = t.reward.view(P, M), t.cost.float().view(P, M).mean(1)
     read = torch.as_tensor(read).float().expand(P, M).mean(1)
     solved = {n: s.remember(("pass", M, seed, n), lambda n=n: pass_at_n(reward, n)) for n in ns}
     return [Result(right(t, reward, n), solved[n], n * spent, n * read, seconds=(seconds + reading) * n / M)
@@ -145,5 +145,5 @@ def weighted_vote(s, problems, ns, seed):
 
 def greedy(s, problems, ns, seed):
     t = seed_rollouts(s.policy, s.env, problems, 1, seed, temperature=0)
-    return [Result(t.reward, t.reward, (t.lengths - t.ends[:, 0] - 1).float(), torch.zeros(len(t)),
+    return [Result(t.reward, t.reward, t.cost.float(), torch.zeros(len(t)),
                    responses(s.env.enc, t.tokens, t.lengths, t.ends[:, 0] + 1))] * len(ns)

@@ -17,8 +17,7 @@ def describe(bench, a, seed, tables):
     """What kind of failures the base policy has, and whether a corrupted step fools the verifiers (facts of
     the stage); a problem that the PAV beam solved -> example.txt."""
     run, problems = bench.run, bench.run.problems("test", a.test_problems)
-    largest = 1 << a.max_n.bit_length() - 1                                     # the N that were searched
-    s, _ = draw(bench.search(Cell("pass", problems=a.test_problems)), problems, largest, seed)
+    s, _ = draw(bench.search(Cell("pass", problems=a.test_problems)), problems, a.max_n, seed)
     right = s[(s.reward == 1).nonzero()[:2000, 0]]
     wrong = corrupted_steps(run, problems, right, np.random.default_rng(seed))
     texts = responses(run.enc, s.tokens, s.lengths, s.ends[:, 0] + 1)

@@ -36,7 +36,7 @@ def iterate(tree, budgets, puct, quality):
     if quality:
         tree.score.zero_()
     V, visits, samples = tree.score.clone(), torch.ones(N, device=device), torch.zeros(N, device=device)
-    children, closed = torch.full((N, WIDEST + BRANCH), -1, device=device), tree.ended.bool()
+    children, closed = torch.full((N, WIDEST + BRANCH), -1, device=device), tree.ended.clone()
     active, spent = torch.ones(len(tree.problems), dtype=torch.bool, device=device), 0
     for budget in budgets:
         while spent < budget and active.any():
@@ -48,10 +48,10 @@ def iterate(tree, budgets, puct, quality):
             column = (children[tree.parent[new]] >= 0).sum(1) + places(tree.owner[new])
             new, column = new[column < children.shape[1]], column[column < children.shape[1]]
             children[tree.parent[new], column] = new
-            closed[new] = tree.ended[new].bool()
+            closed[new] = tree.ended[new]
             roll(tree, new, V, quality)
             back_up(tree, leaf, V, visits, children)
-            done = tree.ended[:tree.size].bool() & (tree.path[:tree.size, -1] >= STOP)
+            done = tree.ended[:tree.size] & (tree.path[:tree.size, -1] >= STOP)
             active[tree.owner[:tree.size][done]] = False
             spent += BRANCH + ROLL
         yield V, visits, children
@@ -83,7 +83,7 @@ def select(tree, roots, V, visits, children, samples, closed, puct):
         lost = node[(node < P) & enough & ~live.any(1)]         # nothing goes on: be patient once more
         if len(lost):
             again = torch.isin(tree.owner, tree.owner[lost])
-            closed[again], samples[again] = tree.ended[again].bool(), 0.0
+            closed[again], samples[again] = tree.ended[again], 0.0
         expand = ~enough & (kids[:, WIDEST] < 0) | (node < P) & ~live.any(1)
         if expand.all():
             return node
@@ -106,13 +106,13 @@ def roll(tree, new, V, quality):
     highest, at = torch.zeros(len(tree.problems), device=tree.device), best
     highest[tree.owner[best]] = V[best]
     for _ in range(ROLL):
-        at = at[~tree.ended[at].bool()]
+        at = at[~tree.ended[at]]
         if len(at) == 0:
             break
         at = tree.grow(at, 1)
         V[at] = value(tree, at, quality)
         highest[tree.owner[at]] = torch.maximum(highest[tree.owner[at]], V[at])
-    best = best[tree.ended[best] == 0]
+    best = best[~tree.ended[best]]
     V[best] = (1 - MIX) * V[best] + MIX * highest[tree.owner[best]]
 
 

@@ -67,7 +67,7 @@ class Bench:
 
     def search(self, cell):
         """The Search of a cell: its models, its prover."""
-        score = SCORES[cell.score] if cell.score else None
+        score = SCORES.get(cell.score)
         memo = self.memos.setdefault((cell.policy, cell.split, cell.problems), {})
         s = Search(self.run, self.model(cell.policy), score, alpha=cell.alpha, spread=cell.spread,
                    quota=cell.quota or "none", memo=memo)
@@ -111,7 +111,8 @@ def rows(cell, results):
     for n, r in zip(cell.ns, results):
         for i in range(len(r.right)):
             numbers = (f"{float(x[i]):.9g}" for x in (r.right, r.solved, r.tokens, r.verifier_tokens))
-            yield *fixed, n, i, *numbers, r.text[i] if r.text else ""
+            text = r.text[i].replace("\0", "\ufffd") if r.text else ""        # csv of Python 3.10 has no NUL
+            yield *fixed, n, i, *numbers, text
 
 
 def rights(path):

@@ -104,7 +104,7 @@ class Search:
     mu_verifier: object = None      # of Q^mu; None: mu is best-of-K of pi
     K: int = 1
     alpha: float = 0.0
-    C: int = 3                      # beam: next steps sampled for each prefix, on average
+    C: int = 3                      # beams, trees: next steps sampled for each prefix, on average
     spread: int = 12                # beam: most samples at the first level; 0: C a prefix (beam.py)
     quota: str = "none"             # beam: every group of such relatives has its best before any second one
     log: list = None                # beam: gets the candidates of every level

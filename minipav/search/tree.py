@@ -27,12 +27,12 @@ class Tree:
         self.s, self.problems, self.seed, self.offset, self.size = s, problems, seed, offset, P
         self.H, self.device = task.max_steps, s.policy.device
         prompts, lengths = (x.to(self.device) for x in encode_rows(enc, [task.prompt(p) for p in problems]))
-        self.parent, self.owner, self.depth, self.lengths, self.ended = (
-            torch.zeros(N, dtype=torch.long, device=self.device) for _ in range(5))
+        self.parent, self.owner, self.depth, self.lengths = torch.zeros(4, N, dtype=torch.long,
+                                                                        device=self.device)
+        self.ended = torch.zeros(N, dtype=torch.bool, device=self.device)
         self.q_mu, self.logprob, self.score, self.still = torch.zeros(4, N, device=self.device)
         self.path = torch.zeros(N, self.H + 1, device=self.device)
-        self.tokens = torch.full((N, prompts.shape[1] + task.longest), pad_token(enc),
-                                 device=self.device)
+        self.tokens = torch.full((N, prompts.shape[1] + task.longest), pad_token(enc), device=self.device)
         root = torch.arange(P, device=self.device)
         self.owner[:P], self.parent[:P], self.lengths[:P], self.prompt_lengths = root, root, lengths, lengths
         self.tokens[:P, :prompts.shape[1]] = prompts
@@ -75,7 +75,7 @@ class Tree:
         p, count, at = nodes[row[kept]], count[kept], self.size + torch.arange(len(kept), device=self.device)
         self.size += len(kept)
         self.parent[at], self.owner[at], self.depth[at] = p, self.owner[p], self.depth[p] + 1
-        self.lengths[at], self.ended[at] = self.lengths[p] + count, (stop[kept] == enc.eot_token).long()
+        self.lengths[at], self.ended[at] = self.lengths[p] + count, stop[kept] == enc.eot_token
         self.tokens[at], self.logprob[at] = self.tokens[p], logprob[kept].sum(1)
         r, t = (torch.arange(new.shape[1], device=self.device) < count[:, None]).nonzero(as_tuple=True)
         self.tokens[at[r], self.lengths[p][r] + t] = new[kept][r, t]

@@ -130,7 +130,9 @@ class Calculator(Task):
         than min_steps: solvable by construction, and easier targets no more often."""
         ops = np.stack([rng.integers(low, high, n) for low, high in ((1, 10), (1, 10), (2, 4), (2, 4))], 1)
         problems = [Problem(int(s), 0, tuple(map(int, o))) for s, o in zip(rng.integers(1, TOP, n), ops)]
-        far = distance(transitions(problems), np.array([p.start for p in problems]), self.H)
+        chunks = (problems[i:i + 4096] for i in range(0, n, 4096))              # their tables are large
+        far = np.concatenate([distance(transitions(x), np.array([p.start for p in x]), self.H)
+                              for x in chunks])
         fits = (far >= self.min_steps) & (far <= self.H)
         target = (rng.random(fits.shape) * fits).argmax(1)
         return [p._replace(target=int(t)) for p, t, f in zip(problems, target, fits) if f[t]]

@@ -113,10 +113,10 @@ class Countdown(Task):
         for line in lines:
             a, sign, b, result, left = parse(line) or (0, "+", 0, 0, ())
             enough = a in out[-1] and b in out[-1] and (a != b or out[-1].count(a) > 1)
-            if not enough or apply(a, sign,
-                                   b) != result or tuple(sorted(left)) != after(out[-1], (a, sign, b)):
+            now = after(out[-1], (a, sign, b)) if enough else None
+            if apply(a, sign, b) != result or tuple(sorted(left)) != now:
                 break
-            out.append(after(out[-1], (a, sign, b)))
+            out.append(now)
         return out
 
     def state(self, step):

@@ -2,23 +2,25 @@
 
 A problem is a small tuple. A response is text: steps that end with the delimiter, the last one with END. A
 task is a dataclass whose fields are its dials (`H: int = flag(8, "most steps")`), which become flags of
-train.py by themselves. The trainer and the search know a task only through what stands here.
+train.py by themselves (each with a name that is none of those). The trainer and the search know a task only
+through what stands here.
 """
 import zlib
 
 import numpy as np
 
-from minipav.tokenizer import END
+from minipav.tokenizer import END, encode_rows
 from minipav.utils import Fail, derive_seed
 
 # where a split has too few problems
 LOWER = {"train": "--problems or --batch_size", "test": "--test_problems (search.py, rl.py: --problems)",
-         "validation": "--problems or --validation (20 at least; a text's are a tenth of train.jsonl)"}
+         "validation": "--problems (search.py: --validation; 20 at least, a tenth of a text's train.jsonl)"}
 
 
 class Task:
     name: str
-    phrases: list                  # the multi-character pieces of its texts that deserve a token of their own
+    # the pieces of its texts that deserve a token of their own; 10 to 99 and *2 have one, other text is bytes
+    phrases: list
     delimiter = "\n"               # what a step ends with: one character
     max_steps: int                 # a response with more steps is wrong
     max_step_tokens: int           # room for the longest step, delimiter included
@@ -33,7 +35,7 @@ class Task:
     rl_defaults = {}               # of rl.py
     data_crc = 0                   # of the files that the problems are from
 
-    # Optional; where they are None, what needs them is left out with a word.
+    # Optional; where they are None, what needs them is left out.
     # (problems, expert_fraction, rng) -> a text with END each: with that chance a right one, else legal steps
     demonstrations = None
     # (problems, responses, rng) -> texts, each with an illegal step put in, and the index of that step
@@ -53,8 +55,30 @@ class Task:
         return min(self.max_new_tokens, self.max_steps * self.max_step_tokens)
 
     def room(self, enc):
-        """Tokens of the longest row: a prompt, a response, and a whole completion behind a part of it."""
-        return max(128, 32 + 2 * self.max_new_tokens)
+        """Tokens of the longest row: a prompt (twice the longest of some), a response, and a whole completion
+        behind a part of it."""
+        if self.demonstrations:
+            self.try_out(enc)
+        prompts = [self.prompt(p) for p in self.problems("train", 20, 0)]
+        return max(128, 2 * int(encode_rows(enc, prompts)[1].max()) + 2 * self.max_new_tokens)
+
+    def try_out(self, enc):
+        """Raises Fail if a right demonstration is none, or longer than what a search may write."""
+        problems = self.problems("train", 20, 0)
+        texts = self.demonstrations(problems, 1.0, np.random.default_rng(0))
+        for p, text in zip(problems, texts):
+            verdict, steps = self.judge(p, text), [x + self.delimiter for x in self.steps(text)]
+            for wrong, why in (
+                    (not self.prompt(p).endswith(self.delimiter), "is behind a prompt without the delimiter"),
+                    (not text.endswith(END), "does not end with END"),
+                    (verdict != "right", f"is judged {verdict!r}, not 'right'"),
+                    (len(steps) > self.max_steps, f"has more than max_steps {self.max_steps} steps"),
+                    (int(encode_rows(enc, steps)[1].max()) > self.max_step_tokens,
+                     f"has a step of more than max_step_tokens {self.max_step_tokens} tokens"),
+                    (int(encode_rows(enc, [text])[1]) > self.max_new_tokens,
+                     f"has more than max_new_tokens {self.max_new_tokens} tokens")):
+                if wrong:
+                    raise Fail(f"task {self.name}: its right demonstration {text!r} {why}")
 
     def exact_values(self, problems):
         """`exact`; raises Fail if the task has none."""

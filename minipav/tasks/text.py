@@ -113,6 +113,8 @@ class Text(Task):
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
                 raise Fail(f"{path}, line {i + 1}: not an object with the texts {' and '.join(self.keys)} "
                            f"({type(e).__name__})") from None
+            if not texts[0]:
+                raise Fail(f"{path}, line {i + 1}: its {self.keys[0]} is empty")
             if not answer:
                 raise Fail(f"{path}, line {i + 1}: its {self.keys[1]} has no final answer that is understood")
             found[texts[0]] = Problem(texts[0], answer, solution)
