@@ -41,6 +41,17 @@ done
 python rl.py --run "${narrow[@]}" --iterations 480 --eval_every 5 --reward outcome pav pav_exact --no_control \
     --out results/rl_narrow_480
 
+expert=(runs/expert-seed{0,1,2}) long=(runs/expert_long-seed{0,1,2})
+flags="--expert_fraction 1 --strong_steps 0 --prover_rollouts 0"
+for s in 0 1 2; do
+    train "runs/expert-seed$s" $flags --seed "$s"
+    train "runs/expert_long-seed$s" $flags --q_steps 2400 --seed "$s"
+done
+python search.py --run "${expert[@]}" --out results/search_expert
+python search.py --run "${long[@]}" --out results/search_expert_long
+python -m results.search_expert.rollouts "${expert[@]}"
+python rl.py --run "${expert[@]}" --iterations 240 --eval_every 5 --out results/rl_expert
+
 countdown=(runs/countdown-seed{0,1,2})
 for s in 0 1 2; do train "runs/countdown-seed$s" --task countdown --seed "$s"; done
 python -m minipav.paper.report --runs "${countdown[@]}" --out results/train_countdown
