@@ -149,7 +149,8 @@ def train(run, reward, a, split, micro_batch):
     folder, (init, stages) = run.out / name, start(run, a, split, micro_batch)
 
     def work():
-        loop = LOOPS.get(reward, Reinforce)(run, init, folder, reward, a, split, micro_batch)
+        Loop = LOOPS[reward] if REWARDS[reward].loop else Reinforce
+        loop = Loop(run, init, folder, reward, a, split, micro_batch)
         policy = loop.train()
         policy.save(folder)
         facts = evaluate(run, folder, policy, a, a.n, split,

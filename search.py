@@ -102,7 +102,7 @@ def measure(run, a, wanted):
     for cell in wanted:
         alpha = bench.run.config["alpha"] if a.alpha is None else a.alpha
         how = chosen.get(known_as(cell), chosen.get(cell.score, [(alpha, "none")]))
-        tuned = METHODS[cell.method].shaped and None in (a.alpha, a.quota)
+        tuned = METHODS[cell.method].shaped and a.quota is None
         for group, (alpha, quota) in zip(("main", "tuned")[:1 + tuned], how):
             tables.append((group, bench.measure(replace(cell, prover=mu, alpha=alpha, quota=quota))))
     if a.all:

@@ -76,7 +76,7 @@ class Values:
         return child
 
     def __getitem__(self, rows):
-        """The values of the rows with these indices (a copy)."""
+        """The values of the rows with these indices (a copy), after `children`."""
         chosen = copy.copy(self)
         chosen.cache, chosen.q, chosen.count = self.cache.fold(rows, self.count[rows]), self.q[rows], None
         return chosen

@@ -78,7 +78,8 @@ def weights(model):
 
 def trained(run, folder, reward="pav", micro_batch=0, **kw):
     trial = rl.Trial(**{**TRIAL, **kw})
-    loop = rl.LOOPS.get(reward, Reinforce)(run, run.model("base"), folder, reward, trial, "test", micro_batch)
+    Loop = rl.LOOPS.get(reward, Reinforce)
+    loop = Loop(run, run.model("base"), folder, reward, trial, "test", micro_batch)
     loop.train()
     return loop
 

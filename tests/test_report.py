@@ -115,6 +115,8 @@ def test_token_ratio_where_the_orm_does_not_get_better():
     assert quantities.token_ratio()(s)[""]["mean"] == pytest.approx(1.33, abs=0.005)
     s.curves["beam:effective"] = pav._replace(acc=pav.acc / 2)
     assert quantities.token_ratio()(s) == {"": x(0.0, 0.0, 0.0)}      # the beam never gets there
+    s.curves["best_of_n:orm"] = orm._replace(acc=0 * orm.acc)
+    assert quantities.token_ratio()(s) == {"": None}                  # nor does anything else get anywhere
     s.curves.pop("beam:effective")
     assert not quantities.token_ratio()(s) and not quantities.ahead(s, "beam:effective", "best_of_n:orm")
 

@@ -130,6 +130,13 @@ def test_a_task_is_tried_out_before_a_policy_learns_it(slip, words):
         task.room(enc)
 
 
+def test_many_problems_are_drawn_in_chunks():
+    task = make_task("calculator", {})
+    last = task.draw(5000, np.random.default_rng(0))[-50:]
+    far = distance(transitions(last), np.array([p.start for p in last]), task.H)
+    assert all(task.min_steps <= f[p.target] <= task.H for p, f in zip(last, far))
+
+
 def test_a_row_has_room_for_the_prompt():
     task = make_task("calculator", {})
     task.prompt = lambda p: "x" * 300 + f"{p}\n"

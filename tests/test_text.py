@@ -1,4 +1,5 @@
 """GSM8K and MATH: what is read, what is right, what cannot break the checker; a language model end to end."""
+import io
 import json
 import os
 import random
@@ -7,6 +8,7 @@ import time
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from test_pretrained import a_folder
 
 from minipav.files import read_json
 from minipav.flags import parse
+from minipav.tasks import answers
 from minipav.tasks.answers import boxed, same
 from minipav.tasks.text import GSM8K, Math, Problem
 from minipav.tokenizer import END, synthetic_encoding
@@ -208,6 +211,13 @@ def test_what_no_search_could_write_is_told(data, capsys):
     told = capsys.readouterr().out.splitlines()
     assert len(told) == 2 and "--max_steps 2" in told[0] and "--max_step_tokens 12" in told[1]
     assert GSM8K(data=data).room(enc) and capsys.readouterr().out == ""
+
+
+def test_a_dead_math_verify_is_told_in_a_line(monkeypatch):
+    dead = SimpleNamespace(stdin=io.StringIO(), stdout=io.StringIO())
+    monkeypatch.setattr(answers, "_server", lambda: dead)
+    with pytest.raises(Fail, match="math-verify is dead"):
+        same("x+1", "1+x")
 
 
 def test_math_takes_the_last_box(tmp_path):

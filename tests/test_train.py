@@ -296,3 +296,11 @@ def test_minutes_cut_the_counts_once_and_for_all(tmp_path):
     assert "--q_steps" in said and 6 <= config["q_steps"] < 12 and config["test_problems"] == 20
     again = run_main(train, *flags, "--resume")
     assert "of it all" not in again and files.read_json(tmp_path / "a" / "config.json") == config
+
+
+def test_help_shows_the_defaults_that_are_used(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train.py", "--smoke", "--help"])
+    with pytest.raises(SystemExit):
+        train.main()
+    told = " ".join(capsys.readouterr().out.split())
+    assert "optimizer steps of the base policy (60)" in told and "of the beams (1 2)" in told

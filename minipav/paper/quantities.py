@@ -16,14 +16,15 @@ def ahead(s, a, b, of="main"):
 
 
 def token_ratio(of="main"):
-    """Tokens of best-of-N by the ORM at its best over the PAV beam's at that accuracy; 0 if it never is."""
+    """Tokens of best-of-N by the ORM at its best over the PAV beam's at that accuracy: 0 if it never is; none
+    if best-of-N is never right."""
     def measure(s):
         orm, pav = s.main("best_of_n:orm"), getattr(s, of)("beam:effective")
         if not (orm and pav):
             return None
         row, best = np.arange(len(orm.acc)), orm.acc.argmax(1)
         ratio = np.nan_to_num(orm.tokens[row, best] / tokens_to_reach(pav, orm.acc[row, best]))
-        return {"": interval(np.where(orm.acc[row, best] == 0, np.nan, ratio))}     # 0 is reached at once
+        return {"": interval(np.where(orm.acc[row, best] == 0, np.nan, ratio))}
     return measure
 
 

@@ -63,7 +63,8 @@ class Task:
         return max(128, 2 * int(encode_rows(enc, prompts)[1].max()) + 2 * self.max_new_tokens)
 
     def try_out(self, enc):
-        """Raises Fail if a right demonstration is none, or longer than what a search may write."""
+        """Raises Fail if a right demonstration is none, or longer than what a search may write (a text's may
+        be)."""
         problems = self.problems("train", 20, 0)
         texts = self.demonstrations(problems, 1.0, np.random.default_rng(0))
         for p, text in zip(problems, texts):

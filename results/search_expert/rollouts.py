@@ -1,5 +1,6 @@
-"""Is it the verifier? A beam whose values of unfinished prefixes are means of fresh rollouts of pi, not a
-verifier's (finished traces keep the verifier's value), beside the beam by the verifier, on the same problems.
+"""Is it the verifier? A beam whose values of unfinished prefixes are means of fresh rollouts of pi, judged by
+the problem's answer, not a verifier's: an upper bound, no method. Finished traces keep the verifier's value.
+Beside it the beam by the verifier, on the same problems, the first of search.py's.
 
     python -m results.search_expert.rollouts runs/expert-seed?         # -> rollouts.csv.gz beside this file
 """
@@ -61,7 +62,7 @@ def main():
     out = []
     for folder in sys.argv[1:]:
         run = Run.open(folder, "cpu")
-        problems, bench = run.problems("test", PROBLEMS), Bench(run)
+        problems, bench = run.problems("test", 500)[:PROBLEMS], Bench(run)
         for values in ("verifier", "rollouts"):
             s = bench.search(Cell("beam", "q_pi", problems=PROBLEMS))
             if values == "rollouts":
