@@ -1,5 +1,5 @@
 """Is it the verifier? A beam whose values of unfinished prefixes are means of fresh rollouts of pi, judged by
-the problem's answer, not a verifier's: an upper bound, no method. Finished traces keep the verifier's value.
+the problem's answer, not a verifier's: an oracle, no method. Finished traces keep the verifier's value.
 Beside it the beam by the verifier, on the same problems, the first of search.py's.
 
     python -m results.search_expert.rollouts runs/expert-seed?         # -> rollouts.csv.gz beside this file
