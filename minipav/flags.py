@@ -88,9 +88,9 @@ def parse(cls, doc, more=None, defaults=None):
         description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     add(first, cls, {})
     known, _ = first.parse_known_args()
-    classes = [cls, more(known)] if more else [cls]
+    classes, new = [cls, more(known)] if more else [cls], defaults(known) if defaults else {}
     for c in classes:
-        add(p, c, defaults(known) if defaults else {})
+        add(p, c, new)
     values = vars(p.parse_args())
     made = [check(c(**{f.name: values[f.name] for f in dataclasses.fields(c)})) for c in classes]
     return made if more else made[0]

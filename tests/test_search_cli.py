@@ -199,9 +199,12 @@ def test_a_cell_has_the_models_that_it_names(run):
     assert bench.search(Cell("beam", "exact")).verifier is None
 
 
-def test_n_samples_are_a_budget_whatever_n_is(run, tmp_path):
-    run_main(search, "--run", run[0], *SMALL, "--n", 6, "--search", "pass", "--out", tmp_path)
-    assert {r["n"] for r in csv.DictReader((tmp_path / "curves.csv").open())} == {"1", "2", "4", "6"}
+def test_n_samples_are_a_budget_whatever_n_is_and_what_is_given_is_not_tuned(run, tmp_path):
+    flags = "--n", 6, "--quota", "none", "--search", "pass", "beam:q_pi"
+    run_main(search, "--run", run[0], *SMALL, *flags, "--out", tmp_path)
+    found = [*csv.DictReader((tmp_path / "curves.csv").open())]
+    assert {r["n"] for r in found if r["search"] == "pass"} == {"1", "2", "4", "6"}
+    assert {r["search"] for r in found} == {"pass", "beam:q_pi"} and {r["group"] for r in found} == {"main"}
 
 
 def test_a_table_of_rows_has_no_nul():

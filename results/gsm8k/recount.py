@@ -51,8 +51,18 @@ def trainings(folder):
           for a, b in (("outcome", "sft"), ("pav", "sft"), ("pav", "outcome"))})
 
 
+def surprise(folder):
+    """The first evaluation of RL (2 samples a problem), in standard errors from the 32 of the same policy."""
+    rows = pd.read_csv(folder / "rows.csv.gz").set_index("problem")
+    start = rows[(rows.training == "outcome") & (rows.iteration == "0")]
+    end = rows[(rows.training == "sft") & (rows.iteration == "end")]
+    p = end.right / end.n
+    return (start.right.sum() - 2 * p.sum()) / (2 * (p * (1 - p)).sum() * (1 + 2 / 32)) ** 0.5
+
+
 def main():
     trainings(FULL / "rl")
+    print(f"its start is {surprise(FULL / 'rl'):.1f} standard errors from its own 32 samples")
     trainings(FULL.parent / "rl")
     print("all of GSM8K")
     curves = Curves(pd.read_csv(FULL / "rows.csv.gz", keep_default_na=False).assign(prover="", alpha=""))
