@@ -49,6 +49,18 @@ def mean(each):
     return interval(bootstrap([pd.DataFrame({"x": x}) for x in each.values()]).x.to_numpy())
 
 
+def explained(x, q, n=64):
+    """How well the column q tells the true values of unfinished prefixes of one problem and level apart: R^2
+    and mean squared error in percent. The sampling noise of the rollouts' means, of n each, is taken out."""
+    x = x[x.left > 0]
+    x = x[x.groupby(["problem", "step"]).step.transform("size") > 1]
+    level = x.groupby(["problem", "step"])
+    noise = x.rollouts * (1 - x.rollouts) / (n - 1) * (1 - 1 / level.step.transform("size"))
+    true, guess = (x[k] - level[k].transform("mean") for k in ("rollouts", q))
+    error = (guess - true) ** 2 - noise
+    return f"{1 - error.sum() / (true ** 2 - noise).sum():.2f} {100 * error.mean():.1f}%"
+
+
 def main():
     c = curves("search", "main", "tuned", "bases")
     q, orm = c.get("main", "best_of_n:q_pi"), c.get("main", "best_of_n:orm")
@@ -77,20 +89,26 @@ def main():
         "width 8, seeds 1 and 2": mean({r: at8[r] for r in (1, 2)})})
     told("... a quota of states", {"width 4": mean(gain("mechanism", "state", "q_pi"))})
 
-    oracle = pd.read_csv(HERE / "search_expert" / "rollouts.csv.gz")
-    rows = pd.read_csv(HERE / "search_expert" / "rows.csv.gz", keep_default_na=False)
-    rows = rows[(rows.group == "main") & (rows.score == "orm") & (rows.n == 8) & (rows.problem < 100)]
-    each = []
-    for run, x in oracle.groupby("run"):
-        x = x.pivot(index="problem", columns=["values", "width"], values=["right", "tokens"]).astype(float)
-        x["best-of-8", "", ""] = rows[rows.run == run].set_index("problem").right
-        each.append(x)
-    b = 100 * bootstrap(each)
-    told("better base: percent right by values and width", {
-        f"{v} {w}": interval(b["right", v, w].to_numpy())
-        for v in ("rollouts", "verifier") for w in (1, 2, 4)})
-    told("... width 2 by rollouts over best-of-8 by the ORM", {
-        "points": interval((b["right", "rollouts", 2] - b["best-of-8", "", ""]).to_numpy())})
+    for folder in ("search_expert", "search_expert_more"):
+        oracle = pd.read_csv(HERE / folder / "rollouts.csv.gz")
+        rows = pd.read_csv(HERE / folder / "rows.csv.gz", keep_default_na=False)
+        rows = rows[(rows.group == "main") & (rows.score == "orm") & (rows.n == 8) & (rows.problem < 100)]
+        each = []
+        for run, x in oracle.groupby("run"):
+            x = x.pivot(index="problem", columns=["values", "width"], values="right").astype(float)
+            x["best-of-8", 8] = rows[rows.run == run].set_index("problem").right
+            each.append(x)
+        b = 100 * bootstrap(each)
+        told(f"{folder}: percent right on 100 problems, by values and width", {
+            f"{v}, {w}": interval(b[v, w].to_numpy()) for v, w in b.columns})
+        told("... width 2 over best-of-8 by the ORM", {
+            v: interval((b[v, 2] - b["best-of-8", 8]).to_numpy()) for v in oracle["values"].unique()})
+    values = [pd.read_csv(HERE / "search_expert" / f"values-seed{s}.csv.gz") for s in (0, 1, 2)]
+    print("better base: Q^pi's values before the end within levels, R^2 and squared error of each seed")
+    for q in ("expert", "expert_long", "expert_more"):
+        for low, high in ((1, 99), (1, 1), (2, 2), (3, 3), (4, 4), (5, 6), (7, 99)):
+            each = (explained(x[x.step.between(low, high)], q) for x in values)
+            print(f"    {q}, steps {low} to {high}:", *each, sep="   ")
 
 
 if __name__ == "__main__":

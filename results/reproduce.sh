@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every result of this folder, stage by stage; what is done (but `rollouts`) is not done again. On 2 cores: see README.md.
+# Every result of this folder, stage by stage; what is done (but `rollouts`, `values`) is not done again. On 2 cores: see README.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -41,16 +41,21 @@ done
 python rl.py --run "${narrow[@]}" --iterations 480 --eval_every 5 --reward outcome pav pav_exact --no_control \
     --out results/rl_narrow_480
 
-expert=(runs/expert-seed{0,1,2}) long=(runs/expert_long-seed{0,1,2})
+expert=(runs/expert-seed{0,1,2}) long=(runs/expert_long-seed{0,1,2}) more=(runs/expert_more-seed{0,1,2})
 flags="--expert_fraction 1 --strong_steps 0 --prover_rollouts 0"
 for s in 0 1 2; do
     train "runs/expert-seed$s" $flags --seed "$s"
     train "runs/expert_long-seed$s" $flags --q_steps 2400 --seed "$s"
+    train "runs/expert_more-seed$s" $flags --problems 40000 --branches 160000 --q_steps 4800 --seed "$s"
+    python -m results.search_expert.values "runs/expert-seed$s" "runs/expert_long-seed$s" "runs/expert_more-seed$s"
 done
 python search.py --run "${expert[@]}" --out results/search_expert
 python search.py --run "${long[@]}" --out results/search_expert_long
+python search.py --run "${more[@]}" --out results/search_expert_more
 python -m results.search_expert.rollouts "${expert[@]}"
+python -m results.search_expert.rollouts "${more[@]}"
 python rl.py --run "${expert[@]}" --iterations 240 --eval_every 5 --out results/rl_expert
+python rl.py --run "${more[@]}" --iterations 240 --eval_every 5 --out results/rl_expert_more
 
 countdown=(runs/countdown-seed{0,1,2})
 for s in 0 1 2; do train "runs/countdown-seed$s" --task countdown --seed "$s"; done
