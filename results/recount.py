@@ -103,10 +103,12 @@ def main():
             f"{v}, {w}": interval(b[v, w].to_numpy()) for v, w in b.columns})
         told("... width 2 over best-of-8 by the ORM", {
             v: interval((b[v, 2] - b["best-of-8", 8]).to_numpy()) for v in oracle["values"].unique()})
+    early = b["rollouts to 3"] - b["rollouts from 4"]
+    told("... rollouts to 3 over rollouts from 4", {f"width {w}": interval(early[w].to_numpy()) for w in early})
     values = [pd.read_csv(HERE / "search_expert" / f"values-seed{s}.csv.gz") for s in (0, 1, 2)]
     print("better base: Q^pi's values before the end within levels, R^2 and squared error of each seed")
     for q in ("expert", "expert_long", "expert_more"):
-        for low, high in ((1, 99), (1, 1), (2, 2), (3, 3), (4, 4), (5, 6), (7, 99)):
+        for low, high in ((1, 99), (1, 3), (4, 99), (1, 1), (2, 2), (3, 3), (5, 6), (7, 99)):
             each = (explained(x[x.step.between(low, high)], q) for x in values)
             print(f"    {q}, steps {low} to {high}:", *each, sep="   ")
 
