@@ -104,7 +104,7 @@ def main():
         told("... width 2 over best-of-8 by the ORM", {
             v: interval((b[v, 2] - b["best-of-8", 8]).to_numpy()) for v in oracle["values"].unique()})
     early = b["rollouts to 3"] - b["rollouts from 4"]
-    told("... rollouts to 3 over rollouts from 4", {f"width {w}": interval(early[w].to_numpy()) for w in early})
+    told("... rollouts to 3 over from 4", {f"width {w}": interval(early[w].to_numpy()) for w in early})
     values = [pd.read_csv(HERE / "search_expert" / f"values-seed{s}.csv.gz") for s in (0, 1, 2)]
     print("better base: Q^pi's values before the end within levels, R^2 and squared error of each seed")
     for q in ("expert", "expert_long", "expert_more"):
