@@ -6,7 +6,6 @@ Beside it the beam by the verifier, on the same problems, the first of search.py
     python -m results.search_expert.rollouts runs/expert-seed?         # -> rollouts.csv.gz in search_expert/
 """
 import copy
-import gzip
 import sys
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ import pandas as pd
 import torch
 
 from minipav.advantage import rollout_from
-from minipav.files import write_whole
+from minipav.paper.report import keep
 from minipav.run import Run
 from minipav.search.beam import beam
 from minipav.search.measure import Bench, Cell
@@ -75,9 +74,8 @@ def main():
                 out += [(run.config["seed"], values, width, i, int(a), int(b), int(t))
                         for i, (a, b, t) in enumerate(zip(r.right, r.solved, r.tokens))]
     columns = ["run", "values", "width", "problem", "right", "solved", "tokens"]
-    packed = gzip.compress(pd.DataFrame(out, columns=columns).to_csv(index=False).encode(), mtime=0)
     path = Path(__file__).parents[1] / f"search_{Path(folder).name.partition('-')[0]}" / "rollouts.csv.gz"
-    write_whole(path, lambda p: p.write_bytes(packed))
+    keep(path, [pd.DataFrame(out, columns=columns)])
     print(f"rows in {path}")
 
 

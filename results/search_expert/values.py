@@ -4,14 +4,13 @@ problems of the last run (at its end: the outcome).
 
     python -m results.search_expert.values runs/expert{,_long,_more}-seed0      # -> values-seed0.csv.gz here
 """
-import gzip
 import sys
 from pathlib import Path
 
 import pandas as pd
 
 from minipav.advantage import monte_carlo
-from minipav.files import write_whole
+from minipav.paper.report import keep
 from minipav.run import Run
 from minipav.utils import tune_process
 from minipav.verifier import score
@@ -33,9 +32,8 @@ def main():
     for name, run in runs.items():
         q = score(run.model("q_pi"), traces.tokens, traces.ends)
         columns[name] = [f"{x:.4f}" for x in q[trace, step].tolist()]
-    packed = gzip.compress(pd.DataFrame(columns).to_csv(index=False).encode(), mtime=0)
     path = Path(__file__).parent / f"values-seed{seed}.csv.gz"
-    write_whole(path, lambda p: p.write_bytes(packed))
+    keep(path, [pd.DataFrame(columns)])
     print(f"rows in {path}")
 
 
