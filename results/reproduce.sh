@@ -15,6 +15,7 @@ python search.py --run "${runs[@]}" --all --out results/search
 python -m minipav.paper.mechanism --run "${runs[@]}" --noise --out results/mechanism
 python -m minipav.paper.mechanism --run "${runs[@]}" --width 8 --quotas none --validation 200 \
     --verifiers base-30 base-60 --out results/mechanism_w8
+python -m results.mechanism_provers.provers "${runs[@]}"
 python search.py --run "${runs[@]}" --verifier mechanism/base-60 --all --out results/search_weak
 python search.py --run "${runs[@]}" --verifier mechanism/base-60 --spread 0 --quota none --widths 4 8 16 \
     --search pass beam:q_pi beam:effective --out results/search_weak_spread0
