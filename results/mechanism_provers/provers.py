@@ -1,13 +1,13 @@
-"""Does progress under another policy help a beam, if nobody's verifier is better trained? Q^pi, Q^mu of the
-weaker and of the stronger policy, and a second Q^pi (another network: what two of them are worth) are trained
-alike: from pi, the same few updates. Beams by Q^pi, Q^pi + alpha A^mu, Q^pi + alpha Q^mu ("bonus") and Q^mu
-alone, the finished trace by Q^pi; alpha is chosen on validation problems.
+"""Does progress under another policy help a beam, with as many updates for every verifier? Q^pi, Q^mu of the
+weaker and of the stronger policy, and a second Q^pi (another network) are trained from pi. Beams by Q^pi, by
+Q^pi + alpha A^mu, Q^pi + alpha Q^mu ("bonus"), A^mu and Q^mu alone, the finished trace by Q^pi; and, trace
+and all, by a Q^pi of twice the updates. alpha is chosen on validation problems.
 
     python -m results.mechanism_provers.provers runs/calculator-seed?       # -> rows.csv.gz, auc.csv here
     python -m results.mechanism_provers.provers                             # the numbers, from the rows alone
 """
 import sys
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 
 import pandas as pd
@@ -26,8 +26,9 @@ PROBLEMS = {"validation": 200, "test": 500}
 VERIFIERS = {"pi": ("base", 1), "second": ("base", 1), "weak": ("weak", 1), "strong": ("strong", 1),
              "twice": ("base", 2)}              # whose data, how often the updates
 MUS = "second", "weak", "strong"
-SEARCHES = [("effective", "bo4"), *(("effective", mu) for mu in MUS), *(("bonus", mu) for mu in MUS)]
-ALONE = [("q_mu", mu) for mu in (*MUS, "twice")]
+PROVERS = "bo1", "bo4", *MUS
+TUNED = [*(("effective", mu) for mu in PROVERS), *(("bonus", mu) for mu in MUS)]
+OTHERS = [*(("q_mu", mu) for mu in MUS), *(("advantage", mu) for mu in PROVERS), ("q_pi", "twice")]
 
 
 def train(run, name, steps):
@@ -51,22 +52,22 @@ def measure(run, steps, quota):
     bench.models["q_pi"] = run.model(made["pi"][0])
 
     def search(split, score, mu="", alpha=0.0):
-        cell = Cell("beam", score, prover=made[mu][0] if mu in made else mu, alpha=alpha, quota=quota,
-                    split=split, problems=PROBLEMS[split])
+        who = {"verifier" if score == "q_pi" else "prover": made[mu][0] if mu in made else mu}
+        cell = Cell("beam", score, **who, alpha=alpha, quota=quota, split=split, problems=PROBLEMS[split])
         r = search_width(bench.search(cell), run.problems(split, cell.problems), WIDTH, 0)
         out.extend((run.config["seed"], steps, quota, score, mu, alpha, split, i, int(a), int(t))
                    for i, (a, t) in enumerate(zip(r.right, r.tokens)))
         return float(r.right.mean())
     valid, plain = search("validation", "q_pi"), search("test", "q_pi")
     as_plain, name = out[PROBLEMS["validation"]:], f"{run.out.name}, {steps} updates, quota {quota}"
-    for score, mu in SEARCHES:
+    for score, mu in TUNED:
         tried = {0.0: valid} | {x: search("validation", score, mu, x) for x in ALPHAS}
         alpha = max(tried, key=tried.get)
         got = search("test", score, mu, alpha) if alpha else plain
         if not alpha:
             out.extend((*row[:3], score, mu, *row[5:]) for row in as_plain)
         print(f"{name}, {score} {mu}: alpha {alpha}, {plain:.3f} -> {got:.3f}", flush=True)
-    for score, mu in ALONE if quota == "none" else []:
+    for score, mu in OTHERS:
         print(f"{name}, {score} {mu}: {search('test', score, mu):.3f}", flush=True)
     return out
 
@@ -91,21 +92,25 @@ def main():
 
 
 def report(rows):
-    """Accuracy of the beam by Q^pi, then points of one beam over another, on test problems."""
-    test, names = rows[rows.split == "test"], ["quota", "score", "prover"]
-    plain = {quota: (quota, "q_pi", "") for quota in QUOTAS}
-    pairs = [((quota, *x), plain[quota]) for quota in QUOTAS for x in SEARCHES + ALONE * (quota == "none")]
-    pairs += [(plain["state"], plain["none"])]
-    pairs += [((quota, "effective", mu), (quota, "bonus", mu)) for quota in QUOTAS for mu in MUS]
-    pairs += [(("none", "effective", "strong"), ("none", *x)) for x in SEARCHES[:3]]
-    pairs += [(("none", "effective", mu), ("none", "q_mu", "twice")) for mu in ("bo4", *MUS)]
-    for steps in [*((x,) for x in STEPS), STEPS[:2], STEPS]:
-        wide = test[test.steps.isin(steps)].groupby(["run", "problem", *names]).right.mean().unstack(names)
-        boot = bootstrap([x.droplevel("run") for _, x in wide.groupby("run")])
-        print(f"mean of {steps} updates: Q^pi {interval(boot[plain['none']].to_numpy())}")
-        for a, b in pairs:
-            x = interval(100 * (boot[a] - boot[b]).to_numpy())
-            print(f"  {' '.join(a)} over {' '.join(b)}: {x['mean']:+.1f} [{x['lo']:.1f}, {x['hi']:.1f}]")
+    """Accuracy of the beams by Q^pi, then points between beams, on test problems."""
+    test, names = rows[rows.split == "test"], ["steps", "quota", "score", "prover"]
+    wide = test.groupby(["run", "problem", *names]).right.mean().unstack(names)
+    boot = bootstrap([x.droplevel("run") for _, x in wide.groupby("run")])
+    for steps in [*((x,) for x in STEPS), STEPS]:
+        right = sum(boot[x] for x in steps) / len(steps)
+        told = {x: right[x] - right[x[0], "q_pi", ""] for x in right if x[1:] != ("q_pi", "")}  # gains
+        for quota in QUOTAS:
+            gain = {x[1:]: told[x] for x in told if x[0] == quota}
+            a = {mu: gain["effective", mu] for mu in PROVERS}
+            told |= {(quota, mu, "A over Q"): a[mu] - gain["bonus", mu] for mu in MUS}
+            told |= {(quota, "A of", x, "over", y): a[x] - a[y] for y, x in combinations(PROVERS, 2)}
+            told |= {(quota, "A of", mu, "over twice"): a[mu] - gain["q_pi", "twice"] for mu in PROVERS}
+        told |= {(*x, "more than beside the quota"): told["none", *x] - told["state", *x] for x in TUNED}
+        told["quota", "of states"] = right["state", "q_pi", ""] - right["none", "q_pi", ""]
+        print("updates:", *steps, *((q, interval(right[q, "q_pi", ""].to_numpy())) for q in QUOTAS))
+        for what, x in told.items():
+            x = interval(100 * x.to_numpy())
+            print(" ", *what, f"{x['mean']:.1f} [{x['lo']:.1f}, {x['hi']:.1f}]")
 
 
 if __name__ == "__main__":
