@@ -2,6 +2,7 @@
 weaker and of the stronger policy, and a second Q^pi (another network) are trained from pi. Beams by Q^pi, by
 Q^pi + alpha A^mu, Q^pi + alpha Q^mu ("bonus"), A^mu and Q^mu alone, the finished trace by Q^pi; and, trace
 and all, by a Q^pi of twice the updates. alpha is chosen on validation problems.
+Give all runs: the files here are replaced. Delete RUN/provers/rows-* after a change of this file.
 
     python -m results.mechanism_provers.provers runs/calculator-seed?       # -> rows.csv.gz, auc.csv here
     python -m results.mechanism_provers.provers                             # the numbers, from the rows alone
