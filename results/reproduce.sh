@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every result of this folder, stage by stage; what is done (but `rollouts`, `values`) is not done again. On 2 cores: see README.md.
+# Every result of this folder, stage by stage (README.md); what is done (but `rollouts`, `values`) is not done again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

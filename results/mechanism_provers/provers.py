@@ -89,7 +89,10 @@ def main():
     if frames:
         keep(here / "rows.csv.gz", frames)
         write_csv(here / "auc.csv", ["run", "steps", "verifier", "auc"], aucs)
-    report(pd.read_csv(here / "rows.csv.gz", keep_default_na=False))
+    rows = pd.read_csv(here / "rows.csv.gz", keep_default_na=False)
+    report(rows)
+    print("without seed 0")
+    report(rows[rows.run != 0])
 
 
 def report(rows):
