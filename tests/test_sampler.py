@@ -150,6 +150,9 @@ def test_uniform_numbers_are_uniform_and_belong_to_seed_row_and_token():
         assert ((counts - 1024) ** 2 / 1024).sum() < 63 + 4 * 126 ** 0.5        # chi2: mean + 4 standard dev.
     both = torch.cat([u, u.roll(1, 1)])                         # and their neighbours' in the batch
     assert (torch.corrcoef(both) - torch.eye(18)).abs().max() < 0.02            # 5 standard deviations
+    calls = [uniform(seed, row[:2000, None], torch.arange(40)).double() for seed in range(100)]
+    spread = sum(((u - 0.5).mean() ** 2) * 12 * u.numel() for u in calls) / 100     # 1 if all are independent
+    assert abs(spread - 1) < 4 * (2 / 100) ** 0.5
 
 
 def test_a_token_of_probability_zero_is_never_chosen():
