@@ -3,10 +3,13 @@ import contextlib
 import fcntl
 import io
 import os
+import resource
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"                        # before it is imported: test_kernels.py
 
+from minipav import files  # noqa: E402
 from minipav.advantage import standard_error  # noqa: E402
 from minipav.model import GPT, GPTConfig  # noqa: E402
 from minipav.tasks import make_task  # noqa: E402
@@ -156,13 +160,54 @@ def call(*args):
     return subprocess.run(args, cwd=ROOT, capture_output=True, text=True, env=ONE_CORE)
 
 
-def run_main(script, *args):
+class Hang(BaseException):
+    """A command that took too long."""
+
+
+@contextlib.contextmanager
+def limits(seconds=60, gigabytes=6):
+    """A command that hangs ends in Hang; one that asks for more memory gets none."""
+    def stop(*_):
+        raise Hang(f"more than {seconds} s")
+    before, handler = resource.getrlimit(resource.RLIMIT_AS), signal.signal(signal.SIGALRM, stop)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (gigabytes << 30), before[1]))
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def unlock():
+    """What the end of a process does."""
+    for f in files.LOCKS.values():
+        f.close()
+    files.LOCKS.clear()
+
+
+def run_main(script, *args, cwd="."):
     """What main() of a script (a module, or a path for a fresh copy) prints with these flags."""
     main, out = script.main if hasattr(script, "main") else runpy.run_path(str(script))["main"], io.StringIO()
+    unlock()
     with pytest.MonkeyPatch.context() as m, contextlib.redirect_stdout(out):
+        m.chdir(cwd)
         m.setattr(sys, "argv", ["script.py", *map(str, args)])
-        main()
+        try:
+            main()
+        finally:
+            unlock()
     return out.getvalue()
+
+
+def where(e):
+    """An exception and the lines of the project that it came through, the last one first."""
+    frames = [f for f in traceback.extract_tb(e.__traceback__) if ROOT in Path(f.filename).parents
+              and Path(__file__).parent != Path(f.filename).parent]
+    lines = " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in frames[::-1][:3])
+    return f"{type(e).__name__}: {' '.join(str(e).split())[:150]} at {lines}"
 
 
 def fails(script, *args):

@@ -1,6 +1,5 @@
 """Every file that a command reads, damaged in every way: the command says in one line which file it is, or
-the result is that of the undamaged run. Nonsense flags; losses that are not finite; two processes in one
-folder."""
+the result is that of the undamaged run. Losses that are not finite; two processes in one folder."""
 import contextlib
 import csv
 import gzip
@@ -9,19 +8,18 @@ import itertools
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-import traceback
 import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from conftest import ROOT, Hang, call, limits, run_main, unlock, where
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -30,10 +28,8 @@ import search
 import train
 from minipav import files, reinforce, sft, verifier
 from minipav.paper import report
-from minipav.run import Run
-from minipav.utils import Fail, NotFinite
+from minipav.utils import Fail
 
-ROOT = Path(__file__).parent.parent
 NAN, INF = float("nan"), float("inf")
 
 # ---- a finished run of train.py, search.py and rl.py, and an RL training that was stopped in the middle
@@ -48,67 +44,25 @@ RL = ("--device cpu --reward pav --refresh 1 --iterations 4 --eval_every 2 --bat
       "--n 4").split()
 
 
-class Hang(BaseException):
-    """A command that took too long."""
-
-
-@contextlib.contextmanager
-def limits(seconds=60, gigabytes=6):
-    """A command that hangs ends in Hang; one that asks for more memory gets none."""
-    def stop(*_):
-        raise Hang(f"more than {seconds} s")
-    before, handler = resource.getrlimit(resource.RLIMIT_AS), signal.signal(signal.SIGALRM, stop)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + (gigabytes << 30), before[1]))
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, handler)
-        resource.setrlimit(resource.RLIMIT_AS, before)
-
-
-def unlock():
-    """What the end of a process does."""
-    for f in files.LOCKS.values():
-        f.close()
-    files.LOCKS.clear()
-
-
-def main(module, *args, cwd=ROOT):
-    """What main() of a script prints with these flags."""
-    unlock()
-    with pytest.MonkeyPatch.context() as m, contextlib.redirect_stdout(io.StringIO()) as out:
-        with contextlib.redirect_stderr(io.StringIO()):
-            m.chdir(cwd)
-            m.setattr(sys, "argv", ["script.py", *map(str, args)])
-            try:
-                module.main()
-            finally:
-                unlock()
-    return out.getvalue()
-
-
 class Toy:
     """folder: the finished run; stopped: what its RL training had written when it was stopped."""
 
     def __init__(self, folder, flags, rl_flags):
         self.folder, self.flags, self.rl_flags = folder / "run", flags, rl_flags
         self.stopped = folder / "stopped"
-        main(train, *flags, "--out", self.folder)
-        main(search, "--run", self.folder, *SEARCH)
+        run_main(train, *flags, "--out", self.folder)
+        run_main(search, "--run", self.folder, *SEARCH)
         with pytest.MonkeyPatch.context() as m, pytest.raises(KeyboardInterrupt):
             go_on = reinforce.Reinforce.iterate
             m.setattr(reinforce.Reinforce, "iterate",
                       lambda loop, i: interrupt() if i == 3 else go_on(loop, i))
-            main(rl, "--run", self.folder, *rl_flags)
+            run_main(rl, "--run", self.folder, *rl_flags)
         [half] = self.folder.glob("rl/pav-*")
         shutil.copytree(half, self.stopped)
-        main(rl, "--run", self.folder, *rl_flags)
-        main(report, "--runs", self.folder, "--out", self.folder / "mean")
+        run_main(rl, "--run", self.folder, *rl_flags)
+        run_main(report, "--runs", self.folder, "--out", self.folder / "mean")
         shutil.copytree(ROOT / "results" / "didactic", self.folder / "didactic")
-        self.names, self.claims = self._names(), main(report, "--claims", self.folder / "didactic")
+        self.names, self.claims = self._names(), run_main(report, "--claims", self.folder / "didactic")
         self.sums = self._sums()
 
     def _names(self):
@@ -634,14 +588,6 @@ def names(message, path, folder, what):
     return str(path) in message or path.parent != folder and near in message or flag or gone
 
 
-def where(e):
-    """An exception and the lines of the project that it came through, the last one first."""
-    frames = [f for f in traceback.extract_tb(e.__traceback__) if Path(__file__) != Path(f.filename)
-              and ROOT in Path(f.filename).parents]
-    lines = " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in frames[::-1][:3])
-    return f"{type(e).__name__}: {' '.join(str(e).split())[:150]} at {lines}"
-
-
 def check(toy, case, folder):
     command = COMMANDS[case.command]
     toy.clone(folder)
@@ -661,7 +607,7 @@ def check(toy, case, folder):
     start = time.time()
     try:
         with limits():
-            printed = main(command.module, *command.args(toy, folder))
+            printed = run_main(command.module, *command.args(toy, folder))
     except Fail as e:
         assert case.damage, f"undamaged, and yet: {e}"
         assert "\n" not in str(e) and len(str(e)) < 700, f"NOT ONE LINE {e}"
@@ -700,205 +646,6 @@ def test_damaged_sample(small, case, tmp_path):
     check(small, case, tmp_path / "run")
 
 
-# ---- nonsense flags: one line that names the flag, before any work is done and any file is written
-
-class Started(BaseException):
-    """The flags were accepted."""
-
-
-BIG, HUGE, LONG = "9" * 20, "9" * 5000, "x" * 5000
-INTS = ("text", "", "1.5", "²", "-1", "nan", "inf", "\0", BIG, HUGE)
-FLOATS = ("text", "", "²", "-1", "nan", "inf", "-inf", "1e400", "\0", HUGE)
-PROVERS = ("bo0", "bo", "bo-1", "bo²", "bo1.5", "bo" + BIG, "bo" + HUGE, "BO4", "bo4 ", "bo4\n", "",
-           "nonsense", "/", "/dev/null", "\0", LONG, "{tmp}", "{run}", "{run}/base")
-
-
-def each(script, flag, *values):
-    """(script, its flags, what the message has to name). {run}: a finished run, {copy}: another with the same
-    seed, {tmp}: an empty folder, {file}: a file."""
-    return [(script, (flag, *(v if isinstance(v, tuple) else (v,))), flag) for v in values]
-
-
-def to_train(t="train"):
-    yield from each(t, "--problems", *INTS, "0", "1e3", "1000000000")
-    yield from each(t, "--alpha", *FLOATS, "1001")
-    yield from each(t, "--K", "0", "1000000", BIG, "²")
-    yield from each(t, "--widths", (), "0", "-1", "text", "", BIG, ("1", "1"), ("1", "2", "1"), "4097")
-    yield from each(t, "--seed", "-1", BIG, HUGE, str(2**32), "nan")
-    yield from each(t, "--top_p", "0", "1.5", "nan", "-1")
-    yield from each(t, "--temperature", "0", "1000", "nan", "-1")
-    yield from each(t, "--lr_muon", "-1", "11", "nan", "inf")
-    yield from each(t, "--lr_adamw_verifier", "0", "-1", "1e38", "nan")
-    for flag in ("--expert_fraction", "--weak_at", "--pit_threshold", "--corrupted_fraction"):
-        yield from each(t, flag, "1.1", "-0.1", "nan")
-    for flag in ("--batch_size", "--n_cov", "--n_mc", "--q_steps", "--orm_steps", "--mu_steps",
-                 "--test_problems", "--max_n", "--max_tokens_in_flight"):
-        yield from each(t, flag, "0", BIG)
-    for flag in ("--branches", "--pit_traces", "--prover_rollouts", "--sft_steps", "--strong_steps"):
-        yield from each(t, flag, "-1", BIG)
-    yield from each(t, "--prover_rollouts", "1000000000")                       # no memory holds them
-    yield t, ("--problems", "10000000", "--n_cov", "4096"), "--n_cov"
-    yield t, ("--test_problems", "1000000", "--max_n", "65536"), "--max_n"
-    yield from each(t, "--task", "chess", "", "Calculator", "\0", LONG)
-    for flag in ("--size", "--recipe", "--target", "--device"):
-        yield from each(t, flag, "nonsense", "")
-    yield from each(t, "--H", "0", "21", "²", "text", "nan", BIG)
-    yield t, ("--H", "3"), "--min_steps"
-    yield t, ("--H", "4", "--min_steps", "5"), "--min_steps"
-    yield t, ("--task", "countdown", "--H", "4"), "--H"
-    yield t, ("--numbers", "4"), "--numbers"
-    for x in ("2", "7", "text", "²"):
-        yield t, ("--task", "countdown", "--numbers", x), "--numbers"
-    yield t, ("--resume", "yes"), "yes"
-    yield t, ("--prob", "20"), "--prob"
-    yield from each(t, "--out", (), "/dev/null/x", "/dev/null", "\0", LONG, "{file}", "{file}/x", "")
-
-
-def to_search(s="search"):
-    yield from each(s, "--run", (), "/nothing", "/dev/null", "", "\0", LONG, "{tmp}", "{file}", "{file}/x",
-                    ("{run}", "{run}"))
-    yield from each(s, "--search", (), "nonsense", "nonsense:q_pi", "beam:nonsense", ":", "", "greedy:q_pi",
-                    "pass:orm", "majority:q_pi", "beam:effective:x", "BEAM:effective", ("greedy", "greedy"),
-                    ("greedy", "nonsense"), "\0", LONG)
-    yield from each(s, "--n", *INTS, "0", "65537")
-    yield from each(s, "--widths", "0", ("1", "1"), "", "4097", "text")
-    yield from each(s, "--alpha", *FLOATS, "1001")
-    yield from each(s, "--prover", *PROVERS)
-    yield from each(s, "--problems", "0", BIG, "text")
-    yield from each(s, "--problems", "1000000")                                 # no memory holds them
-    yield from each(s, "--validation", "0", BIG)
-    yield from each(s, "--seeds", (), "-1", BIG, HUGE, ("0", "0"), "text", "²")
-    yield from each(s, "--show", "-1", "text", BIG)
-    yield from each(s, "--policy", "nonsense", "")
-    yield from each(s, "--device", "tpu", "")
-    yield from each(s, "--out", "/dev/null/x", "\0", LONG, "{file}", "{file}/x")
-    yield s, ("--run", "{run}", "{tmp}"), "--out"
-    yield s, ("--run", "{run}", "{copy}", "--out", "{tmp}"), "--run"
-
-
-def to_rl(r="rl"):
-    yield from each(r, "--run", "/nothing", "{tmp}", ("{run}", "{run}"), "\0", LONG)
-    yield from each(r, "--reward", (), "nonsense", "", ("pav", "pav"), ("pav", "nonsense"))
-    yield from each(r, "--prover", *PROVERS)
-    yield from each(r, "--kl", *FLOATS, "1001")
-    yield from each(r, "--lr", "0", "-1", "nan", "inf", "11")
-    yield from each(r, "--alpha", "-1", "nan", "inf", "1001")
-    yield from each(r, "--warmup", "-1", "2", "nan")
-    yield from each(r, "--value_lr", "0", "nan")
-    yield from each(r, "--value_lr_muon", "-1", "inf")
-    yield from each(r, "--batch", *INTS, "0", "7", "65540")
-    yield from each(r, "--seed", "-1", BIG)
-    for flag in ("--group", "--iterations", "--eval_every", "--eval_n", "--n", "--problems", "--n_mc"):
-        yield from each(r, flag, "0", BIG, "text")
-    for flag in ("--refresh", "--micro_batch"):
-        yield from each(r, flag, "-1", BIG)
-    for flag in ("--policy", "--baseline", "--tune", "--device"):
-        yield from each(r, flag, "nonsense", "")
-    yield r, ("--batch", "8", "--group", "16"), "--batch"
-    yield r, ("--group", "1", "--baseline", "group"), "--group"
-    yield r, ("--reward", "pav_exact", "--prover", "weak"), "--prover"
-    yield r, ("--reward", "pav", "--refresh", "1", "--prover", "strong"), "--prover"
-    yield r, ("--reward", "pav_rollout", "--prover", "bo16"), "--n_mc"
-    yield r, ("--tune", "lr", "--sweep"), "--sweep"
-    yield r, ("--problems", "1000000", "--n", "65536"), "--problems"            # no memory holds them
-    yield from each(r, "--out", "/dev/null/x", "\0", "{file}", "{file}/x")
-
-
-def to_report(p="report"):
-    yield p, (), "--runs"
-    yield p, ("--runs", "{run}"), "--out"
-    yield p, ("--out", "{tmp}/x"), "--runs"
-    yield p, ("--runs", "--out", "{tmp}/x"), "--runs"
-    for run in ("/nothing", "{tmp}", "{file}", "", LONG):
-        yield p, ("--runs", run, "--out", "{tmp}/x"), "--runs"
-    yield p, ("--runs", "{run}", "{run}", "--out", "{tmp}/x"), "--runs"
-    yield p, ("--runs", "{run}", "{copy}", "--out", "{tmp}/x"), "seed"
-    yield from each(p, "--claims", (), "/nothing", "{tmp}", "{file}", "\0", LONG, "")
-    for out in ("/dev/null/x", "{file}", "{file}/x", "\0", LONG):
-        yield p, ("--runs", "{run}", "--out", out), "--out"
-
-
-SCRIPTS = {"train": train, "search": search, "rl": rl, "report": report}
-NONSENSE = [(script, flags, flags[0]) for script in SCRIPTS
-            for flags in (("--nonsense",), ("--nonsense", "3"), ("surplus",))]
-NONSENSE += [*to_train(), *to_search(), *to_rl(), *to_report()]
-
-
-def shown(case):
-    return " ".join([case[0], *(x if len(x) < 30 else x[:20] + "~" for x in case[1])]).replace("\0", "NUL")
-
-
-@pytest.fixture(scope="module")
-def places(small, tmp_path_factory):
-    """What {run} and so on stand for."""
-    tmp = tmp_path_factory.mktemp("places")
-    (tmp / "empty").mkdir()
-    (tmp / "file").write_text("text")
-    return {"run": str(small.clone(tmp / "run")), "copy": str(small.clone(tmp / "copy")),
-            "tmp": str(tmp / "empty"), "file": str(tmp / "file")}
-
-
-def flags_of(script, args, places):
-    args = [x.format_map(places) if "{" in x else x for x in args]
-    if script in ("search", "rl") and "--run" not in args:
-        args = [*args, "--run", places["run"]]
-    return [*args, "--out", "new"] if script == "train" and "--out" not in args else args
-
-
-def tree(places):
-    return {p for p in Path(places["run"]).parent.rglob("*") if p.is_file() and p.name != ".lock"}
-
-
-@pytest.mark.parametrize("case", NONSENSE, ids=shown)
-def test_nonsense_flags(places, case, monkeypatch, tmp_path):
-    script, args, flag = case
-
-    def started(*_, **__):
-        raise Started
-    monkeypatch.setattr(Run, "stage", started)
-    monkeypatch.setattr(search, "show", started)
-    monkeypatch.setattr(report, "load", started)
-    before, start = tree(places), time.time()
-    try:
-        with limits(20):
-            main(SCRIPTS[script], *flags_of(script, args, places), cwd=tmp_path)
-    except Fail as e:
-        message = str(e)
-    except Started:
-        pytest.fail("ACCEPTED: work begins", pytrace=False)
-    except (Hang, SystemExit, Exception) as e:
-        pytest.fail(f"TRACEBACK {where(e)}", pytrace=False)
-    else:
-        pytest.fail("ACCEPTED, exit 0", pytrace=False)
-    assert flag.format_map(places) in message, f"NOT NAMED {message[:300]}"
-    assert "\n" not in message, f"NOT ONE LINE {message[:300]!r}"
-    assert time.time() - start < 10
-    assert tree(places) == before and not list(tmp_path.rglob("*")), "it has written something"
-
-
-def real(*args, **kw):
-    return subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, capture_output=True, text=True,
-                          timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}, **kw)
-
-
-REAL = [("train.py", ("--problems", "²"), "--problems"), ("-m minipav.paper.report", (), "--runs"),
-        *[pytest.param(*x, marks=pytest.mark.slow) for x in (
-            ("search.py", ("--search", "no:q_pi"), "--search"), ("rl.py", ("--batch", "7"), "--batch"),
-            ("train.py", ("--task", "chess"), "--task"), ("train.py", ("--out", "/dev/null/x"), "--out"),
-            ("train.py", ("--problems", HUGE), "--problems"),
-            ("train.py", ("--task", "countdown", "--H", "4"), "--H"),
-            ("search.py", ("--prover", "bo²"), "--prover"), ("search.py", ("--run", "/nothing"), "--run"),
-            ("rl.py", ("--kl", "nan"), "--kl"), ("rl.py", ("--seed", BIG), "--seed"),
-            ("-m minipav.paper.report", ("--runs", "/nothing", "--out", "/tmp/nothing"), "/nothing"))]]
-
-
-@pytest.mark.parametrize("script, args, flag", REAL)
-def test_nonsense_flags_of_a_real_process(script, args, flag):
-    done = real(*script.split(), *args)
-    assert done.returncode == 1 and done.stdout == "" and "Traceback" not in done.stderr
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and flag in done.stderr
-
-
 # ---- a loss that is not finite ends the stage, and what comes later goes on from there
 
 def spoiled(function, since=0):
@@ -934,14 +681,14 @@ def test_a_loss_that_is_not_finite(small, tmp_path, stage, command, drop, module
             shutil.copy(path, folder / stage / path.name)
     with pytest.MonkeyPatch.context() as m, pytest.raises(Fail) as e:
         m.setattr(module, loss, spoiled(getattr(module, loss), since))
-        main(c.module, *c.args(small, folder))
+        run_main(c.module, *c.args(small, folder))
     message = str(e.value)
     assert "\n" not in message and "not finite" in message.replace("not a finite number", "not finite")
     assert stage.removeprefix("rl/") in message
     assert not (folder / "stages" / f"{stage}.json").exists() and not list(folder.rglob("*.tmp"))
     if stage != "policies":
         assert not (folder / stage / "model.safetensors").exists()
-    main(c.module, *c.args(small, folder))                      # the loss is finite again
+    run_main(c.module, *c.args(small, folder))                      # the loss is finite again
     assert not [*different(small, folder, None, None)]
 
 
@@ -950,7 +697,7 @@ def test_a_loss_that_is_not_finite(small, tmp_path, stage, command, drop, module
     "--lr_muon 10 --lr_adamw 10", "--lr_muon_verifier 10 --lr_adamw_verifier 10", "--lr_muon_verifier 10"])
 def test_the_highest_learning_rates_end_in_an_error_or_in_finite_numbers(tmp_path, flags):
     try:
-        main(train, *SMALL, *flags.split(), "--out", tmp_path / "run")
+        run_main(train, *SMALL, *flags.split(), "--out", tmp_path / "run")
     except Fail as e:
         stage = str(e).partition(":")[0]
         assert "finite" in str(e) and stage in ("policies", "q_pi", "orm", "q_weak", "q_strong")
@@ -966,7 +713,7 @@ def test_the_highest_learning_rates_end_in_an_error_or_in_finite_numbers(tmp_pat
 def test_the_highest_learning_rates_in_rl(small, tmp_path, flags):
     folder = small.clone(tmp_path / "run")
     try:
-        main(rl, "--run", folder, *small.rl_flags, *flags.split())
+        run_main(rl, "--run", folder, *small.rl_flags, *flags.split())
     except Fail as e:
         assert "finite" in str(e) and len(list(folder.glob("stages/rl/pav*"))) == 1
     else:
@@ -1006,31 +753,14 @@ def test_a_second_process_is_told_whose_the_folder_is(small, tmp_path):
         before = {x: x.stat().st_mtime_ns for x in folder.rglob("*") if x.is_file()}
         for command in ("resume", "search", "rl"):
             with pytest.raises(Fail) as e:
-                main(COMMANDS[command].module, *COMMANDS[command].args(small, folder))
+                run_main(COMMANDS[command].module, *COMMANDS[command].args(small, folder))
             message = str(e.value)
             assert f"process {p.pid}" in message and str(folder) in message and "\n" not in message
         assert before == {x: x.stat().st_mtime_ns for x in folder.rglob("*") if x.is_file()}
         os.kill(p.pid, signal.SIGKILL)
         p.wait()
-        main(train, *small.flags, "--resume", "--out", folder)  # a lock does not outlive its process
+        run_main(train, *small.flags, "--resume", "--out", folder)  # a lock does not outlive its process
         assert not half_written.exists() and not [*different(small, folder, None, None)]
-
-
-@pytest.mark.parametrize("left", [b"", b"99999999", b"\xff\xfe\0", b"x" * 10_000])
-def test_what_stands_in_a_lock_that_nobody_holds_does_not_matter(tmp_path, left):
-    (tmp_path / ".lock").write_bytes(left)
-    try:
-        files.lock(tmp_path)
-        assert (tmp_path / ".lock").read_text() == str(os.getpid())
-    finally:
-        unlock()
-
-
-def test_a_lock_that_cannot_be_taken_is_a_one_line_error(tmp_path):
-    (tmp_path / ".lock").mkdir()
-    with pytest.raises(Fail, match=str(tmp_path)) as e:
-        files.lock(tmp_path)
-    assert "\n" not in str(e.value)
 
 
 @pytest.mark.slow
@@ -1040,7 +770,7 @@ def test_a_running_training_is_not_disturbed(small, tmp_path):
     p = subprocess.Popen([sys.executable, "train.py", *small.flags, "--out", str(folder)], cwd=ROOT,
                          text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env)
     assert p.stdout.readline() == "policies\n"
-    second = real("train.py", *small.flags, "--resume", "--out", folder)
+    second = call("train.py", *small.flags, "--resume", "--out", folder)
     refused, told = 0, str(p.pid) in second.stderr and second.stderr.count("\n") == second.returncode == 1
     while p.poll() is None:
         with contextlib.suppress(Fail):
@@ -1054,59 +784,3 @@ def test_a_running_training_is_not_disturbed(small, tmp_path):
     assert told, "the training had ended before the second process came"
     for name in ("table.txt", "curves.csv", "q_pi/model.safetensors", "base_train.safetensors"):
         assert (folder / name).read_bytes() == (small.folder / name).read_bytes(), name
-
-
-# ---- a file is written whole or not at all
-
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("x"), NotFinite("x"),
-                                   KeyboardInterrupt()])
-@pytest.mark.parametrize("there", [True, False])
-def test_a_writer_that_fails_leaves_the_old_file(tmp_path, error, there):
-    path = tmp_path / "a.csv"
-    if there:
-        path.write_text("old")
-
-    def write(tmp):
-        tmp.write_text("half of the n")
-        raise error
-    with pytest.raises(Fail if isinstance(error, OSError) else type(error)) as e:
-        files.write_whole(path, write)
-    if isinstance(error, OSError):
-        assert str(path) in str(e.value) and "No space left" in str(e.value) and "\n" not in str(e.value)
-    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == ({"a.csv": "old"} if there else {})
-
-
-@pytest.mark.parametrize("write", [
-    lambda p: files.write_text(p, "text"), lambda p: files.write_json(p, {}),
-    lambda p: files.write_csv(p, ["a"], [["text"]]), lambda p: files.write_tensors(p, {"a": torch.ones(2)})])
-def test_what_cannot_be_written_is_a_one_line_error(tmp_path, write):
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "file").write_text("old")
-    for path in (tmp_path / "folder", tmp_path / "file" / "x", Path("/dev/null/x"), tmp_path / ("x" * 300)):
-        with pytest.raises(Fail) as e:
-            write(path)
-        assert str(path) in str(e.value) and "\n" not in str(e.value)
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "folder"]
-    assert (tmp_path / "file").read_text() == "old"
-
-
-KILLED = """
-import os, sys, signal
-from pathlib import Path
-from minipav.files import write_whole
-def write(tmp):
-    tmp.write_text("half of the n")
-    os.kill(os.getpid(), signal.SIGKILL)
-write_whole(Path(sys.argv[1]) / "a.txt", write)
-"""
-
-
-def test_a_process_that_is_killed_while_it_writes_leaves_the_old_file(tmp_path):
-    (tmp_path / "a.txt").write_text("old")
-    assert real("-c", KILLED, tmp_path).returncode == -signal.SIGKILL
-    assert (tmp_path / "a.txt").read_text() == "old" and len(list(tmp_path.glob(".*.tmp"))) == 1
-    try:
-        files.lock(tmp_path)                                    # what it left is cleared by the next one
-    finally:
-        unlock()
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "a.txt"]

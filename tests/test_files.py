@@ -1,12 +1,16 @@
 """Files: what is written is read again to the bit, whole or not at all, and what is damaged is named."""
+import os
+import signal
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, call, unlock
 
+from minipav import files
 from minipav.files import damaged, read_csv, read_json, read_tensors, write_csv, write_json, write_tensors
 from minipav.paper.statistics import read_table
-from minipav.utils import Fail, command
+from minipav.utils import Fail, NotFinite, command
 
 
 def test_any_text_survives_in_a_table(tmp_path):
@@ -91,3 +95,78 @@ def test_a_command_says_nothing_of_where_the_code_is(monkeypatch):
                        (ROOT / "minipav/bench/__main__.py", "-m minipav.bench")):
         monkeypatch.setattr("sys.argv", [str(path), "--seed", "1"])
         assert command() == f"python {want} --seed 1"
+
+
+# ---- a file is written whole or not at all
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("x"), NotFinite("x"),
+                                   KeyboardInterrupt()])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_writer_that_fails_leaves_the_old_file(tmp_path, error, there):
+    path = tmp_path / "a.csv"
+    if there:
+        path.write_text("old")
+
+    def write(tmp):
+        tmp.write_text("half of the n")
+        raise error
+    with pytest.raises(Fail if isinstance(error, OSError) else type(error)) as e:
+        files.write_whole(path, write)
+    if isinstance(error, OSError):
+        assert str(path) in str(e.value) and "No space left" in str(e.value) and "\n" not in str(e.value)
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == ({"a.csv": "old"} if there else {})
+
+
+@pytest.mark.parametrize("write", [
+    lambda p: files.write_text(p, "text"), lambda p: files.write_json(p, {}),
+    lambda p: files.write_csv(p, ["a"], [["text"]]), lambda p: files.write_tensors(p, {"a": torch.ones(2)})])
+def test_what_cannot_be_written_is_a_one_line_error(tmp_path, write):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("old")
+    for path in (tmp_path / "folder", tmp_path / "file" / "x", Path("/dev/null/x"), tmp_path / ("x" * 300)):
+        with pytest.raises(Fail) as e:
+            write(path)
+        assert str(path) in str(e.value) and "\n" not in str(e.value)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "folder"]
+    assert (tmp_path / "file").read_text() == "old"
+
+
+KILLED = """
+import os, sys, signal
+from pathlib import Path
+from minipav.files import write_whole
+def write(tmp):
+    tmp.write_text("half of the n")
+    os.kill(os.getpid(), signal.SIGKILL)
+write_whole(Path(sys.argv[1]) / "a.txt", write)
+"""
+
+
+def test_a_process_that_is_killed_while_it_writes_leaves_the_old_file(tmp_path):
+    (tmp_path / "a.txt").write_text("old")
+    assert call("-c", KILLED, tmp_path).returncode == -signal.SIGKILL
+    assert (tmp_path / "a.txt").read_text() == "old" and len(list(tmp_path.glob(".*.tmp"))) == 1
+    try:
+        files.lock(tmp_path)                                    # what it left is cleared by the next one
+    finally:
+        unlock()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "a.txt"]
+
+
+# ---- locks
+
+@pytest.mark.parametrize("left", [b"", b"99999999", b"\xff\xfe\0", b"x" * 10_000])
+def test_what_stands_in_a_lock_that_nobody_holds_does_not_matter(tmp_path, left):
+    (tmp_path / ".lock").write_bytes(left)
+    try:
+        files.lock(tmp_path)
+        assert (tmp_path / ".lock").read_text() == str(os.getpid())
+    finally:
+        unlock()
+
+
+def test_a_lock_that_cannot_be_taken_is_a_one_line_error(tmp_path):
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(Fail, match=str(tmp_path)) as e:
+        files.lock(tmp_path)
+    assert "\n" not in str(e.value)
