@@ -1,4 +1,4 @@
-"""Shared pieces: a tiny random GPT, tabular policies that speak the sampler's language, scripts, a smoke run."""
+"""Shared pieces: a tiny random GPT, policies that speak the sampler's language, scripts, a smoke run."""
 import contextlib
 import fcntl
 import io
