@@ -688,7 +688,7 @@ def test_a_loss_that_is_not_finite(small, tmp_path, stage, command, drop, module
     assert not (folder / "stages" / f"{stage}.json").exists() and not list(folder.rglob("*.tmp"))
     if stage != "policies":
         assert not (folder / stage / "model.safetensors").exists()
-    run_main(c.module, *c.args(small, folder))                      # the loss is finite again
+    run_main(c.module, *c.args(small, folder))                  # the loss is finite again
     assert not [*different(small, folder, None, None)]
 
 
