@@ -1,4 +1,4 @@
-"""The equations: closed forms, the paper's worked example; Monte-Carlo values against dynamic programming."""
+"""The equations: closed forms; Monte-Carlo values against dynamic programming."""
 import numpy as np
 import pytest
 import torch
@@ -8,19 +8,6 @@ from minipav import advantage as adv
 from minipav.paper.experiments import theorem_terms
 from minipav.tasks.calculator import dp, parse, transitions
 from minipav.tokenizer import END
-
-
-def test_the_papers_worked_example():
-    """Fig 2a: by Q the beam of two keeps .70 and .55, by A it keeps +.20 and +.10; Q + alpha A: above .2."""
-    q, v = torch.tensor([[.55, .50, .70], [.50, .35, .25]]), torch.tensor([.60, .30])
-    a = adv.advantage(torch.stack([v[:, None].expand(2, 3), q], -1))[..., 0]
-    assert torch.allclose(a, torch.tensor([[-.05, -.10, .10], [.20, .05, -.05]]))
-
-    def beam(score):
-        return set(score.flatten().topk(2).indices.tolist())
-    assert beam(q) == {0, 2} and beam(a) == {2, 3}
-    assert beam(adv.effective_reward(q, a, 0.19)) == {0, 2}
-    assert beam(adv.effective_reward(q, a, 0.21)) == {2, 3}
 
 
 def test_advantages_telescope_to_outcome_minus_the_prompts_value():

@@ -235,11 +235,25 @@ def test_a_prover_completes_for_itself(collect, recipe):
         assert torch.equal(t.cost[:len(own)] - own.cost, c.n_mc * ((own.ends >= 0).sum(1) - 1))
 
 
-def test_branches_are_off_right_seeds(collect):
+@pytest.mark.parametrize("q_from", ["base", "weak"])
+def test_branches_are_off_right_seeds(collect, q_from):
+    """Of pi and of q_from; there pi has none."""
     c, policies, seeds = collect
-    own, branches = seeds["base"], RECIPES["dense"](c, policies, seeds)["base"][80:240]
+    if q_from == "weak":
+        seeds = seeds | {"base": replace(seeds["base"], reward=torch.zeros(80))}
+    c = replace(c, q_from=q_from)
+    own, branches = seeds[q_from], RECIPES["dense"](c, policies, seeds)["base"][80:240]
     right = [row for row, reward in zip(own.tokens.tolist(), own.reward) if reward]
     ends = branches.ends.gather(1, branches.labelled.int().argmax(1, keepdim=True))[:, 0]
     assert len(own) == 80 and 0 < len(right) < 80
     for row, end in zip(branches.tokens.tolist(), ends.tolist()):
         assert any(x[:end + 1] == row[:end + 1] for x in right)
+
+
+def test_seeds_and_right_branches_are_copied_with_a_corrupted_step(collect):
+    """Half of the seeds and every branch that is right; a prover has as large a share of them."""
+    c, policies, seeds = collect
+    made = RECIPES["dense"](c, policies, seeds)
+    copies = int((made["base"].cost == 0).sum())                # nobody sampled them
+    assert copies == 40 + made["base"].reward[80:240].sum() > 40
+    assert int((made["weak"].cost == 0).sum()) == min(60, copies)

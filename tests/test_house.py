@@ -1,4 +1,4 @@
-"""How the house is built: the core knows no reports, reports need no torch, files can be read."""
+"""How the house is built: the core knows no reports, reports run no model, files can be read."""
 import ast
 import re
 
@@ -40,8 +40,8 @@ def test_the_core_knows_neither_the_paper_nor_how_to_draw(path):
 
 
 @pytest.mark.parametrize("path", ["claims", "figures", "statistics", "report", "rl_report"])
-def test_reports_need_no_torch(path):
-    """Whoever has only the tables of a run can make its figures: a report runs no model."""
+def test_reports_run_no_model(path):
+    """Whoever has only the tables of a run can make its figures."""
     found, no = set(imports(ROOT / "minipav" / "paper" / f"{path}.py")), ("torch", "safetensors")
     assert found and not [m for m in found if within(m, *no, "minipav.model", "minipav.sampler")]
 

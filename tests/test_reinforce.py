@@ -7,7 +7,7 @@ from conftest import even, tiny
 from safetensors.torch import load_file
 
 import rl
-from minipav import advantage, dpo, reinforce, rewards
+from minipav import advantage, dpo, reinforce, rewards, selftrain
 from minipav.advantage import rollout_from, seed_rollouts
 from minipav.reinforce import COLUMNS, Reinforce, policy_loss, value_loss
 from minipav.rewards import REWARDS, close, step_of_token
@@ -15,6 +15,7 @@ from minipav.run import Run
 from minipav.sampler import WHOLE
 from minipav.traces import Traces
 from minipav.utils import Fail, apply_step, schedule
+from minipav.verifier import verifier_loss
 
 TRIAL = dict(iterations=4, batch=8, group=2, eval_every=2, problems=5, eval_n=2, n=4, n_mc=2, prover="bo2",
              lr=1e-3)
@@ -120,6 +121,22 @@ def test_trust_verifier_believes_it_to_the_end(smoke, tmp_path, monkeypatch):
     assert believed.unique().tolist() == [0] and known.sum(1).tolist() == [-1.5] * 8    # none is right
 
 
+def test_grpos_steps_return_the_score_within_their_group(mixed, tmp_path, monkeypatch):
+    """The last one too, and nothing is subtracted from it."""
+    seen, credit = [], Reinforce.credit
+
+    def credited(loop, i, problems, traces):
+        seen.append((traces, credit(loop, i, problems, traces)))
+        return seen[-1][1]
+    monkeypatch.setattr(Reinforce, "credit", credited)
+    loop = trained(mixed, tmp_path / "run", "grpo", iterations=1, group=4, baseline="value")
+    [(traces, (_, returns))] = seen
+    r = traces.reward.view(-1, 4)
+    z = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-4)
+    assert torch.allclose(returns, z.flatten()[:, None] * (traces.ends[:, 1:] >= 0)) and z.abs().max() > 0.5
+    assert "value" not in loop.optimizers
+
+
 @pytest.mark.parametrize("how", [dict(baseline="value"), dict(baseline="group"), dict(reward="dpo")])
 def test_micro_batches_change_nothing(smoke, tmp_path, monkeypatch, how):
     """The gradients before they are clipped, of the policy and of the value network."""
@@ -133,6 +150,40 @@ def test_micro_batches_change_nothing(smoke, tmp_path, monkeypatch, how):
         assert len(grads[size]) == (2 if how == dict(baseline="value") else 1)
         for part, whole in zip(grads[size], grads[0]):
             assert whole.norm() > 1e-3 and (part - whole).norm() < 1e-5 * whole.norm()
+
+
+def test_the_log_says_means_a_trace_and_a_token(smoke, tmp_path, monkeypatch):
+    """Of sums of KL, entropy, tokens and squared error; pass@n is that of any sample."""
+    problems = smoke.task.problems("test", 3, 0)
+    traces = close(seed_rollouts(smoke.model("base"), smoke, problems, 1, 0))
+    returns, sums = torch.tensor([[0., 0], [0, 1], [0, 0]]), torch.tensor([6., 8, 4, 2])
+    facts = Reinforce.seen(argparse.Namespace(run=smoke), problems, traces, returns, sums)
+    want = dict(kl=2, entropy=2, length=4 / 3, value_error=0.5, zero_return=2 / 3)
+    assert {k: facts[k] for k in want} == pytest.approx(want)
+    monkeypatch.setattr(reinforce, "outcomes", lambda *args, **kw: torch.tensor([[1., 0]] * 5))
+    [row] = trained(smoke, tmp_path / "run", "outcome", iterations=0).rows
+    assert (row["accuracy"], row["pass_n"]) == (0.5, 1)
+
+
+def test_dpo_prefers_the_best_sibling(mixed, tmp_path, monkeypatch):
+    asked, step_logp = [], dpo.step_logp
+    monkeypatch.setattr(dpo, "step_logp", lambda *args: asked.append(args) or step_logp(*args))
+    loop = trained(mixed, tmp_path / "run", "dpo", batch=32, iterations=1)
+    gained = []
+    for _, *rows in asked[::2]:
+        best, worst = (step_logp(loop.policy, *rows) - step_logp(loop.ref, *rows)).chunk(2)
+        gained.append((best - worst).detach())
+    assert len(torch.cat(gained)) > 3 and torch.cat(gained).mean() > 0
+
+
+def test_selftraining_learns_the_outcome_of_a_finished_node(mixed, tmp_path, monkeypatch):
+    """And of the others what the search backed up."""
+    seen = []
+    monkeypatch.setattr(selftrain, "verifier_loss", lambda *args: seen.append(args) or verifier_loss(*args))
+    trained(mixed, tmp_path / "run", "selftrain", batch=32, iterations=1)
+    [(_, tokens, ends, q, *_)] = seen
+    ended = tokens.gather(1, ends)[:, 0] == mixed.enc.eot_token
+    assert set(q[ended].flatten().tolist()) == {0, 1} and not set(q[~ended].flatten().tolist()) <= {0, 1}
 
 
 @pytest.mark.parametrize("how", [dict(refresh=2), dict(reward="outcome", baseline="mean"),
@@ -194,7 +245,9 @@ def test_refresh_learns_what_the_present_policy_is_worth(smoke, tmp_path, monkey
     monkeypatch.setattr(reinforce, "Traces", argparse.Namespace(cat=cat))
     loop = trained(smoke, tmp_path / "run", refresh=1, iterations=1)
     assert len(hot) == len(asked) == len(learned) == 1 and asked[0][:2] == (loop.policy, 1.0)
-    assert any(part is asked[0][2] for part in learned[0]) and not any(part is hot[0] for part in learned[0])
+    _, branches, wrong, old = learned[0]
+    assert branches is asked[0][2] and not any(part is hot[0] for part in learned[0])
+    assert [len(x) for x in learned[0]] == [8, 8, 4, 16] and not wrong.q.any() and not old.q.isnan().any()
 
 
 @pytest.mark.parametrize("how", [{}, dict(reward="pav_rollout"), dict(reward="vine"), dict(refresh=1)])

@@ -33,18 +33,18 @@ def some():
 # ---- rewards
 
 def test_the_attention_is_what_the_last_block_reads():
-    """Times the values it is the block's own output, head by head: here there is one."""
-    model = tiny(head="scalar", n_head=1, n_kv_head=1, n_layer=3).requires_grad_(False)
-    tokens, lengths, seen = torch.randint(4, 29, (4, 9)), torch.tensor([9, 4, 1, 7]), {}
+    """With the unit vectors as values, a head's output is its weights; the mean is over heads."""
+    model = tiny(head="scalar", n_layer=3).requires_grad_(False)
+    tokens, lengths, seen = torch.randint(4, 29, (4, 8)), torch.tensor([8, 4, 1, 7]), {}
     at = model.blocks[-1].attn
-    hooks = [at.wv.register_forward_hook(lambda *a: seen.update(v=a[2])),
-             at.register_forward_hook(lambda *a: seen.update(out=a[2]))]
+    assert (at.H, at.G, at.D) == (4, 2, 8)
+    hooks = [at.wv.register_forward_hook(lambda *a: torch.eye(8).repeat(4, 1, 2)),
+             at.wo.register_forward_pre_hook(lambda _, args: seen.update(out=args[0]))]
     model.trunk(tokens)
     [h.remove() for h in hooks]
-    w = last_attention(model, tokens, lengths)
-    want = seen["out"][torch.arange(4), lengths - 1]
-    assert torch.allclose(at.wo((w[:, :, None] * seen["v"]).sum(1)), want, atol=1e-5)
-    assert torch.allclose(w.sum(1), torch.ones(4)) and (w[torch.arange(9) >= lengths[:, None]] == 0).all()
+    want = seen["out"].view(4, 8, 4, 8).mean(2)[torch.arange(4), lengths - 1]
+    assert torch.allclose(last_attention(model, tokens, lengths), want, atol=1e-5)
+    assert torch.allclose(want.sum(1), torch.ones(4)) and not want[torch.arange(8) >= lengths[:, None]].any()
 
 
 @pytest.mark.parametrize("shares", [lambda t: attention_share(tiny(head="scalar"), t), uniform_share],

@@ -88,6 +88,8 @@ def test_comparisons_at_equal_tokens(searched):
     assert np.allclose(at_tokens(pav, level)[0], 0.7) and np.isnan(at_tokens(pav, np.full(1001, 49.)))[0]
     assert np.isclose(at_tokens(pav, np.full(1001, 104.))[0], 0.8)
     assert np.isnan(at_tokens(pav, np.full(1001, 106.))[0])
+    falls = pav._replace(acc=pav.acc[:, ::-1])
+    assert np.isclose(at_tokens(falls, np.full(1001, 100.))[0], 0.8), "it need not spend its whole budget"
     assert np.isnan(tokens_to_reach(orm, np.full(1001, 0.9))[0])
     assert np.isclose((tokens_to_reach(orm, pav.acc[:, 0]) / pav.tokens[:, 0])[0], 4)  # .6: 200, not 50
     assert np.isnan(tokens_to_reach(orm, pav.acc[:, 1])[0])     # .8 is out of the ORM's reach
@@ -125,6 +127,7 @@ def test_intervals():
     """A resample in which a number is not defined counts as infinite, and an infinite bound is no bound."""
     assert interval(np.array([1.0] + [0.5] * 90 + [np.nan] * 10)) == {"mean": 1.0, "lo": 0.5, "hi": None}
     assert interval(np.array([np.nan, 1, 1, 1])) is None
+    assert interval(np.r_[500.0, np.arange(1001)]) == {"mean": 500.0, "lo": 25.0, "hi": 975.0}
     assert spread([1, 2, 6]) == {"mean": 3.0, "lo": 1.0, "hi": 6.0}
 
 
@@ -235,8 +238,8 @@ def test_what_the_search_claims_measure(monkeypatch):
     step: small tables by hand."""
     def curve(*acc):
         return Curve(np.array([4, 8]), np.array([acc, acc]), None, None)
-    theorem = [{"base": "base", "prover": m, "distinguishability": d, "alignment": 0.1}
-               for m, d in (("bo1", 0.1), ("bo4", 0.3), ("bo32", 0.2))]
+    theorem = [{"base": "base", "prover": m, "distinguishability": d, "alignment": a}
+               for m, d, a in (("bo1", 0.1, 0.1), ("bo4", 0.2, 0.3), ("bo32", 0.3, 0.1))]
     data = [{"rollouts": n, "way": w, "accuracy": a} for w, accs in (
         ("first pits", (.5, .6)), ("n_mc = 4", (.4, .4)), ("n_mc = 16", (.3, .7)))
         for n, a in zip((2000, 16000), accs)]
@@ -263,7 +266,7 @@ def test_what_the_search_claims_measure(monkeypatch):
     assert means("Fig. 5c") == pytest.approx({"": 5}) and means("not in the paper") == {"bo4 alpha 0.5": -5}
     assert means("Theorem 3.1") == pytest.approx({"": 1})
     assert means("Fig. 11") == pytest.approx({"2,000 rollouts": 20, "16,000 rollouts": -10})
-    assert sorted(map(abs, means("Fig. 6b").values())) == pytest.approx([10, 30])
+    assert means("Fig. 6b") == pytest.approx({"few at the smallest size": 10, "many at the largest": 30})
     assert means("Fig. 10") == pytest.approx({"step 1": 10, "step 2": -5})
     drawn = {}
     monkeypatch.setattr(figures, "draw", lambda path, title, panels: drawn.update({path.name: panels}))
@@ -304,6 +307,25 @@ def test_each_training_is_held_against_its_own_control():
     assert trained({"pav": pav, "o": outcome | {"kl": 0.006}}).fair("pav") == "o"
     weak = pav | dict(prover="weak")
     assert trained({"pav": weak, "o": outcome | {"kl": 0.015}}).fair("pav") is None, "not boK"
+
+
+def test_what_the_rl_claims_measure():
+    """pass@N in the end, over the control, one with a KL that weighs as little, the best one, the start."""
+    outcome = dict(reward="outcome", kl=0.03, policy="base")
+    pav = outcome | dict(reward="pav", alpha=1.0, prover="bo4")
+    t = trained({"outcome": outcome, "fair": outcome | {"kl": 0.006}, "weak": outcome | {"policy": "weak"},
+                 "pav": pav, "sft": dict(policy="base")})
+    ends = {("pav", 1): .3, ("outcome", 1): .2, ("fair", 1): .25, ("weak", 1): .9, ("pav", 64): .5,
+            ("outcome", 64): .6, ("sft", 64): .9}
+    t.end = lambda n, N=1: np.full(9, ends[n, N]) if (n, N) in ends else None
+    of = [quantities.over("pav"), quantities.over("pav", "fair"), quantities.over_best]
+    assert [f(t)[""]["mean"] for f in of] == pytest.approx([10, 5, 5])
+    assert quantities.over("pav", "rft")(t) == {}, "not measured"
+    assert {k: v["mean"] for k, v in quantities.pass_64(t).items()} == pytest.approx(
+        {"PAV-RL over ORM-RL": -10, "PAV-RL over SFT": -40, "SFT over ORM-RL": 30})
+    t.curve, t.before = lambda n: Curve(np.array([0, 8]), None, None, None), lambda n: (1000.0, 5.0)
+    t.logs = {"pav": [pd.DataFrame({"tokens": [0, 50]}), pd.DataFrame({"tokens": [0, 70]})]}
+    assert t.by_tokens("pav").n.tolist() == [1000, 1060], "the data of its verifier included"
 
 
 def test_points_in_no_order_have_no_line(tmp_path, monkeypatch):

@@ -135,6 +135,12 @@ def test_q_by_rollouts_is_unbiased_and_exact_q_is_dynamic_programming(calculator
         assert 240 * ask.sum() <= tokens <= 240 * ask.sum() * env.task.max_new_tokens
         assert torch.equal(VALUES["exact"](loop, problems, traces, 0)[0], want)
     assert ((want - exact)[ask] > 5 * q_best_of_k_error(exact, 240, K)[ask]).any()      # and K is seen
+    loop.mu_policy = loop.policy = walk
+    loop.a = argparse.Namespace(n_mc=8)
+    for name, K in (("rollouts", 3), ("current", 1)):
+        got, spent = VALUES[name](loop, problems, traces, 1)
+        want, tokens = by_rollouts(walk, K, env, problems, traces, 8, 1)
+        assert torch.equal(got, want) and spent == tokens and 0 < got.mean() < 1
 
 
 def test_provers_that_a_reward_cannot_have_are_refused():

@@ -215,8 +215,6 @@ def lacks_q_weak(smoke_run, tmp_path_factory):
 @pytest.mark.parametrize("args, words", [
     (("--group", 1, "--sweep"), "--group 1"),
     (("--no_rft", *SMALL, "--reward", "pav", "--prover", "weak"), "q_weak"),
-    (("--no_rft", *SMALL, "--reward", "pav_rollout", "--prover", "bo16"), "--n_mc 4"),
-    (("--no_rft", *SMALL, "--reward", "pav_exact", "--prover", "strong"), "exact values"),
     ((*SMALL, "--reward", "outcome"), "--no_rft"),
 ])
 def test_bad_calls_are_one_line_errors(lacks_q_weak, args, words):

@@ -24,10 +24,12 @@ from minipav.search.best_of_n import (
     majority,
     majority_vote,
     pass_at_n,
+    scored,
     weighted_vote,
 )
 from minipav.search.dvts import dvts
 from minipav.search.score import QUOTAS, SCORES, Search, Step
+from minipav.search.tree import Tree
 from minipav.tasks.calculator import Calculator, dp, transitions
 from minipav.tokenizer import END, delimiter_tokens, encode_rows, synthetic_encoding
 from minipav.traces import Env, responses, step_ends
@@ -96,18 +98,21 @@ def test_methods_over_samples_share_them_and_equal_their_formulas(small):
     assert not torch.equal(want[weighted_vote](2), want[majority](2))
 
 
-def test_best_of_n_by_the_effective_reward_scores_the_last_step(small):
-    """Q^pi + alpha A^mu of each sample's last step, mu with a verifier of its own; a sample that never ended
-    is only picked if there is no other, and in a vote a score below 0 counts 0."""
+@pytest.mark.parametrize("own_q_mu", [True, False])
+def test_best_of_n_by_the_effective_reward_scores_the_last_step(small, own_q_mu):
+    """Q^pi + alpha A^mu of each sample's last step, mu with a verifier of its own or best-of-4 of pi; what
+    never ended is only picked if there is nothing else, and in a vote a score below 0 counts 0."""
     mu = tiny(2, std=0.2, vocab_size=small.env.enc.n_vocab, block_size=48, head="scalar")
     pi = tiny(1, std=0.2, vocab_size=small.env.enc.n_vocab, block_size=48, head="scalar")
-    s = replace(small, verifier=pi, mu_verifier=mu, alpha=0.7, score=SCORES["effective"], memo={})
+    s = replace(small, verifier=pi, mu_verifier=mu if own_q_mu else None, K=4, alpha=0.7, memo={})
     [r] = best_of_n(s, small.problems, [6], 4)
     t = seed_rollouts(s.policy, s.env, small.problems, 6, seed=4)
     last = t.last[:, None]
     q_pi, q_mu = (score(v, t.tokens, t.ends) for v in (pi, mu))
+    q_mu = q_mu if own_q_mu else q_best_of_k(q_pi, 4)
     value = (q_pi.gather(1, last) + 0.7 * (q_mu.gather(1, last) - q_mu.gather(1, last - 1))).view(5, 6)
     assert torch.allclose(r.right, t.reward.view(5, 6).gather(1, value.argmax(1, keepdim=True))[:, 0])
+    assert torch.allclose(scored(s, small.problems, 6, 4)[0], value, atol=1e-5)
     cut = torch.tensor([k for k in range(30) if k % 6])         # all but the first of each problem
     s.memo[("samples", 6, 4)][0].tokens[cut, t.lengths[cut] - 1] = 0
     [r] = best_of_n(s, small.problems, [6], 4)
@@ -252,6 +257,9 @@ def test_fig_2a_flips_above_alpha_a_fifth():
     assert kept("effective", 0.0) == kept("effective", 0.19) == kept("q_pi", 1) == kept("orm", 1) == {0, 2}
     assert kept("effective", 0.21) == kept("exact", 0.21) == kept("advantage", 0) == {2, 3}
     assert kept("bonus", 5.0) == {0, 2}                         # Q^mu = Q^pi as a bonus changes nothing
+    step = Step(*torch.tensor([[.5], [.9], [.4], [.7]]), None, 1, None, 2.0)
+    for name, value in dict(q_pi=.5, effective=.9, exact=.9, advantage=.2, q_mu=.9, bonus=2.3).items():
+        assert SCORES[name].of(step) == pytest.approx(value)
 
 
 def test_width_one_and_one_sample_is_plain_sampling(small):
@@ -399,6 +407,25 @@ def test_the_beam_scores_by_the_effective_reward(small, own_q_mu):
     assert torch.allclose(f.score, q_pi.gather(1, last)[:, 0] + 0.7 * adv_mu, atol=1e-4)
 
 
+@pytest.mark.parametrize("own_q_mu", [False, True])
+def test_a_tree_scores_by_the_effective_reward(small, own_q_mu):
+    """Each node Q^pi + alpha A^mu of its step; a step that changes no value has its parent's Q^pi."""
+    pi, mu = (tiny(seed, std=0.2, vocab_size=small.env.enc.n_vocab, block_size=48, head="scalar")
+              for seed in (1, 2))
+    s = replace(small, verifier=pi, mu_verifier=mu if own_q_mu else None, alpha=0.7, K=4)
+    with torch.no_grad():
+        tree = Tree(s, small.problems, 30, 0, 0)
+        new = tree.grow(tree.grow(torch.arange(5), 3), 1)
+
+    def values(nodes):
+        q, q_mu = (score(v, tree.tokens[nodes], tree.lengths[nodes, None] - 1)[:, 0] for v in (pi, mu))
+        return q, q_mu if own_q_mu else q_best_of_k(q, 4)
+    (q, q_mu), (before, q_mu_before) = values(new), values(tree.parent[new])
+    assert len(new) > 3 and (tree.depth[new] == 2).all() and (q_mu - q_mu_before).std() > 0.01
+    assert torch.allclose(tree.score[new], q + 0.7 * (q_mu - q_mu_before), atol=1e-4)
+    assert torch.allclose(tree.still[new], before, atol=1e-4)
+
+
 def test_the_quota_holds_in_the_beam(small):
     """As long as no trace has ended, every prefix keeps a child, and every grandprefix a grandchild; without
     a quota some do not."""
@@ -421,8 +448,8 @@ def test_the_quota_holds_in_the_beam(small):
 
 
 def test_log_odds_progress_by_hand():
-    step = Step(torch.tensor([0.8]), None, torch.tensor([0.5]), None, None, 1, None, 2.0)
-    assert SCORES["log_odds"].of(step) == pytest.approx(3 * np.log(4.0), abs=1e-5)
+    step = Step(torch.tensor([0.8]), None, torch.tensor([0.6]), None, None, 1, None, 2.0)
+    assert SCORES["log_odds"].of(step) == pytest.approx(3 * np.log(4.0) - 2 * np.log(1.5), abs=1e-5)
 
 
 def test_sub_trees_are_beams_of_width_one(small):

@@ -7,6 +7,7 @@ from conftest import make_traces, tiny
 
 from minipav import cache, sampler, verifier
 from minipav.sft import sft_loss
+from minipav.targets import smoothed
 from minipav.tokenizer import join
 from minipav.traces import step_ends
 from minipav.utils import Fail
@@ -77,7 +78,7 @@ def test_policy_loss_is_on_the_response_with_its_end_token_and_nowhere_else():
 
 def test_the_orm_sees_the_last_place_alone():
     t = traces()
-    o = outcome_only(t)
+    o = outcome_only(replace(t, n=9 * t.n, exact=t.labelled))
     assert (o.labelled.sum(1) == 1).all() and (label_weights(o)[o.labelled] == 1).all()
     assert (o.ends.gather(1, o.labelled.int().argmax(1, keepdim=True))[:, 0] == t.ends.max(1).values).all()
 
@@ -106,6 +107,9 @@ def test_auc_counts_pairs(groups):
              for i in range(60) for j in range(60) if y[i] > y[j] and of[i] == of[j]]
     assert abs(auc(s, y, w, of) - sum(a * b for a, b in pairs) / sum(a for a, _ in pairs)) < 1e-6
     assert auc(s, y, w, torch.arange(60)) == auc(s, 0 * y, w) == 0.5, "no pairs"
+    q, twice = torch.rand(60, generator=g), torch.cat
+    both = auc(twice([s, s]), twice([q.ceil(), 0 * q]), twice([w * q, w * (1 - q)]), twice([of, of]))
+    assert auc(s, q, w, of) == pytest.approx(both), "a soft label is both"
 
 
 def test_the_report_is_that_of_the_weighted_labels():
@@ -171,3 +175,14 @@ def test_the_value_at_the_end_is_that_of_the_whole_row(monkeypatch, bf16):
         monkeypatch.setattr(sampler, "tokens_per_forward", lambda model, size=size: size)
         got = Values(model, tokens, lengths).q
         assert got.dtype == torch.float32 and torch.allclose(got, want, atol=0.02 if bf16 else 1e-6)
+
+
+def test_a_target_brings_its_labels_and_balance_its_weights():
+    def fit(t, **how):
+        quick = dict(steps=2, batch_size=4, lr_muon=0.0, lr_adamw=0.01, seed=0, log=lambda *x: None)
+        return torch.cat([p.flatten() for p in train_verifier(tiny(), t, t, **quick, **how)[0].parameters()])
+    t = traces()
+    t.q, t.cost = t.q ** 4, t.cost + 1
+    plain = fit(t)
+    assert torch.equal(fit(t, target="seer"), fit(smoothed(t))) and not torch.equal(fit(smoothed(t)), plain)
+    assert not torch.equal(fit(t, balance=True), plain)
