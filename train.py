@@ -65,11 +65,11 @@ class Flags:
     lr_muon: float = flag(0.02, "learning rate of the blocks' matrices; 0: AdamW alone", high=10)
     lr_adamw: float = flag(3e-3, "learning rate of the rest", low=1e-12, high=10)
     # rollouts; a count of 0 means none
-    temperature: float = flag(1.0, "of every sample of every policy", low=0.01, high=100)
-    top_p: float = flag(0.98, "nucleus of every sample but RL's own; 1: all of it", low=1e-6, high=1)
+    temperature: float = flag(1.0, "of every policy's samples, but RL's own", low=0.01, high=100)
+    top_p: float = flag(0.98, "nucleus of the same; 1: all of it", low=1e-6, high=1)
     recipe: str = flag("dense", "of the verifiers' data: dense is ours, paper the paper's",
                        choices=list(RECIPES))
-    problems: int = flag(10000, "training problems with seed rollouts of pi", low=1, high=10**7)
+    problems: int = flag(10000, "training problems with seed rollouts of pi", low=20, high=10**7)
     n_cov: int = flag(4, "seed rollouts a problem", low=1, high=4096)
     n_mc: int = flag(3, "completions a prefix (four times as many up to a first pit)", low=1, high=4096)
     pit_traces: int = flag(250, "wrong traces that are searched for a first pit", high=10**6)
@@ -79,7 +79,7 @@ class Flags:
     branches: int = flag(40000, "dense: completions of prefixes of right seeds", high=10**8)
     corrupted_fraction: float = flag(0.15, "dense: seeds copied with a corrupted step, as are all right "
                                      "branches", high=1)
-    prover_rollouts: int = flag(20000, "of each prover; dense: half its own seeds, half from pi's prefixes",
+    prover_rollouts: int = flag(20000, "of each prover, half its own seeds; dense: half from pi's prefixes",
                                 high=10**8)
     # verifiers
     target: str = flag("bce", "what a verifier learns", choices=list(TARGETS))

@@ -12,7 +12,7 @@ from minipav.utils import give_back
 
 def tokens_in_flight(config, device, dtype):
     """How many slots of KV buffers there may be: on a GPU a quarter of its memory; elsewhere three times the
-    memory of the blocks' weights, and at least .4 GB (of small models they are in fp32 there)."""
+    memory of the blocks' weights, and at least .4 GB (small models': counted as fp32)."""
     numbers = 2 * config.n_layer * config.n_kv_head * config.n_embd // config.n_head
     if device == "cuda":
         return torch.cuda.get_device_properties().total_memory // (8 if dtype == "bf16" else 16) // numbers

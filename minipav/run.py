@@ -89,9 +89,9 @@ class Run:
             raise Fail(f"--run {out}: train.py has not finished there ({', '.join(missing)} not done); "
                        "finish it with its flags and --resume")
         files.lock(run.out, "--run")
+        same = device == config["device"]
+        dtype = config["dtype"] if same and dtype == "auto" else pick_dtype(dtype, device)
         try:
-            same = device == config["device"]
-            dtype = config["dtype"] if same and dtype == "auto" else pick_dtype(dtype, device)
             run._prepare(config | {"device": device, "dtype": dtype})
             run.moved = not same
         except Fail as e:

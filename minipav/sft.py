@@ -47,7 +47,7 @@ def train_policy(model, env, expert_fraction, *, steps, batch_size, lr_muon, lr_
     def batches(ahead=20):  # demonstrations for 20 steps at once
         task, enc, rng = env.task, env.enc, np.random.default_rng(derive_seed(seed, "sft"))
         for step in range(0, steps, ahead):
-            problems = task.batches(batch_size, ahead, seed, step)
+            problems = task.batches(batch_size, min(ahead, steps - step), seed, step)
             prompts, prompt_lengths = encode_rows(enc, [task.prompt(p) for p in problems])
             demos, demo_lengths = encode_rows(enc, task.demonstrations(problems, expert_fraction, rng))
             data = (*join(prompts, prompt_lengths, demos, demo_lengths, pad_token(enc)), prompt_lengths)

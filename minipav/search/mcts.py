@@ -26,7 +26,7 @@ PATIENCE = 12                       # samples behind a node that leads nowhere
 
 
 def mcts(s, problems, widths, seed, puct=False, quality=False):
-    """-> a Result for each width: w * C * H steps sampled a problem, or up to 5 more."""
+    """-> a Result for each width: up to w * C * H + 5 steps a problem, fewer where rolls end early."""
     work = partial(iterate, puct=puct, quality=quality)
     return search_trees(s, problems, widths, seed, f"MCTS, {s.score.label}", work, BRANCH + ROLL)
 
