@@ -29,6 +29,7 @@ def fit(a, config, task, out):
     paper = a.recipe == "paper"                                 # n_mc completions at every prefix
     each = (1 + paper * a.n_mc * task.max_steps / 2) * length * token
     seconds = dict.fromkeys(FEWEST, step) | {
+        "mu_steps": 2 * step * (a.prover_rollouts > 0),         # two provers
         "problems": a.n_cov * each, "branches": 0 if paper else length * token,
         "prover_rollouts": (1 if paper else 2) * each,          # dense: as many completions of pi's prefixes
         "test_problems": (a.max_n + 6 * sum(a.widths)) * length * token}    # 2 beams, 3 samples a place

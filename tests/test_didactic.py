@@ -2,9 +2,12 @@
 import itertools
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from conftest import ROOT, run_main
 
+from minipav.files import read_json
 from minipav.paper import didactic, theory
 from minipav.paper.planted import EOS, Made, Planted, V
 
@@ -110,6 +113,21 @@ def test_training_learns_an_easy_instance_and_members_do_not_depend_on_the_ensem
     assert torch.allclose(alone, accuracy[:1], atol=0.02)
 
 
+def test_the_weight_of_a_step_is_that_of_eq_5(monkeypatch):
+    """Outcome 1 plus alpha A^mu of the step, with a baseline less the mean of that over pi's actions; after
+    the first step of this response nothing more can be won."""
+    task, x, weights = Planted((3,), length=2), torch.tensor([3, EOS]), []
+    monkeypatch.setattr(didactic, "base_policies", lambda task, seeds, sft: Made(seeds, task.L))
+    monkeypatch.setattr(Made, "sample", lambda self, u, *_: x.expand(*u.shape[:2], 2))
+    monkeypatch.setattr(didactic, "log_likelihood", lambda logp, x: (logp[..., 0] * 0 + 1, None))
+    monkeypatch.setattr(didactic, "update", lambda adam, loss: weights.append(-loss.item()))
+    for condition in ((2, 10, False), (2, 10, True), (0, 10, False)):
+        didactic.train(task, [condition], [0], 1)
+    A, p = task.advantage(10)[0, 0], Made([0], 2)(x[None, None])[0, 0, 0].detach().exp()
+    want = torch.tensor([2 + 2 * A[3], 2 * (A[3] - p @ A), 2])
+    assert torch.allclose(torch.tensor(weights), want, atol=1e-5)
+
+
 def test_iterations_to_90():
     assert didactic.to_90(torch.tensor([[.1, .95, .8], [.1, .2, .3]])).tolist() == [10, float("inf")]
 
@@ -202,3 +220,11 @@ def test_a_weak_prover_helps_a_strong_base():
     eta, apart, holds, with_mu, *_ = theory.weak_prover(theory.UNIFORM)
     assert (apart <= eta).all()
     assert (with_mu[holds] / eta[holds] ** 2).min() > 0.01
+
+
+def test_the_numbers_of_the_theory_are_the_published_ones(tmp_path):
+    run_main(theory, "--out", tmp_path)
+    found, published = (pd.json_normalize(read_json(folder / "theory.json")).iloc[0]
+                        for folder in (tmp_path, ROOT / "results" / "didactic"))
+    assert found.index.equals(published.index)
+    assert all(np.allclose(a, b, rtol=1e-4) for a, b in zip(found, published))

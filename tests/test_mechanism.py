@@ -11,6 +11,7 @@ import torch
 from conftest import WalkPolicy, even, fails, run_main
 
 from minipav.paper import mechanism, mechanism_report, noise, prediction
+from minipav.paper.claims import MECHANISM
 from minipav.paper.mechanism import GRID
 from minipav.paper.mechanism_report import COLUMNS, gains, read
 from minipav.run import Run
@@ -50,6 +51,14 @@ def test_shared_errors_are_found(monkeypatch):
     for error, low, high in ((own, -0.05, 0.05), (parents, 0.99, 1.0), (own + parents, 0.4, 0.6)):
         monkeypatch.setattr(prediction, "candidates", lambda *_, e=error: c.assign(q=c.true + e))
         assert low <= prediction.describe_beam(None, None)["shared_error"] <= high
+    c["q"], c["kept"], c["grandparent"] = rng.random(n), rng.random(n) < 0.5, (np.arange(n) % 4 == 0) * 1
+    c["true"] = c.q - 0.5 * c.q_before
+    monkeypatch.setattr(prediction, "candidates", lambda *_: c.copy())
+    found, error = prediction.describe_beam(None, None), 0.5 * c.q_before
+    assert found["parent_weight"] == pytest.approx(-0.5, abs=1e-3)
+    assert found["optimism"] == pytest.approx(error[c.kept].mean() - error.mean(), abs=1e-4)
+    c["kept"] = True
+    assert prediction.describe_beam(None, None)["ancestors"] == 1.6             # 2 and 6 of 8: 64 / 40
 
 
 def test_rollouts_stand_in_for_exact_values(smoke_run, monkeypatch):
@@ -99,6 +108,35 @@ def test_errors_are_inherited_up_to_a_step():
     assert abs(np.corrcoef(three, four)[0, 1]) < 0.4 and 0.6 < four.std() < 1.4
 
 
+def test_noise_is_told_as_it_was_put_in(tmp_path, monkeypatch):
+    """And gains are over the beam by Q^pi with the same errors."""
+    seen = []
+    monkeypatch.setattr(noise, "search_width", lambda s, *_: seen.append(s) or SimpleNamespace(right=[1.0]))
+    bench = SimpleNamespace(run=SimpleNamespace(problems=lambda *a: a, seed=hash),
+                            search=lambda cell: SimpleNamespace(cell=cell))
+    rows = [*noise.noise(bench, 2, 3)]
+    for (inherited, fresh, *how, right), s in zip(rows, seen, strict=True):
+        assert (inherited, fresh) == tuple(s.exact.keywords[k] for k in ("inherited", "fresh"))
+        assert how == [s.cell.score, s.cell.alpha, s.cell.quota] and right == "1" and s.verifier is None
+    assert {r[:2] for r in rows} == {(x, y / 2) for x in noise.SIGMAS for y in noise.SIGMAS}
+    (tmp_path / "mechanism").mkdir()
+    with (tmp_path / "mechanism" / "n.csv").open("w") as f:
+        csv.writer(f).writerows([mechanism_report.NOISE, *(
+            (*x, *how, right) for x, both in (((0., 0.), ("1100", "1110")), ((3., 1.5), ("0000", "1000")))
+            for how, right in zip((("q_pi", 0., "none"), ("effective", .5, "none")), both))])
+    gained = mechanism_report.noise_gains([(SimpleNamespace(out=tmp_path), None)], "n")
+    assert [max(x["mean"] for x in g.values()) for g in gained.values()] == [25, 25]
+
+
+def test_a_gain_is_the_mean_over_verifiers_of_a_range():
+    m = object.__new__(mechanism_report.Mechanism)
+    m.facts = {"a": {"auc": 0.8}, "b": {"auc": 0.7}, "c": {"auc": 0.9}}
+    m.by = {k: {"alpha": np.full(1001, x)} for k, x in zip("abc", (1.0, 3.0, 10.0))}
+    assert m.mean("log-odds") is None
+    [claim] = [c for c in MECHANISM if c.key == "weak_verifier_alpha_gain"]
+    assert {k: x["mean"] for k, x in claim.measure(m).items()} == {"": 2, "above .86": 10}
+
+
 def test_gains_by_hand(tmp_path):
     """alpha is that of the most right on validation; gains are test outcomes less those of Q^pi."""
     def row(split, score, alpha, quota, right, method="beam"):
@@ -127,9 +165,12 @@ def test_gains_by_hand(tmp_path):
 
 
 def test_it_trains_searches_and_reports(smoke_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(mechanism, "train_verifier", lambda *a, **k: train_verifier(*a, **k | {"steps": 2}))
+    got, asked, problems = [], [], Run.problems
+    monkeypatch.setattr(Run, "problems", lambda *a: asked.append(a[1:]) or problems(*a))
+    monkeypatch.setattr(mechanism, "train_verifier", lambda *a, **k: got.append(a) or train_verifier(
+        *a, **k | {"steps": 2}))
     run = shutil.copytree(smoke_run[0], tmp_path / "run")
-    names = ("q_pi", "base-10", "nano-500", "strong-60")
+    names = ("q_pi", "base-10", "base-150-1000traces", "strong-60", "nano-500", "base-250-seer")
     flags = ("--run", run, "--device", "cpu", "--width", 2, "--problems", 6, "--validation", 6, "--noise",
              "--verifiers")
     monkeypatch.setattr(noise, "SIGMAS", (0.0, 3.0))
@@ -142,7 +183,14 @@ def test_it_trains_searches_and_reports(smoke_run, tmp_path, monkeypatch):
     rows = list(csv.DictReader((run / "mechanism" / "base-10-w2.csv").open()))
     assert sum(r["split"] == "validation" for r in rows) == 2 * (1 + sum(map(len, GRID.values())))
     assert all(len(r["right"]) == 6 for r in rows)
-    assert run_main(mechanism, *flags, *names).count("done before") == 13
+    assert set(asked) == {("validation", 6), ("test", 6)}
+    assert asked.count(("validation", 6)) == 6 * (2 * 8 + 8 + 2), "what alpha is chosen on"
+    opened = Run.open(run, "cpu")
+    assert [len(a[1]) for a in got[:2]] == [len(opened.traces("base_train")), 1000]
+    assert torch.equal(got[2][0].embed.weight, opened.model("strong").embed.weight)
+    assert opened.model("mechanism/base-250-seer").config.target == "seer"
+    opened.close()
+    assert run_main(mechanism, *flags, *names).count("done before") == 19
     assert {r["x"] for r in csv.DictReader((run / "mechanism" / "noise.csv").open())} == {"0.0", "3.0"}
     assert "--verifiers" in fails(mechanism, *flags, "base-4")
 

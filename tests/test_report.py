@@ -73,6 +73,21 @@ def test_paired_rows_by_hand(searched):
     assert found["best_of_n:q_pi", "", 8][3:] == pytest.approx((0, 0, 0, None, None, None))
 
 
+def test_each_claim_measures_what_it_says(tmp_path):
+    """Plain claims the plain beam, those of tuned beams the tuned one, each against its own rival."""
+    plain = BY_HAND | {"pass": ([.5, .95], [100, 200]), "greedy": ([.2, .2], [9, 9])}
+    tuned = {"beam:q_pi": ([.5, .85], [50, 100]), "beam:effective": ([.4, .9], [50, 100])}
+    s = report.Searched({0: [(group, table(tmp_path / f"{group}.csv", curves=curves))
+                             for group, curves in (("main", plain), ("tuned", tuned))]}, [{}])
+    got = {c.key: v["mean"] for c in SEARCH[:7] for v in c.measure(s).values() if v}
+    assert got == pytest.approx(dict(
+        search_plain_minus_orm=50, search_plain_token_ratio=4, search_pav_minus_q=10, search_exploration=30,
+        search_pav_minus_orm=60, search_token_ratio=3.03, search_pav_minus_q_tuned=5), abs=0.02)
+    h = report.headline(s)
+    assert [h["best_search"][k] for k in ("what", "n", "mean")] == ["beam, PAV, tuned", 8, 0.9], "no oracle"
+    assert [h[k]["mean"] for k in ("sft_greedy", "sft_sampled", "pass_at_8")] == [0.2, 0.5, 0.95]
+
+
 # ---- statistics
 
 def test_comparisons_at_equal_tokens(searched):
@@ -323,9 +338,15 @@ def test_what_the_rl_claims_measure():
     assert quantities.over("pav", "rft")(t) == {}, "not measured"
     assert {k: v["mean"] for k, v in quantities.pass_64(t).items()} == pytest.approx(
         {"PAV-RL over ORM-RL": -10, "PAV-RL over SFT": -40, "SFT over ORM-RL": 30})
-    t.curve, t.before = lambda n: Curve(np.array([0, 8]), None, None, None), lambda n: (1000.0, 5.0)
-    t.logs = {"pav": [pd.DataFrame({"tokens": [0, 50]}), pd.DataFrame({"tokens": [0, 70]})]}
+    points = dict(rl_pav_minus_orm=10, rl_pav_minus_orm_fair=5, rl_pass64_pav_minus_orm=-10,
+                  rl_pav_over_best_orm=5)
+    assert {c.key: c.measure(t)[""]["mean"] for c in RL if c.key in points} == pytest.approx(points)
+    t.curve = lambda n: Curve(np.array([0, 8]), np.full((9, 2), 0.5), None, None)
+    t.before = lambda n: (1000.0, 5.0)
+    t.logs = {"pav": [pd.DataFrame({"tokens": [0, x], "seconds": [0, 55]}) for x in (50, 70)]}
     assert t.by_tokens("pav").n.tolist() == [1000, 1060], "the data of its verifier included"
+    _, tokens, minutes = figures.spent(t, ["pav"])
+    assert tokens[3]["PAV-RL"][0] == pytest.approx([1e-3, 1.06e-3]) and minutes[3]["PAV-RL"][0][1] == 1
 
 
 def test_points_in_no_order_have_no_line(tmp_path, monkeypatch):

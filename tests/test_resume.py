@@ -132,8 +132,9 @@ def test_a_call_of_the_sampler_goes_on_where_it_was_killed(tmp_path):
     assert done[0] > 12                                         # 12 of 24 rows were there
     other = copy.deepcopy(model)
     torch.nn.init.normal_(other.blocks[0].mlp.up.weight)
-    for changed in (dict(model=other), dict(how=how | dict(seed=4)), dict(how=how | dict(temperature=0.5))):
-        args = changed.get("model", model), prompts, lengths
+    for changed in (dict(model=other), dict(how=how | dict(seed=4)), dict(how=how | dict(temperature=0.5)),
+                    dict(prompts=prompts.flip(0))):
+        args = changed.get("model", model), changed.get("prompts", prompts), lengths
         again = sample(*args, **changed.get("how", how), partial_folder=tmp_path)
         assert torch.equal(again.tokens, sample(*args, **changed.get("how", how)).tokens)
 
@@ -184,9 +185,9 @@ def test_a_beam_goes_on_where_it_was_killed(smoke_run, tmp_path, monkeypatch):
             raise Killed
         return search_batch(*args)
 
-    def found(**changes):
+    def found(seed=0, **changes):
         s = Bench(run).search(Cell("beam", "effective", alpha=0.5))
-        return METHODS["beam"].run(replace(s, **changes), problems, [1, 2, 3], 0)
+        return METHODS["beam"].run(replace(s, **changes), problems, [1, 2, 3], seed)
     want = found()
     run.sampling["partial_folder"] = tmp_path
     monkeypatch.setattr(module, "search_batch", searched)
@@ -197,8 +198,8 @@ def test_a_beam_goes_on_where_it_was_killed(smoke_run, tmp_path, monkeypatch):
     for a, b in zip(got, want):
         assert a.text == b.text and any(a.text) and all(torch.equal(getattr(a, k), getattr(b, k)) for k in
                                                         ("right", "solved", "tokens", "verifier_tokens", "q"))
-    for i, other in enumerate((dict(alpha=1.0), dict(K=2), dict(C=2), dict(spread=0), dict(quota="state"),
-                               dict(score=SCORES["q_mu"]), dict(verifier=None),
+    for i, other in enumerate((dict(seed=1), dict(alpha=1.0), dict(K=2), dict(C=2), dict(spread=0),
+                               dict(quota="state"), dict(score=SCORES["q_mu"]), dict(verifier=None),
                                dict(verifier=None, exact=functools.partial(ExactValues)))):
         found(**other)
         assert len(batches) == 13 + 12 * (i + 1)                # another search

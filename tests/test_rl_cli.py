@@ -13,6 +13,7 @@ from minipav.paper import experiments
 from minipav.reinforce import Reinforce
 from minipav.run import Run
 from minipav.sft import rft, sft_loss
+from minipav.tasks.calculator import Calculator
 from minipav.utils import Fail
 
 pytestmark = pytest.mark.usefixtures("right_at_times")
@@ -167,14 +168,35 @@ def test_another_policys_verifier_may_be_the_prover(done, tmp_path):
 
 def test_tuning_is_on_validation_problems(searched, tmp_path, monkeypatch):
     monkeypatch.setattr(rl, "GRID", {"lr": (1, 2)})
+    asked, problems = set(), Calculator.problems
+    monkeypatch.setattr(Calculator, "problems", lambda *a: asked.add(a[1]) or problems(*a))
     flags = ("--n", 3, "--tune", "lr", "--reward", "outcome", "--out", tmp_path / "out")
     run_main(rl, "--run", searched, *SMALL, *flags)
+    assert asked == {"train", "validation"}
     rows = [line.split(",")[:2] for line in (tmp_path / "out" / "tune_lr.csv").read_text().splitlines()[1:]]
     assert rows == [["outcome", "0.001"], ["outcome", "0.002"]]
     tuned = [(k, r) for k, r in records(searched, "*").items() if r["spec"]["split"] == "validation"]
     assert sorted(k.partition("-")[0] for k, _ in tuned) == ["outcome", "outcome", "rft", "sft"]
     for k, r in tuned:
         assert ("accuracy" in r) == k.startswith("outcome"), "SFT is judged on test problems alone"
+
+
+def test_the_best_of_a_grid_is_told(searched, tmp_path, monkeypatch):
+    monkeypatch.setattr(rl, "GRID", {"lr": (1, 2, 3)})
+    monkeypatch.setattr(rl, "train", lambda run, r, t, *_: ({}, "", {1e-3: .2, 2e-3: .4, 3e-3: .3}[t.lr]))
+    flags = "--tune", "lr", "--reward", "outcome", "--out", tmp_path
+    assert "the best of outcome: --lr 0.002 (0.4)" in run_main(rl, "--run", searched, *SMALL, *flags)
+
+
+def test_rft_is_of_the_policy_and_its_own_seeds(searched, tmp_path, monkeypatch):
+    run = Run.open(shutil.copytree(searched, tmp_path / "run"), "cpu")
+    monkeypatch.setattr(rl, "rft", lambda model, *a, **how: got.append((model, *a, how)) or model)
+    got = []
+    rl.start(run, rl.Trial(policy="weak", rft_lr=0.5), "validation", 8)
+    [(model, seeds, _, name, how)] = got
+    assert how == {"lr": 0.5, "micro_batch": 8} and name == "weak"
+    assert torch.equal(seeds.tokens, run.traces("seeds_weak_train").tokens)
+    assert torch.equal(model.embed.weight, run.model("weak").embed.weight)
 
 
 def test_a_stopped_training_goes_on_and_ends_as_an_uninterrupted_one(searched, tmp_path, monkeypatch):

@@ -426,6 +426,16 @@ def test_a_tree_scores_by_the_effective_reward(small, own_q_mu):
     assert torch.allclose(tree.still[new], before, atol=1e-4)
 
 
+@pytest.mark.parametrize("method", ["mcts", "backtrack"])
+def test_a_trees_tokens_are_all_that_was_sampled(small, monkeypatch, method):
+    """Duplicates too."""
+    module, spent = importlib.import_module("minipav.search.beam"), []
+    decode = module.decode
+    monkeypatch.setattr(module, "decode", lambda *a, **k: spent.append(decode(*a, **k)) or spent[-1])
+    [r] = METHODS[method].run(small, small.problems, [3], 0)
+    assert r.tokens.sum() == sum(int(lengths.sum()) for _, lengths, *_ in spent)
+
+
 def test_the_quota_holds_in_the_beam(small):
     """As long as no trace has ended, every prefix keeps a child, and every grandprefix a grandchild; without
     a quota some do not."""

@@ -4,6 +4,7 @@ import json
 import shutil
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -180,6 +181,11 @@ def test_all_makes_every_figure(run, tmp_path, monkeypatch):
     assert len(summary["claims"]) >= 10 and "stronger" in (tmp_path / "out" / "fig4.csv").read_text()
     where = {c["where"] for c in summary["claims"]}
     assert {"Fig. 5b", "Fig. 5c", "Theorem 3.1"} <= where, where
+    terms = {(t["base"], t["prover"]): t for t in summary["experiments"][0]["provers"]["theorem"]}
+    d = {k: t["distinguishability"] for k, t in terms.items()}
+    assert len({d["base", mu] for mu in ("bo1", "bo4", "bo8", "weak")}) == 4, "of the prover"
+    assert terms["base", "bo1"]["alignment"] == pytest.approx(d["base", "bo1"]), "mu = pi"
+    assert d["weak", "bo4"] != d["weak", "base"], "best-of-4 of the weaker policy"
     assert not {"Fig. 11", "Fig. 6b", "Fig. 10"} & where, "one run has no spread"
 
 
@@ -198,6 +204,57 @@ def test_a_cell_has_the_models_that_it_names(run):
     assert s.mu_verifier is bench.model("q_weak")
     assert bench.search(Cell("best_of_n", "orm")).verifier is bench.model("orm")
     assert bench.search(Cell("beam", "exact")).verifier is None
+    assert bench.search(Cell("beam", "q_pi", verifier="orm")).verifier is bench.model("orm")
+    s = bench.search(Cell("beam", "effective", policy="strong", prover="bo8", alpha=1.0))
+    assert (s.K, s.mu_verifier) == (8, None), "best-of-8 of the policy itself"
+
+
+def test_a_cell_is_searched_on_its_own_problems_and_samples(run, tmp_path, monkeypatch):
+    out, asked, problems = shutil.copytree(run[0], tmp_path / "run"), [], Run.problems
+    monkeypatch.setattr(Run, "problems", lambda *a: asked.append(a[1:]) or problems(*a))
+    bench = Bench(Run.open(out, "cpu"))
+    bench.measure(Cell("pass", split="validation", problems=7))
+    assert asked == [("validation", 7)]
+    assert len({id(bench.search(Cell("pass", policy=p, split=s)).memo) for p in ("base", "weak")
+                for s in ("test", "validation")}) == 4
+
+
+def test_each_search_is_measured_as_it_was_tuned(monkeypatch):
+    """Best-of-N by PAV with the beam's alpha; the plain group without a quota."""
+    monkeypatch.setattr(search, "tune", lambda *a: ([(0.5, "none"), (2.0, "state")], []))
+    monkeypatch.setattr(search, "Bench", lambda run: SimpleNamespace(run=run, models={}, measure=lambda c: c))
+    run = SimpleNamespace(out="x", config={"K": 7, "alpha": 0.2})
+    searches = [Cell.parse(x) for x in ("beam:effective", "best_of_n:effective")]
+    tables, _ = search.measure(run, search.Flags(), searches)
+    assert [(g, c.method, c.alpha, c.quota, c.prover) for g, c in tables] == [
+        ("main", "beam", 0.5, "none", "bo7"), ("tuned", "beam", 2.0, "state", "bo7"),
+        ("main", "best_of_n", 0.5, "", "bo7")]
+
+
+def test_the_flags_are_those_of_the_searches(run, monkeypatch):
+    seen = []
+    monkeypatch.setattr(search, "measure", lambda run, a, wanted: seen.append(wanted) or ([], {}))
+    monkeypatch.setattr(search, "report_search", lambda *a: None)
+    flags = "--run", run[0], *SMALL, "--search", "beam:q_pi", "--spread", 5
+    run_main(search, *flags, "--policy", "weak", "--seeds", 3, 4)
+    run_main(search, *flags, "--verifier", "q_weak")
+    assert [[(c.policy, c.spread, c.seed, c.verifier, c.ns) for c in cells] for cells in seen] == [
+        [("weak", 5, 3, "", (1, 2)), ("weak", 5, 4, "", (1, 2))], [("base", 5, 0, "q_weak", (1, 2))]]
+
+
+def test_the_errors_of_fig_10_are_at_thresholds_of_validation_problems(monkeypatch):
+    """By Q^pi the test problems' values all lie below the threshold; with A^mu they are told apart."""
+    q = {"validation": [0.6, 0.8, 0.2, 0.4], "test": [0.3, 0.3, 0.1, 0.1]}
+    right = torch.tensor([1., 1, 0, 0])
+    q = {k: torch.stack([right, torch.tensor(x)], 1) for k, x in q.items()}
+    monkeypatch.setattr(experiments, "seed_rollouts", lambda _, run, split, *a: SimpleNamespace(
+        tokens=split, ends=None, reward=right))
+    monkeypatch.setattr(experiments, "values", lambda _, policy, mus, split, ends: (
+        q[split], {"bo2": torch.stack([torch.zeros(4), right], 1)}))
+    task = SimpleNamespace(max_steps=9)
+    bench = SimpleNamespace(model=str, run=SimpleNamespace(problems=lambda split, n: split, task=task))
+    flags = SimpleNamespace(problems=4, seeds=[0])
+    assert experiments.errors_by_step(bench, flags, "bo2", 1.0)[1] == {"effective": [0.0], "q_pi": [0.5]}
 
 
 def test_n_samples_are_a_budget_whatever_n_is_and_what_is_given_is_not_tuned(run, tmp_path):

@@ -23,6 +23,8 @@ def test_splits_are_disjoint_for_all_seeds(name, dials):
     assert all(a.isdisjoint(b) for a, b in itertools.combinations(drawn.values(), 2))
     assert task.problems("test", 100, 0) == task.problems("test", 100, 0) != task.problems("test", 100, 1)
     assert len({task.prompt(p) for p in task.problems("test", 100, 0)}) == 100
+    here, later = task.batches(10, 2, 0, 0), task.batches(10, 2, 0, 20)
+    assert {task.split_of(p) for p in here + later} == {"train"} and here != later and len(here) == 20
 
 
 @pytest.mark.parametrize("name, dials", TASKS)

@@ -16,13 +16,15 @@ from conftest import ONE_CORE, ROOT, SMOKE, fails, run_main
 from safetensors.torch import load_file
 
 import train
-from minipav import files
+from minipav import budget, files
 from minipav.cache import tokens_in_flight
 from minipav.model import GPT
 from minipav.paper import report
 from minipav.run import Run, differ
 from minipav.search.inspect import explain
 from minipav.search.measure import Bench
+from minipav.tasks import make_task
+from minipav.tokenizer import decode_rows
 from minipav.verifier import outcome_only
 
 TRAINED = ["policies", "rollouts", "q_pi", "orm", "q_weak", "q_strong"]
@@ -170,10 +172,43 @@ def test_what_a_run_cost_is_in_its_records(smoke_run):
         assert torch.equal(getattr(data[:600], field), getattr(seeds, field))
 
 
-def test_countdown_runs_too(tmp_path):
-    """Every stage on the other task, whose lines and steps are longer."""
-    told = run_main(train, *LESS, "--task", "countdown", "--out", tmp_path / "x")
-    assert "pass@N" in told and {*TRAINED, "example"} <= stages(tmp_path / "x")
+def test_traces_are_of_the_problems_of_their_split(smoke_run):
+    run = Run.open(smoke_run[0], "cpu")
+    for split, n in (("train", 150), ("validation", 20)):
+        problems = run.problems(split, n)
+        for policy in ("base", "weak", "strong"):
+            t = run.traces(f"{policy}_{split}")
+            prompts = [run.task.prompt(problems[i]) for i in t.problem]
+            assert decode_rows(run.enc, t.tokens, t.ends[:, 0] + 1) == prompts
+
+
+def test_problems_are_of_the_runs_seed(smoke_run):
+    run = Run.open(smoke_run[0], "cpu")
+    here = run.problems("test", 5)
+    run.config = run.config | {"seed": 1}
+    assert run.problems("test", 5) != here == Run.open(smoke_run[0], "cpu").problems("test", 5)
+
+
+def test_countdown_runs_too(tmp_path, monkeypatch):
+    """Every stage on the other task, whose lines and steps are longer. Each policy has its own share of
+    demonstrations, each verifier its own data and start."""
+    shares, got, train_policy, train_verifier = [], [], train.train_policy, train.train_verifier
+    monkeypatch.setattr(train, "train_policy", lambda *a, **how: (
+        shares.append(a[2]) or train_policy(*a, **how)))
+    monkeypatch.setattr(train, "train_verifier", lambda *a, **how: (
+        got.append((*a, how)) or train_verifier(*a, **how)))
+    flags = "--task", "countdown", "--q_from", "strong", "--quota", "parent"
+    told = run_main(train, *LESS, *flags, "--out", out := tmp_path / "x")
+    assert "pass@N" in told and {*TRAINED, "example"} <= stages(out)
+    run = Run.open(out, "cpu")
+    assert shares == [run.config["expert_fraction"], 1.0]
+    for (init, data, held_out, how), start, of in zip(
+            got, ("strong", "q_pi", "q_pi", "q_pi"), ("base", "base", "weak", "strong"), strict=True):
+        assert torch.equal(init.embed.weight, run.model(start).embed.weight)
+        assert torch.equal(data.tokens, run.traces(f"{of}_train").tokens)
+        assert torch.equal(held_out.tokens, run.traces(f"{of}_validation").tokens)
+        assert all(how[k] == run.config[f"{k}_verifier"] != run.config[k] for k in ("lr_muon", "lr_adamw"))
+    assert {record(out, s)["spec"]["quota"] for s in stages(out) if s.startswith("search/beam")} == {"parent"}
 
 
 def test_the_papers_recipe_runs_too(tmp_path):
@@ -296,6 +331,14 @@ def test_minutes_cut_the_counts_once_and_for_all(tmp_path):
     assert "--q_steps" in said and 6 <= config["q_steps"] < 12 and config["test_problems"] == 20
     again = run_main(train, *flags, "--resume")
     assert "of it all" not in again and files.read_json(tmp_path / "a" / "config.json") == config
+
+
+def test_minutes_are_those_of_all_counts(tmp_path, monkeypatch):
+    """1,680 optimizer steps of a second each, of which 14 minutes are the half."""
+    monkeypatch.setattr(budget, "speeds", lambda *a: (1.0, 0.0))
+    flags = train.Flags(minutes=14)
+    budget.fit(flags, None, make_task("calculator", {}), tmp_path)
+    assert (flags.sft_steps, flags.q_steps, flags.mu_steps, flags.problems) == (200, 400, 25, 5000)
 
 
 def test_help_shows_the_defaults_that_are_used(monkeypatch, capsys):
