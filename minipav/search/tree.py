@@ -39,9 +39,9 @@ class Tree:
         self.drawn, self.spent = torch.zeros(2, P, dtype=torch.long, device=self.device)
         self.read = s.readers * lengths     # as if a cache were kept
         self.exact = task.exact_values(problems) if s.verifier is None else None
-        self.judge(root)
+        self.evaluate(root)
 
-    def judge(self, nodes):
+    def evaluate(self, nodes):
         s, p, rows = self.s, self.parent[nodes], (self.tokens[nodes], self.lengths[nodes])
         if self.exact:
             texts = responses(s.env.enc, *rows, self.prompt_lengths[self.owner[nodes]])
@@ -81,7 +81,7 @@ class Tree:
         self.tokens[at[r], self.lengths[p][r] + t] = new[kept][r, t]
         self.read.index_add_(0, self.owner[p], s.readers * count)
         if len(at):
-            self.judge(at)
+            self.evaluate(at)
         return at
 
     def finished(self):
